@@ -1,0 +1,116 @@
+//! What a device looks like to the host, whatever bus it came from.
+//!
+//! A bus crate finds a device and hands the manager one [`Transport`]. The manager drives it through the steps of
+//! device initialisation (virtio 1.2, section 3.1.1) and of the ladder (DESIGN L1); a transport does no policy of its own.
+//!
+//! ```text
+//! new -> negotiate -> read_config* -> map* -> setup_queue* -> start -> (traffic) -> quiesce -> release
+//!          any step may fail or find the device lost; quiesce and release are always legal and idempotent
+//! ```
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::dma::DmaRegion;
+use crate::error::TransportError;
+
+/// Guest-visible addresses of one split virtqueue, as the device is told them (virtio 1.2, section 2.7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueAddresses {
+    /// Descriptor table, an I/O address, 16-byte aligned.
+    pub descriptors: u64,
+    /// Available ring ("driver area"), an I/O address, 2-byte aligned.
+    pub available: u64,
+    /// Used ring ("device area"), an I/O address, 4-byte aligned.
+    pub used: u64,
+}
+
+/// One queue as the host wants the device to use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueSetup {
+    /// Queue index, less than [`Transport::max_queues`].
+    pub index: u16,
+    /// Entries in the ring: a power of two, at most [`Transport::max_queue_size`].
+    pub size: u16,
+    /// Where the three parts of the ring are.
+    pub addresses: QueueAddresses,
+}
+
+/// Tells a device that its available ring has something new (virtio 1.2, section 2.7.13.2.1).
+pub trait Doorbell: Send + Sync {
+    /// Rings. Takes no lock and never blocks; a lost device makes it a no-op.
+    fn ring(&self);
+}
+
+/// The two notification channels of a queue.
+pub struct QueueEvents {
+    /// Host to device: the available buffer notification.
+    pub doorbell: Box<dyn Doorbell>,
+    /// Device to host: a non-blocking eventfd that becomes readable with the used buffer notification.
+    pub call: OwnedFd,
+}
+
+/// What is known about a device after [`Transport::quiesce`] (DESIGN L1).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// No more DMA and no more effect on the medium: memory may be freed, requests answered as failed.
+    Confirmed,
+    /// The device may still act. Whatever it can reach must be retired, never freed or reused.
+    Unconfirmed {
+        /// Why, in a sentence for the certificate.
+        reason: String,
+    },
+}
+
+/// One device, claimed by the host, driven by one binding.
+///
+/// Everything that a device answers through here is an allegation: implementations check lengths and ranges, the caller
+/// checks meaning. No method may block without a bound; where the device has to answer, the implementation applies a
+/// time limit of its own (seconds) and fails with [`TransportError::Timeout`].
+pub trait Transport: Send {
+    /// The address as an operator wrote it, `vhost-user:/run/blk.sock`.
+    fn address(&self) -> &str;
+
+    /// The virtio device id (virtio 1.2, section 5), or `None` where the transport cannot tell (vhost-user).
+    fn device_type(&self) -> Option<u32>;
+
+    /// All 64 feature bits that the device offers.
+    fn offered_features(&self) -> u64;
+
+    /// Accepts `features`, a subset of the offered ones, and finishes feature negotiation (FEATURES_OK).
+    fn negotiate(&mut self, features: u64) -> Result<(), TransportError>;
+
+    /// Reads device configuration space at `offset` bytes into all of `into`.
+    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError>;
+
+    /// Number of queues that may be set up, at least 1.
+    fn max_queues(&self) -> u16;
+
+    /// Largest ring size of queue `index` in entries, a power of two.
+    fn max_queue_size(&self, index: u16) -> u16;
+
+    /// Lets the device reach `region` at its I/O address. The transport keeps the region alive until `release`.
+    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError>;
+
+    /// Gives the device one ring. Called once per queue, after `map` and before `start`.
+    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError>;
+
+    /// DRIVER_OK: from here on the device may use the rings.
+    fn start(&mut self) -> Result<(), TransportError>;
+
+    /// A descriptor that becomes readable or hangs up when the device may have been lost or has something to say; poll it, then ask
+    /// [`Transport::is_lost`].
+    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether the device is gone (backend died, function removed). Handles pending device-to-host messages on the way; never blocks.
+    fn is_lost(&mut self) -> bool;
+
+    /// Makes the device silent, waiting until `deadline` at most. `unanswered` is the number of requests that were published and
+    /// not used: a vhost-user device is silent only when it is zero or when the backend process is gone. May be called again.
+    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence;
+
+    /// Gives the device up: unmaps what was mapped for it and closes every descriptor. Idempotent. After this the transport holds no
+    /// region.
+    fn release(&mut self);
+}
