@@ -1,1 +1,46 @@
-//! cofferdam-sdk.
+//! What the author of a Cofferdam driver uses.
+//!
+//! A driver is an ordinary Rust type that implements [`BlockDriver`]; [`export_block_driver!`] makes the component around it when the crate
+//! is compiled for WebAssembly and expands to nothing otherwise. So the same crate links natively, and its unit tests run against
+//! [`mock::MockDevice`] without any Wasm.
+//!
+//! ```text
+//!            control lane (one instance)                    data lane (an instance each)
+//! host ---> attach(device) -> Attachment  --- state --->   start(LaneSetup) -> Lane
+//!           properties()                                   submit(Requests)    -> ChainWriter
+//!           config_changed(device)                         complete(Responses) -> Answers
+//! ```
+//!
+//! The contract itself is `wit/` (package `cofferdam:driver`); where this crate and those files disagree, the files are right.
+//!
+//! | module | about |
+//! | --- | --- |
+//! | [`device`] | the virtio device as a driver sees it |
+//! | [`block`] | the traits of a block driver and the records they exchange |
+//! | [`words`] | typed views of the flat lists that cross the boundary |
+//! | [`log`] | the log capability |
+//! | [`native`] | running a driver without Wasm |
+//! | [`mock`] | a device to test drivers against, and a checker of their chains |
+
+// The export macro of wit-bindgen names this crate by its path, also when it expands in here.
+#[cfg(target_family = "wasm")]
+#[allow(unused_extern_crates, reason = "used by generated code")]
+extern crate self as cofferdam_sdk;
+
+pub mod block;
+pub mod device;
+mod error;
+pub mod log;
+pub mod mock;
+pub mod native;
+pub mod words;
+
+mod export;
+#[doc(hidden)]
+#[cfg(target_family = "wasm")]
+pub mod glue;
+
+pub use block::{Attachment, BlockDriver, BlockLane, BlockProperties, LaneSetup};
+pub use device::{QueuePlan, VirtioDevice};
+pub use error::{DriverError, VirtioError};
+pub use words::{Answers, ChainWriter, Operation, Request, Requests, Response, Responses, Status};

@@ -1,1 +1,38 @@
-//! cofferdam-device.
+//! A device as the host sees it: types, memory, rings and the checks on them. No I/O of a bus lives here.
+//!
+//! Two sides are hostile: the guest that says what goes on a ring, and the device that answers. What either says is checked
+//! once in this crate and carried as another type afterwards:
+//!
+//! | what comes in | who says it | checked by | what comes out |
+//! | --- | --- | --- | --- |
+//! | chain words | guest | [`ChainBatch::parse`] | [`Chain`], the only thing that [`SplitQueue::add`] takes |
+//! | answer words | guest | [`words::parse_answers`] | [`Status`] per token |
+//! | used elements | device | [`SplitQueue::pop`] | [`Used`], or a [`DeviceFault`] that poisons the queue |
+//!
+//! - [`transport`]: what a bus gives the host for one device.
+//! - [`dma`]: memory that a device may reach; [`arena`]: leases of it; [`transfer`]: socket I/O straight from and to leases.
+//! - [`queue`]: the driver side of a split virtqueue; [`chain`]: the check of a guest's chains; [`words`]: the numbers that cross.
+//! - [`error`]: every error, each saying who is to blame.
+//!
+//! `unsafe` is in `mmap` (mapping and volatile access) and `transfer` (iovecs of raw memory) alone.
+
+pub mod arena;
+pub mod chain;
+pub mod dma;
+pub mod error;
+mod mmap;
+pub mod queue;
+mod ring;
+pub mod transfer;
+pub mod transport;
+pub mod words;
+
+pub use arena::{Buffer, DmaArena};
+pub use chain::{Chain, ChainBatch, ChainBuf, Direction, Expected, Outcome, Payload};
+pub use dma::DmaRegion;
+pub use error::{
+    AddError, AnswerError, ArenaError, ChainError, ChainRule, DeviceFault, QueueError, RegionError, TransportError,
+};
+pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
+pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};
+pub use words::{BlockOp, Status};

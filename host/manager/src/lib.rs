@@ -1,1 +1,49 @@
-//! cofferdam-manager.
+//! Bindings of drivers and devices, and every sequence that changes one.
+//!
+//! ```text
+//! registry   names -> bindings, read without a lock (arc-swap snapshots)
+//! binding    one driver joined to one device: gate, lanes, arena, ports
+//! load       claim, negotiate, start; a failure half-way leaves by the ladder
+//! ladder     the one way out: unload, loss of the device, a faulty driver, shutdown (DESIGN section 7)
+//! lane       one driver instance and its queues: submit, reap (DESIGN section 5)
+//! ledger     what was admitted and is not answered yet
+//! handle     a client's revocable right to operate
+//! device     the capability a driver sees during attach, over a bus's transport
+//! residue    looks up what a binding left behind, for the certificate
+//! watch      the thread that notices lost devices and faulty drivers
+//! ```
+//!
+//! This crate may import `cofferdam-runtime`, `cofferdam-gate` and `cofferdam-device`, and nothing else of the project: it knows no bus and no port.
+//! A port is given a [`Binding`] and implements [`Port`]; a bus gives a [`Transport`].
+
+mod binding;
+mod block;
+mod certificate;
+mod device;
+mod error;
+mod handle;
+mod ladder;
+mod lane;
+mod ledger;
+mod load;
+mod manager;
+mod registry;
+mod residue;
+mod status;
+mod watch;
+
+pub use binding::{Binding, BindingState, Port, PortReport};
+pub use block::{BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Completion};
+pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
+pub use error::{LeaseError, LoadError, ManagerError, OpenError, SubmitError, UnloadError};
+pub use handle::{Handle, HandleSpec, HandleState};
+pub use ladder::{Cause, UnloadOptions};
+pub use load::LoadSpec;
+pub use manager::{Config, Manager};
+pub use status::{BindingStatus, CoreCalls, HandleStatus};
+
+pub use cofferdam_device::Buffer;
+pub use cofferdam_device::transport::Transport;
+pub use cofferdam_gate::{Cancel, Notify};
+pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo};
+pub use cofferdam_device::transfer;

@@ -1,0 +1,211 @@
+//! `cofferdam daemon`: the control API's server.
+//!
+//! One daemon per socket: an advisory lock on `SOCKET.lock` decides, so a socket file that a dead daemon left is taken over and a living one is never
+//! displaced. The socket has mode 0600 and every peer's credentials are looked at: only the daemon's own user and root may speak.
+
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::extract::{Path as UrlPath, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use cofferdam_manager::{Cause, Manager, UnloadOptions};
+use hyper_util::rt::TokioIo;
+use rustix::fs::FlockOperation;
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::args::DaemonArgs;
+use crate::control::{ErrorBody, ErrorCode, LoadBody, UnloadBody};
+use crate::{host, signals};
+
+/// The whole of a stop, whatever happens.
+const STOP: Duration = Duration::from_millis(4500);
+/// Longest control document, in bytes.
+const BODY_LIMIT_BYTES: usize = 64 << 10;
+/// Control connections served at once.
+const CONNECTIONS: usize = 64;
+/// How long a control client may take to say what it wants.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where the socket is when nobody says.
+pub(crate) fn socket_path(given: Option<&Path>) -> PathBuf {
+    if let Some(path) = given {
+        return path.to_owned();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute()) {
+        Some(directory) => directory.join("cofferdam.sock"),
+        None if rustix::process::geteuid().is_root() => "/run/cofferdam.sock".into(),
+        None => std::env::temp_dir().join(format!("cofferdam-{}", rustix::process::geteuid().as_raw())).join("cofferdam.sock"),
+    }
+}
+
+pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
+    let path = socket_path(args.socket.socket.as_deref());
+    let _lock = lock(&path)?;
+    let manager = host::manager()?;
+    let runtime = signals::runtime()?;
+    runtime.block_on(async {
+        let mut stop = signals::StopSignals::catch()?;
+        let listener = listen(&path)?;
+        tracing::info!(socket = %path.display(), "daemon ready");
+        crate::show::line(&format!("cofferdam daemon on {}", path.display()));
+        tokio::select! {
+            () = stop.next() => Ok(()),
+            result = serve(listener, manager.clone()) => result,
+        }
+    })?;
+    tracing::info!("daemon stopping");
+    let _ = std::fs::remove_file(&path);
+    for certificate in manager.shutdown(STOP) {
+        let clean = certificate.residual.is_zero();
+        tracing::info!(binding = certificate.name, outcome = ?certificate.outcome, clean, leaked_bytes = certificate.leaked.bytes, "unloaded");
+    }
+    // A control call that still waits is told by the closing of its connection; it may not keep the process.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    Ok(())
+}
+
+/// The lock that makes this daemon the only one on its socket; the kernel lets go of it when the process ends, however that happens.
+fn lock(socket: &Path) -> Result<std::fs::File, ErrorBody> {
+    let fail = |error: std::io::Error| ErrorBody::failed(format!("{}: {error}", socket.display()));
+    if let Some(directory) = socket.parent().filter(|directory| *directory == socket_path(None).parent().unwrap_or(directory) && !directory.exists()) {
+        std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(fail)?;
+    }
+    let mut name = socket.as_os_str().to_owned();
+    name.push(".lock");
+    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&name).map_err(fail)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(ErrorBody::failed(format!("{}: another daemon serves this socket", socket.display()))),
+        Err(error) => Err(fail(error.into())),
+    }
+}
+
+fn listen(path: &Path) -> Result<UnixListener, ErrorBody> {
+    let fail = |error: std::io::Error| ErrorBody::failed(format!("{}: {error}", path.display()));
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
+            // The lock is ours, so whoever made this is gone, or is not a daemon of ours: then somebody answers.
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                return Err(ErrorBody::failed(format!("{}: something else listens there", path.display())));
+            }
+            std::fs::remove_file(path).map_err(fail)?;
+            tracing::info!(socket = %path.display(), "stale socket taken over");
+        }
+        Ok(_) => return Err(ErrorBody::failed(format!("{}: exists and is not a socket", path.display()))),
+        Err(_) => {}
+    }
+    // Made under a name of its own and moved once its mode is right: at no moment can anyone else connect.
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(format!(".{}", std::process::id()));
+    let fresh = PathBuf::from(fresh);
+    let _ = std::fs::remove_file(&fresh);
+    let listener = UnixListener::bind(&fresh).map_err(fail)?;
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    std::fs::rename(&fresh, path).map_err(fail)?;
+    Ok(listener)
+}
+
+async fn serve(listener: UnixListener, manager: Manager) -> Result<(), ErrorBody> {
+    let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
+    let router = router(manager);
+    loop {
+        let Ok(slot) = std::sync::Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: wait for some to come back instead of spinning.
+                tracing::warn!(%error, "cannot accept a control connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        if !may_speak(&stream) {
+            continue;
+        }
+        let router = router.clone();
+        tokio::spawn(async move {
+            let _slot = slot;
+            let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                let router = router.clone();
+                async move { tower_call(router, request).await }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(hyper_util::rt::TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "control connection ended");
+            }
+        });
+    }
+}
+
+async fn tower_call(router: Router, request: Request<hyper::body::Incoming>) -> Result<Response, std::convert::Infallible> {
+    use tower_service::Service;
+    let mut router = router;
+    router.call(request).await
+}
+
+fn may_speak(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == own || peer.uid() == 0 => true,
+        Ok(peer) => {
+            tracing::warn!(uid = peer.uid(), "control connection refused");
+            false
+        }
+        Err(_) => false,
+    }
+}
+
+fn router(manager: Manager) -> Router {
+    Router::new()
+        .route("/v1/bindings", get(list).post(load))
+        .route("/v1/bindings/{name}", get(one))
+        .route("/v1/bindings/{name}/unload", post(unload))
+        .fallback(async || answer_error(ErrorBody::new(ErrorCode::NoSuchThing, "no such call; is the client of another version?")))
+        .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .with_state(manager)
+}
+
+async fn list(State(manager): State<Manager>) -> Response {
+    let all: Vec<_> = manager.bindings().iter().map(|binding| binding.status()).collect();
+    Json(all).into_response()
+}
+
+async fn one(State(manager): State<Manager>, UrlPath(name): UrlPath<String>) -> Response {
+    match manager.get(&name) {
+        Some(binding) => Json(binding.status()).into_response(),
+        None => answer_error(ErrorBody::new(ErrorCode::NoSuchThing, format!("no binding is called '{name}' (see 'cofferdam ls')"))),
+    }
+}
+
+async fn load(State(manager): State<Manager>, Json(body): Json<LoadBody>) -> Response {
+    answer(blocking(move || host::load(&manager, &body).map(|binding| binding.status())).await)
+}
+
+async fn unload(State(manager): State<Manager>, UrlPath(name): UrlPath<String>, Json(body): Json<UnloadBody>) -> Response {
+    let options = UnloadOptions { deadline: Duration::from_millis(body.deadline_ms), force: body.force, cancel: None, cause: Cause::Unload };
+    answer(blocking(move || host::unload(&manager, &name, &options)).await)
+}
+
+/// Loads and unloads block (within their bounds), so they run where that is allowed. A client that goes away does not stop them.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static) -> Result<T, ErrorBody> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(ErrorBody::failed(error)))
+}
+
+fn answer<T: serde::Serialize>(result: Result<T, ErrorBody>) -> Response {
+    match result {
+        Ok(document) => Json(document).into_response(),
+        Err(error) => answer_error(error),
+    }
+}
+
+fn answer_error(error: ErrorBody) -> Response {
+    let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    (status, Json(error)).into_response()
+}

@@ -1,0 +1,183 @@
+//! Memory that a device may reach.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use crate::error::RegionError;
+use crate::mmap::Mapping;
+
+/// Size and alignment of what regions and arenas deal in, in bytes.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// A memfd, mapped and shared with a device.
+///
+/// The file is sealed against shrinking, growing and further sealing, so no holder of the descriptor can make an access of
+/// the host fault. All access is by volatile copies and atomics: the device may change any byte at any time, so nothing here ever
+/// hands out a slice. Shared as an `Arc`; the memory goes when the last owner does.
+#[derive(Debug)]
+pub struct DmaRegion {
+    mapping: Mapping,
+    file: OwnedFd,
+    iova: u64,
+    revoked: AtomicBool,
+}
+
+impl DmaRegion {
+    /// Makes a region of `bytes` bytes, zeroed, that a device will see at `iova`. Both are multiples of [`PAGE_BYTES`].
+    ///
+    /// `name` is what `/proc/PID/maps` calls it (`/memfd:NAME`), by which a certificate can look for leftovers. Pages are taken when they
+    /// are first touched.
+    ///
+    /// # Errors
+    /// [`RegionError::Shape`] for the caller's mistakes, [`RegionError::Io`] when the system has no memory or descriptor left.
+    pub fn new(name: &str, bytes: u64, iova: u64) -> Result<Self, RegionError> {
+        let shape = RegionError::Shape { bytes, iova };
+        let (Ok(len), true) =
+            (usize::try_from(bytes), bytes > 0 && bytes.is_multiple_of(PAGE_BYTES) && iova.is_multiple_of(PAGE_BYTES))
+        else {
+            return Err(shape);
+        };
+        if iova.checked_add(bytes).is_none() || i64::try_from(bytes).is_err() {
+            return Err(shape);
+        }
+        let io = |what: &'static str| move |source: rustix::io::Errno| RegionError::Io { what, source: source.into() };
+        let name = CString::new(name.replace('\0', "?")).unwrap_or_default();
+        let file = rustix::fs::memfd_create(&name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(io("memfd_create"))?;
+        rustix::fs::ftruncate(&file, bytes).map_err(io("ftruncate"))?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(io("fcntl(F_ADD_SEALS)"))?;
+        let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
+        Ok(Self { mapping, file, iova, revoked: AtomicBool::new(false) })
+    }
+
+    /// The I/O address of the first byte.
+    #[must_use]
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.mapping.len() as u64
+    }
+
+    /// Never: a region has at least one page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.mapping.len() == 0
+    }
+
+    /// The memfd, for a bus that passes it to a backend.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Where the region is mapped in this process: for a bus whose protocol carries host addresses (vhost-user's `userspace_addr`). Not to be read through.
+    #[must_use]
+    pub fn host_address(&self) -> *mut u8 {
+        self.mapping.base()
+    }
+
+    /// The offset in this region of `bytes` bytes at I/O address `iova`, if all of them are inside.
+    #[must_use]
+    pub fn offset_of(&self, iova: u64, bytes: u64) -> Option<u64> {
+        let offset = iova.checked_sub(self.iova)?;
+        (offset <= self.len() && bytes <= self.len() - offset).then_some(offset)
+    }
+
+    /// Copies `from` into the region at `offset`.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], and nothing is written.
+    pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), RegionError> {
+        self.mapping.copy_in(self.place(offset, from.len(), 1)?, from);
+        Ok(())
+    }
+
+    /// Copies from the region at `offset` into all of `into`.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], and nothing is read.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), RegionError> {
+        self.mapping.copy_out(self.place(offset, into.len(), 1)?, into);
+        Ok(())
+    }
+
+    /// Sets `bytes` bytes at `offset` to `value`.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], and nothing is written.
+    pub fn fill(&self, offset: u64, bytes: u64, value: u8) -> Result<(), RegionError> {
+        let len = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.mapping.fill(self.place(offset, len, 1)?, len, value);
+        Ok(())
+    }
+
+    /// Loads a little-endian 16-bit word, atomically.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`] when outside or not 2-aligned.
+    pub fn load_u16(&self, offset: u64, order: Ordering) -> Result<u16, RegionError> {
+        Ok(u16::from_le(self.mapping.word16(self.place(offset, 2, 2)?).load(order)))
+    }
+
+    /// Stores a little-endian 16-bit word, atomically.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`] when outside or not 2-aligned.
+    pub fn store_u16(&self, offset: u64, value: u16, order: Ordering) -> Result<(), RegionError> {
+        self.mapping.word16(self.place(offset, 2, 2)?).store(value.to_le(), order);
+        Ok(())
+    }
+
+    /// Takes the memory away from whoever still holds the region: its pages are freed, its descriptor is closed, and every access answers
+    /// [`RegionError::Revoked`]. The device must not reach it any more (DESIGN L1). Idempotent. If the system refuses, the memory stays and so does the mapping, for a
+    /// certificate to find.
+    pub fn revoke(&self) {
+        if self.revoked.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // Punched first: a backend that kept its mapping holds nothing either.
+        let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        let punched = rustix::fs::fallocate(&self.file, flags, 0, self.len()).map_err(std::io::Error::from);
+        if let Err(error) = punched.and_then(|()| self.mapping.revoke(self.file.as_fd())) {
+            tracing::error!(%error, bytes = self.len(), "memory could not be revoked");
+        }
+    }
+
+    /// Whether [`DmaRegion::revoke`] was called.
+    #[must_use]
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Leaks one reference to the region on purpose, for memory that a device may still write: it is never unmapped and its descriptor
+    /// never closed (DESIGN L1). Returns the bytes that are leaked.
+    pub fn retire(self: Arc<Self>) -> u64 {
+        let bytes = self.len();
+        std::mem::forget(self);
+        bytes
+    }
+
+    /// The mapping, for the ring and the transfers of this crate.
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    fn place(&self, offset: u64, bytes: usize, align: u64) -> Result<usize, RegionError> {
+        if self.is_revoked() {
+            return Err(RegionError::Revoked);
+        }
+        match usize::try_from(offset) {
+            Ok(place) if self.mapping.contains(place, bytes) && offset.is_multiple_of(align) => Ok(place),
+            _ => Err(RegionError::OutOfRange { offset, bytes: bytes as u64, region_bytes: self.len() }),
+        }
+    }
+}

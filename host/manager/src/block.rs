@@ -1,0 +1,182 @@
+//! The block service as a client sees it. All offsets and lengths are bytes.
+
+use cofferdam_device::words::ID_BYTES;
+pub use cofferdam_device::BlockOp;
+use cofferdam_device::{Buffer, Status};
+use cofferdam_runtime::BlockProperties;
+
+/// Whether a request of this kind carries payload.
+pub(crate) fn has_payload(op: BlockOp) -> bool {
+    matches!(op, BlockOp::Read | BlockOp::Write | BlockOp::GetId)
+}
+
+/// Modifiers of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockFlags {
+    /// Write-zeroes only: the device may deallocate the range.
+    pub may_unmap: bool,
+}
+
+/// One operation on a block device.
+#[derive(Debug)]
+pub struct BlockRequest {
+    /// The client's own name for it, given back in the [`Completion`]; the host attaches no meaning to it.
+    pub user: u64,
+    /// What to do.
+    pub op: BlockOp,
+    /// First byte, a multiple of the logical block; 0 for flush and get-id.
+    pub offset: u64,
+    /// Bytes of payload or of the range; 0 for flush.
+    pub length: u32,
+    /// Modifiers.
+    pub flags: BlockFlags,
+    /// Read, write, get-id: at least `length` bytes, leased from the same binding. `None` for the others.
+    pub buffer: Option<Buffer>,
+}
+
+/// The answer to one admitted [`BlockRequest`]; there is exactly one.
+#[derive(Debug)]
+pub struct Completion {
+    /// The request's `user`.
+    pub user: u64,
+    /// How it ended.
+    pub result: Result<(), BlockError>,
+    /// The request's buffer. After a failed read its contents are not the device's answer and must not be shown to anyone.
+    pub buffer: Option<Buffer>,
+}
+
+/// Why an operation was not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BlockError {
+    /// The device reports an error for this request.
+    #[error("the device failed the request")]
+    Io,
+    /// The device does not do this operation.
+    #[error("the device does not support this operation")]
+    Unsupported,
+    /// Out of range, misaligned, without the buffer it needs, or too long: the client's mistake.
+    #[error("the request is out of range, misaligned or without a buffer that fits")]
+    Invalid,
+    /// The device has no room.
+    #[error("no space left on the device")]
+    NoSpace,
+    /// The device is read-only.
+    #[error("the device is read-only")]
+    ReadOnly,
+    /// The device broke its specification while serving this request, or its driver broke the contract.
+    #[error("the device or its driver answered out of specification")]
+    DeviceFault,
+    /// The binding went away before the request was done. Whether a write reached the medium is unknown.
+    #[error("the binding was closed before the request was done")]
+    Revoked,
+}
+
+impl BlockError {
+    /// From a driver's judgement.
+    pub(crate) fn from_status(status: Status) -> Result<(), BlockError> {
+        match status {
+            Status::Ok => Ok(()),
+            Status::Io => Err(BlockError::Io),
+            Status::Unsupported => Err(BlockError::Unsupported),
+            Status::Invalid => Err(BlockError::Invalid),
+            Status::NoSpace => Err(BlockError::NoSpace),
+            Status::ReadOnly => Err(BlockError::ReadOnly),
+            Status::DeviceFault => Err(BlockError::DeviceFault),
+        }
+    }
+}
+
+/// What the device can do, as its driver described it and the host checked it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockGeometry {
+    /// Size of the medium, a multiple of `logical_block_bytes`.
+    pub capacity_bytes: u64,
+    /// Smallest addressable unit, a power of two from 512 to 65,536.
+    pub logical_block_bytes: u32,
+    /// Best unit for writes; a hint.
+    pub physical_block_bytes: u32,
+    /// Longest read or write of one request.
+    pub max_transfer_bytes: u32,
+    /// Writes, discards and write-zeroes are refused.
+    pub read_only: bool,
+    /// Whether flush is served; if not, the device has no volatile cache to write back.
+    pub can_flush: bool,
+    /// Whether discard is served.
+    pub can_discard: bool,
+    /// Whether write-zeroes is served.
+    pub can_write_zeroes: bool,
+    /// Longest discard of one request.
+    pub max_discard_bytes: u32,
+    /// Useful alignment of a discard; a hint.
+    pub discard_align_bytes: u32,
+    /// Longest write-zeroes of one request.
+    pub max_write_zeroes_bytes: u32,
+    /// Whether write-zeroes may deallocate when it is allowed to.
+    pub write_zeroes_may_unmap: bool,
+    /// Whether get-id is served.
+    pub has_id: bool,
+}
+
+impl BlockGeometry {
+    pub(crate) fn from_properties(p: &BlockProperties, arena_bytes: u64) -> BlockGeometry {
+        let block = p.logical_block_bytes;
+        // One request must leave room for others in the arena, whatever the driver says.
+        let arena_share = u32::try_from(arena_bytes / 4).unwrap_or(u32::MAX);
+        let max_transfer = p.max_transfer_bytes.min(arena_share).max(block);
+        BlockGeometry {
+            capacity_bytes: p.capacity_bytes,
+            logical_block_bytes: block,
+            physical_block_bytes: p.physical_block_bytes,
+            max_transfer_bytes: max_transfer - max_transfer % block,
+            read_only: p.read_only,
+            can_flush: p.can_flush,
+            can_discard: p.max_discard_bytes > 0 && !p.read_only,
+            can_write_zeroes: p.max_write_zeroes_bytes > 0 && !p.read_only,
+            max_discard_bytes: p.max_discard_bytes - p.max_discard_bytes % block,
+            discard_align_bytes: p.discard_align_bytes,
+            max_write_zeroes_bytes: p.max_write_zeroes_bytes - p.max_write_zeroes_bytes % block,
+            write_zeroes_may_unmap: p.write_zeroes_may_unmap,
+            has_id: p.has_id,
+        }
+    }
+
+    /// Checks a client's request once, so that nothing behind it has to (who can forge this: any client).
+    pub(crate) fn check(&self, op: BlockOp, offset: u64, length: u32, buffer: Option<&Buffer>) -> Result<(), BlockError> {
+        let writes = matches!(op, BlockOp::Write | BlockOp::Discard | BlockOp::WriteZeroes);
+        if writes && self.read_only {
+            return Err(BlockError::ReadOnly);
+        }
+        let longest = match op {
+            BlockOp::Read | BlockOp::Write => self.max_transfer_bytes,
+            BlockOp::Discard if self.can_discard => self.max_discard_bytes,
+            BlockOp::WriteZeroes if self.can_write_zeroes => self.max_write_zeroes_bytes,
+            BlockOp::Flush if self.can_flush => 0,
+            BlockOp::GetId if self.has_id => ID_BYTES,
+            _ => return Err(BlockError::Unsupported),
+        };
+        if has_payload(op) {
+            match buffer {
+                Some(buffer) if u64::from(length) <= buffer.len() as u64 => {}
+                _ => return Err(BlockError::Invalid),
+            }
+        }
+        match op {
+            BlockOp::Flush => {
+                if offset != 0 || length != 0 { Err(BlockError::Invalid) } else { Ok(()) }
+            }
+            BlockOp::GetId => {
+                if offset != 0 || length != ID_BYTES { Err(BlockError::Invalid) } else { Ok(()) }
+            }
+            _ => {
+                let block = u64::from(self.logical_block_bytes);
+                let length64 = u64::from(length);
+                let aligned = offset.is_multiple_of(block) && length64.is_multiple_of(block);
+                let inside = offset.checked_add(length64).is_some_and(|end| end <= self.capacity_bytes);
+                if length == 0 || length > longest || !aligned || !inside {
+                    return Err(BlockError::Invalid);
+                }
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The device as a driver's control lane sees it, over whatever transport a bus made.
+
+use std::sync::Arc;
+
+use cofferdam_device::error::TransportError;
+use cofferdam_device::transport::Transport;
+use cofferdam_runtime::{DeviceCapability, DeviceError};
+use parking_lot::Mutex;
+
+/// VIRTIO_F_INDIRECT_DESC (virtio 1.2, section 6).
+pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX (virtio 1.2, section 6).
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_VERSION_1 (virtio 1.2, section 6).
+pub(crate) const F_VERSION_1: u64 = 1 << 32;
+
+/// Bits 0 to 23 and 50 to 63 are the device type's, the rest belongs to ring and transport (virtio 1.2, section 2.2).
+const DEVICE_TYPE_BITS: u64 = 0x00ff_ffff | !((1 << 50) - 1);
+
+/// The transport, shared between the binding's control path and the capability a guest holds during `attach`.
+pub(crate) type SharedTransport = Arc<Mutex<Box<dyn Transport>>>;
+
+/// The ring features that the host takes whenever they are offered.
+pub(crate) fn host_features(offered: u64) -> u64 {
+    offered & (F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC)
+}
+
+/// What `virtio.device` is behind the border.
+pub(crate) struct DeviceWindow {
+    transport: SharedTransport,
+    /// Queues the operator allows, at least 1.
+    queue_limit: u16,
+    /// Largest ring the host is willing to keep, in entries.
+    ring_limit: u16,
+    negotiated: Arc<Mutex<Option<u64>>>,
+}
+
+impl DeviceWindow {
+    pub(crate) fn new(
+        transport: SharedTransport,
+        queue_limit: u16,
+        ring_limit: u16,
+        negotiated: Arc<Mutex<Option<u64>>>,
+    ) -> DeviceWindow {
+        DeviceWindow { transport, queue_limit, ring_limit, negotiated }
+    }
+}
+
+fn device_error(error: &TransportError) -> DeviceError {
+    DeviceError::Device(error.to_string())
+}
+
+impl DeviceCapability for DeviceWindow {
+    fn device_type(&mut self) -> Option<u32> {
+        self.transport.lock().device_type()
+    }
+
+    fn offered_features(&mut self) -> u64 {
+        self.transport.lock().offered_features() & DEVICE_TYPE_BITS
+    }
+
+    fn negotiate(&mut self, features: u64) -> Result<(), DeviceError> {
+        let mut negotiated = self.negotiated.lock();
+        if negotiated.is_some() {
+            return Err(DeviceError::OutOfOrder("features were negotiated already".into()));
+        }
+        let mut transport = self.transport.lock();
+        let offered = transport.offered_features();
+        if offered & F_VERSION_1 == 0 {
+            return Err(DeviceError::Device(
+                "the device does not offer VIRTIO_F_VERSION_1: legacy devices are not supported (virtio 1.2, section 6.1)".into(),
+            ));
+        }
+        let extra = features & !(offered & DEVICE_TYPE_BITS);
+        if extra != 0 {
+            return Err(DeviceError::Invalid(format!("feature bits {extra:#x} are not on offer")));
+        }
+        transport.negotiate(features | host_features(offered)).map_err(|e| device_error(&e))?;
+        *negotiated = Some(features);
+        Ok(())
+    }
+
+    fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, DeviceError> {
+        if length == 0 || length > 4096 || offset.checked_add(length).is_none() {
+            return Err(DeviceError::Invalid(format!("{length} bytes at {offset}: 1 to 4,096 can be read")));
+        }
+        if self.negotiated.lock().is_none() {
+            return Err(DeviceError::OutOfOrder("negotiate comes before read-config".into()));
+        }
+        let mut bytes = vec![0; length as usize];
+        self.transport.lock().read_config(offset, &mut bytes).map_err(|e| device_error(&e))?;
+        Ok(bytes)
+    }
+
+    fn max_queues(&mut self) -> u16 {
+        self.transport.lock().max_queues().min(self.queue_limit)
+    }
+
+    fn max_queue_size(&mut self, queue: u16) -> u16 {
+        if queue >= self.max_queues() {
+            return 0;
+        }
+        self.transport.lock().max_queue_size(queue).min(self.ring_limit)
+    }
+}

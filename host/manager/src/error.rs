@@ -1,0 +1,163 @@
+//! Errors of this crate. Each says who is to blame and what can be done.
+
+use std::time::Duration;
+
+use cofferdam_device::error::{ArenaError, DeviceFault, TransportError};
+use cofferdam_runtime::{CallError, GuestFault, InstantiateError, RuntimeError};
+
+use crate::certificate::Certificate;
+
+/// The manager itself could not be made or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ManagerError {
+    /// The sandbox could not be set up.
+    #[error("cannot set up the sandbox: {0}")]
+    Runtime(#[from] RuntimeError),
+    /// A thread or descriptor of the manager's own could not be made.
+    #[error("cannot start the manager: {0}")]
+    Io(#[from] std::io::Error),
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+}
+
+/// A load that did not end in a serving binding. Everything it had taken was given back by the ladder.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The name is in use.
+    #[error("a binding called '{0}' exists already; choose another --name or unload it first")]
+    NameTaken(String),
+    /// The name cannot be used.
+    #[error("'{0}' is not a usable name: 1 to 64 letters, digits, '.', '_' or '-', not starting with '-' or '.'")]
+    BadName(String),
+    /// The component is not a driver, or asks for more than it was granted.
+    #[error(transparent)]
+    Module(#[from] cofferdam_runtime::LoadError),
+    /// The component could not be started.
+    #[error("cannot start the driver: {0}")]
+    Instantiate(#[from] InstantiateError),
+    /// The driver refused the device, or failed while looking at it.
+    #[error("the driver could not attach to {device}: {source}")]
+    Attach {
+        /// The device's address.
+        device: String,
+        /// What the driver or its sandbox said.
+        #[source]
+        source: CallError,
+    },
+    /// The driver's plan or properties do not fit the device or the contract.
+    #[error("the driver's plan for {device} cannot be carried out: {reason}")]
+    Plan {
+        /// The device's address.
+        device: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The device failed while it was set up.
+    #[error("{device}: {source}")]
+    Device {
+        /// The device's address.
+        device: String,
+        /// What the transport said.
+        #[source]
+        source: TransportError,
+    },
+    /// The host has no memory or descriptors for it.
+    #[error("the host cannot provide what the binding needs: {0}")]
+    Host(String),
+    /// The manager is shutting down.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
+}
+
+/// A handle was not opened.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The binding is going or gone.
+    #[error("the binding is closed")]
+    Revoked,
+    /// The binding has as many handles as it may have.
+    #[error("the binding has its limit of {0} handles open")]
+    TooMany(usize),
+    /// There is no such lane.
+    #[error("the binding has {lanes} lanes, there is no lane {asked}")]
+    NoSuchLane {
+        /// The lane that was asked for.
+        asked: usize,
+        /// How many there are.
+        lanes: usize,
+    },
+}
+
+/// A buffer was not lent.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LeaseError {
+    /// All of the arena is lent; try again when something was answered.
+    #[error("all of the binding's buffer memory is in use")]
+    Exhausted,
+    /// The handle is revoked.
+    #[error("the handle is revoked")]
+    Revoked,
+    /// Longer than the arena could ever lend.
+    #[error("a buffer of {0} bytes is more than the binding can ever lend")]
+    TooLarge(u32),
+}
+
+impl LeaseError {
+    pub(crate) fn from_arena(error: &ArenaError, bytes: u32) -> LeaseError {
+        match error {
+            ArenaError::Exhausted { .. } => LeaseError::Exhausted,
+            ArenaError::Retired => LeaseError::Revoked,
+            _ => LeaseError::TooLarge(bytes),
+        }
+    }
+}
+
+/// Requests were left in the vector: those that are gone from it were admitted and will be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The binding is held for a moment; the handle's notify is signalled when it opens or closes.
+    #[error("the binding is held")]
+    Held,
+    /// The lane has its limit of requests in flight; try again when something was answered.
+    #[error("the lane is full")]
+    Full,
+    /// The handle is revoked, for good.
+    #[error("the handle is revoked")]
+    Revoked,
+}
+
+/// An unload that is not over.
+#[derive(Debug, thiserror::Error)]
+pub enum UnloadError {
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+    /// The deadline passed, or the wait was cancelled; the binding stays `draining` and a second unload goes on from here.
+    #[error("still draining after {waited:?}: {waiting_for}")]
+    StillDraining {
+        /// How long this call waited.
+        waited: Duration,
+        /// Who holds it up, in a sentence.
+        waiting_for: String,
+        /// What is known so far.
+        so_far: Box<Certificate>,
+    },
+    /// The module was loaded `--pinned`.
+    #[error("'{0}' was loaded --pinned: it leaves only when the daemon stops")]
+    Pinned(String),
+    /// Called from inside a call into this very driver: the teardown goes on in a thread of its own (G8).
+    #[error("unload was asked for from inside a call into the driver; it goes on in the background")]
+    Deferred,
+}
+
+/// Why a binding leaves by itself.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum LaneFault {
+    /// The driver trapped, overran or broke the layout of its words.
+    #[error("driver fault: {0}")]
+    Guest(GuestFault),
+    /// The device broke the virtqueue's rules.
+    #[error("device fault: {0}")]
+    Device(DeviceFault),
+}

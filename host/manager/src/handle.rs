@@ -1,0 +1,259 @@
+//! A client's revocable right to operate on a binding.
+//!
+//! ```text
+//! open -> submit/poll ... -> (revoked by the ladder: every call answers `Revoked`) -> close
+//!                         \-> close by drop: infallible, waits for nothing
+//! ```
+//!
+//! What was submitted through a handle that was closed still completes; its answers are thrown away and its buffers go back to the arena.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use cofferdam_device::Buffer;
+use cofferdam_gate::{Notify, Refused};
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::binding::Binding;
+use crate::block::{BlockGeometry, BlockRequest, Completion};
+use crate::error::{LeaseError, SubmitError};
+use crate::lane::Lane;
+
+/// What a client says of itself when it opens a handle.
+#[derive(Clone, Debug, Default)]
+pub struct HandleSpec {
+    /// What kind of client this is, for `ls` and `handles`: `nbd:/run/a.sock`, `in-process`.
+    pub label: String,
+    /// Who is at the other end, in the port's words.
+    pub peer: String,
+    /// The lane that serves it, below [`Binding::lanes`].
+    pub lane: usize,
+    /// Signalled whenever the client should call [`Handle::poll`] or look at [`Handle::state`]. Clients that share one (a port's worker) poll all
+    /// their handles when it is signalled. With `None` the handle makes its own, which hangs up for ever at revocation.
+    pub notify: Option<Arc<Notify>>,
+}
+
+/// Whether a handle may operate now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandleState {
+    /// Yes.
+    Open,
+    /// Not for the moment.
+    Held,
+    /// Never again.
+    Revoked,
+}
+
+/// The part of a handle that the lane and the ladder know.
+pub(crate) struct HandleShared {
+    pub(crate) id: u64,
+    pub(crate) label: String,
+    pub(crate) peer: String,
+    pub(crate) lane: usize,
+    pub(crate) opened: Instant,
+    pub(crate) notify: Arc<Notify>,
+    /// The notify is this handle's alone, so revocation may hang it up.
+    own_notify: bool,
+    revoked: AtomicBool,
+    pub(crate) in_flight: AtomicU32,
+    pub(crate) requests: AtomicU64,
+    /// Answers that another thread reaped. Bounded by the lane's limit of requests in flight plus what the client leaves here, which
+    /// counts against [`Handle::submit`]'s own check.
+    answers: Mutex<Vec<Completion>>,
+    /// Length of `answers`, so that the common poll takes no lock.
+    waiting: AtomicU32,
+}
+
+impl HandleShared {
+    /// Puts an answer where the handle's client will find it; the caller signals `notify` once per batch.
+    pub(crate) fn deliver(&self, completion: Completion) {
+        let mut answers = self.answers.lock();
+        answers.push(completion);
+        self.waiting.store(answers.len() as u32, Ordering::Release);
+    }
+
+    fn take_answers(&self, out: &mut Vec<Completion>) -> usize {
+        if self.waiting.load(Ordering::Acquire) == 0 {
+            return 0;
+        }
+        let mut answers = self.answers.lock();
+        let count = answers.len();
+        out.append(&mut answers);
+        self.waiting.store(0, Ordering::Release);
+        count
+    }
+
+    pub(crate) fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Ends the handle's right to operate; true the first time.
+    pub(crate) fn revoke(&self) -> bool {
+        let first = !self.revoked.swap(true, Ordering::AcqRel);
+        if self.own_notify {
+            self.notify.hang_up();
+        } else {
+            self.notify.signal();
+        }
+        first
+    }
+}
+
+/// An open handle. `Send`, used by one thread at a time; open one per client.
+pub struct Handle {
+    shared: Arc<HandleShared>,
+    lane: Arc<Lane>,
+    binding: Arc<Binding>,
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handle").field("id", &self.shared.id).field("state", &self.state()).finish()
+    }
+}
+
+impl Handle {
+    pub(crate) fn new(
+        binding: Arc<Binding>,
+        lane: Arc<Lane>,
+        id: u64,
+        spec: HandleSpec,
+    ) -> std::io::Result<(Handle, Arc<HandleShared>)> {
+        let own_notify = spec.notify.is_none();
+        let notify = match spec.notify {
+            Some(notify) => notify,
+            None => Notify::new()?,
+        };
+        let shared = Arc::new(HandleShared {
+            id,
+            label: spec.label,
+            peer: spec.peer,
+            lane: spec.lane,
+            opened: Instant::now(),
+            notify,
+            own_notify,
+            revoked: AtomicBool::new(false),
+            in_flight: AtomicU32::new(0),
+            requests: AtomicU64::new(0),
+            answers: Mutex::new(Vec::new()),
+            waiting: AtomicU32::new(0),
+        });
+        Ok((Handle { shared: Arc::clone(&shared), lane, binding }, shared))
+    }
+
+    /// The number that `handles` shows.
+    pub fn id(&self) -> u64 {
+        self.shared.id
+    }
+
+    /// What the device can do.
+    pub fn geometry(&self) -> &BlockGeometry {
+        self.lane.geometry()
+    }
+
+    /// Whether the handle may operate. Takes no lock.
+    pub fn state(&self) -> HandleState {
+        if self.shared.is_revoked() {
+            return HandleState::Revoked;
+        }
+        match self.binding.gate().state() {
+            cofferdam_gate::State::Open => HandleState::Open,
+            cofferdam_gate::State::Held => HandleState::Held,
+            cofferdam_gate::State::Closed => HandleState::Revoked,
+        }
+    }
+
+    /// Borrows `bytes` of the binding's DMA memory. Dropping the buffer gives it back; after the binding is gone it reaches nothing.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; `Exhausted` passes when something is answered and its buffer dropped.
+    pub fn lease(&self, bytes: u32) -> Result<Buffer, LeaseError> {
+        if self.shared.is_revoked() {
+            return Err(LeaseError::Revoked);
+        }
+        self.lane.arena().lease(bytes).map_err(|error| LeaseError::from_arena(&error, bytes))
+    }
+
+    /// Admits requests from the front of `requests`, in order, and publishes them to the device. What was admitted is gone from the vector and is answered
+    /// exactly once, also if it is invalid; what is left was not looked at. Any number may be given; one crossing carries up to 64.
+    ///
+    /// # Errors
+    /// [`SubmitError`] says why something was left. With `Held`, the handle's notify is signalled when it is worth trying again.
+    pub fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+        if requests.is_empty() {
+            return Ok(());
+        }
+        if self.shared.is_revoked() {
+            return Err(SubmitError::Revoked);
+        }
+        match self.lane.submit(&self.shared, requests) {
+            Ok(()) => Ok(()),
+            Err(crate::lane::Stop::Full) => Err(SubmitError::Full),
+            Err(crate::lane::Stop::Gone) => Err(SubmitError::Revoked),
+            Err(crate::lane::Stop::Refused(Refused::Closed)) => Err(SubmitError::Revoked),
+            Err(crate::lane::Stop::Refused(Refused::Held)) => {
+                self.binding.gate().register_held(&self.shared.notify);
+                Err(SubmitError::Held)
+            }
+        }
+    }
+
+    /// Takes what was answered. Never blocks; looks at the device for everyone on the lane when nobody else is doing so. Returns how much was found, for this
+    /// handle or for handles that share its notify: only after a 0 with `arm` from each of those is it safe to sleep on
+    /// [`Handle::device_fd`] and [`Handle::notify`] (without `arm` the device is not asked to notify, which is cheaper while polling).
+    pub fn poll(&self, arm: bool, out: &mut Vec<Completion>) -> usize {
+        let found = self.lane.poll(&self.shared, arm, out);
+        found + self.shared.take_answers(out)
+    }
+
+    /// Readable when the device used something on this handle's lane. [`Handle::poll`] clears it.
+    pub fn device_fd(&self) -> BorrowedFd<'_> {
+        self.lane.device_fd()
+    }
+
+    /// See [`HandleSpec::notify`].
+    pub fn notify(&self) -> &Arc<Notify> {
+        &self.shared.notify
+    }
+
+    /// Requests of this handle that are not answered yet.
+    pub fn in_flight(&self) -> u32 {
+        self.shared.in_flight.load(Ordering::Acquire)
+    }
+
+    /// Polls, and sleeps for at most `timeout` if there is nothing yet. Returns what [`Handle::poll`] returned last; 0 after a time-out or at revocation.
+    pub fn wait(&self, timeout: Duration, out: &mut Vec<Completion>) -> usize {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let found = self.poll(true, out);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if found > 0 || left.is_zero() || self.shared.notify.is_hung_up() {
+                return found;
+            }
+            let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            let device = self.device_fd();
+            let mut fds = [
+                PollFd::new(&device, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.shared.notify.fd(), PollFlags::IN),
+            ];
+            // EINTR and spurious returns lead to another look, bounded by the deadline.
+            let _ = poll(&mut fds, Some(&wait));
+            if fds[1].revents().contains(PollFlags::IN) {
+                self.shared.notify.clear();
+            }
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // Close is final and waits for nothing: what is in flight is answered into `answers`, which goes with the last reference.
+        self.shared.revoke();
+        self.binding.forget_handle(self.shared.id);
+        let mut rest = Vec::new();
+        self.shared.take_answers(&mut rest);
+    }
+}

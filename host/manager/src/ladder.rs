@@ -1,0 +1,386 @@
+//! The ladder: the one way out of a binding (DESIGN section 7, L1 to L7).
+//!
+//! ```text
+//! close-gate -> revoke -> drain -> [interrupt] -> quiesce -> answer -> ports -> unmap -> drop -> release
+//!                           |
+//!                           +-- deadline or cancellation: still draining, run again to go on (L2)
+//! ```
+//!
+//! Unload, a lost device, a faulty driver, a failed load and the daemon's end are [`Cause`]s of the same run (L4). Every stage is idempotent; [`Progress`] holds
+//! what earlier runs found. Only `drain` may give up and come back: each of the others is bounded by itself.
+//!
+//! If the device cannot be shown to be silent, everything it can reach is retired, its requests are answered to nobody, and the certificate says so (L1).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cofferdam_device::transport::Silence;
+use cofferdam_gate::{Cancel, Notify};
+use parking_lot::MutexGuard;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::binding::{Binding, BindingState, Parts};
+use crate::certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
+use crate::error::UnloadError;
+use crate::lane::LaneEnd;
+use crate::watch::Watch;
+
+/// How long ports may take to send what was answered (DESIGN section 5).
+pub(crate) const PORT_GRACE: Duration = Duration::from_millis(100);
+/// How long a forced run waits for a healthy device before it cuts the drain short.
+const FORCED_DRAIN: Duration = Duration::from_millis(100);
+/// How long an interrupted guest may take to be out of its crossing: a few epoch ticks.
+const INTERRUPT_BOUND: Duration = Duration::from_millis(500);
+/// How long a device may take to become silent.
+const QUIESCE_BOUND: Duration = Duration::from_millis(1000);
+/// Longest sleep in `drain` between two looks at what has no descriptor to wait on (cancellation).
+const DRAIN_SLICE: Duration = Duration::from_millis(20);
+
+/// Why a binding leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// An operator asked.
+    Unload,
+    /// The device went away.
+    Removed,
+    /// Driver or device broke the rules.
+    Fault,
+    /// The load did not succeed.
+    LoadFailed,
+    /// The daemon stops.
+    Shutdown,
+}
+
+/// How an unload is carried out.
+#[derive(Clone, Debug)]
+pub struct UnloadOptions {
+    /// How long this call may wait for the drain.
+    pub deadline: Duration,
+    /// Interrupt guests and cut the drain short instead of giving up at the deadline.
+    pub force: bool,
+    /// Ends the wait from another thread; the binding stays draining.
+    pub cancel: Option<Cancel>,
+    /// Why.
+    pub cause: Cause,
+}
+
+impl Default for UnloadOptions {
+    fn default() -> UnloadOptions {
+        UnloadOptions { deadline: Duration::from_secs(5), force: false, cancel: None, cause: Cause::Unload }
+    }
+}
+
+/// What the runs so far found; part of the binding, so that the next run goes on from it.
+#[derive(Default)]
+pub(crate) struct Progress {
+    cause: Option<Cause>,
+    forced: bool,
+    counted: bool,
+    handles_revoked: u64,
+    calls_at_close: u64,
+    calls_interrupted: u64,
+    requests_at_close: u64,
+    failed: u64,
+    abandoned: u64,
+    leaked: Leaked,
+    times: Vec<StageTime>,
+}
+
+impl Progress {
+    fn timed<T>(&mut self, name: Stage, since: Instant, value: T) -> T {
+        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        match self.times.iter_mut().find(|time| time.name == name) {
+            Some(time) => time.micros += micros,
+            None => self.times.push(StageTime { name, micros }),
+        }
+        value
+    }
+
+    fn outcome(&self) -> Outcome {
+        match self.cause {
+            Some(Cause::Removed) => Outcome::Removed,
+            Some(Cause::Fault) => Outcome::Failed,
+            Some(Cause::LoadFailed) => Outcome::RolledBack,
+            Some(Cause::Shutdown) => Outcome::Shutdown,
+            _ if self.forced => Outcome::Forced,
+            _ => Outcome::Unloaded,
+        }
+    }
+}
+
+enum Drained {
+    /// Nothing is in flight.
+    Empty,
+    /// The device is gone: what is in flight cannot be completed.
+    Lost,
+    /// A forced run's patience is over.
+    Cut,
+    /// The caller's patience is over.
+    GaveUp,
+}
+
+/// Runs the ladder as far as it goes. On success the binding is detached and its certificate is the answer; a second run answers the same certificate.
+pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch) -> Result<Certificate, UnloadError> {
+    let started = Instant::now();
+    let deadline = started + options.deadline;
+    // A load or another run may be in progress: both are bounded, but this caller waits no longer than it said (L2).
+    let Some(mut parts) = binding.parts.try_lock_until(deadline) else {
+        return Err(UnloadError::StillDraining {
+            waited: started.elapsed(),
+            waiting_for: "another load or unload of this binding is running".into(),
+            so_far: Box::new(draft(binding, &Progress::default(), Residual::default(), Outcome::Draining)),
+        });
+    };
+    if let Some(certificate) = binding.certificate.get() {
+        return Ok(certificate.clone());
+    }
+    let span = tracing::info_span!("ladder", binding = binding.name(), driver = binding.driver(), device = binding.device());
+    let _entered = span.enter();
+    let first = parts.progress.cause.is_none();
+    parts.progress.cause.get_or_insert(options.cause);
+    parts.progress.forced |= options.force;
+    if first {
+        tracing::info!(cause = ?options.cause, "draining");
+    }
+    binding.set_state(BindingState::Draining);
+
+    close_and_revoke(binding, &mut parts);
+    let since = Instant::now();
+    let drained = drain(binding, &mut parts, deadline, options);
+    parts.progress.timed(Stage::Drain, since, ());
+    if matches!(drained, Drained::GaveUp) {
+        return Err(UnloadError::StillDraining {
+            waited: started.elapsed(),
+            waiting_for: waiting_for(binding, &parts),
+            so_far: Box::new(draft(binding, &parts.progress, Residual::default(), Outcome::Draining)),
+        });
+    }
+    if !matches!(drained, Drained::Empty) {
+        interrupt(binding, &mut parts);
+    }
+    quiesce_and_answer(binding, &mut parts);
+    take_down_ports(binding, &mut parts);
+    let memory_retired = unmap(binding, &mut parts);
+    drop_code(&mut parts);
+    watch.remove(binding);
+    let certificate = release(binding, &mut parts, memory_retired);
+    binding.set_state(BindingState::Detached);
+    tracing::info!(outcome = ?certificate.outcome, clean = certificate.residual.is_zero(), leaked_bytes = certificate.leaked.bytes, "detached");
+    Ok(binding.certificate.get_or_init(|| certificate).clone())
+}
+
+/// G1: after the gate's barrier nothing is admitted. The numbers of the certificate are those of the first time.
+fn close_and_revoke(binding: &Arc<Binding>, parts: &mut Parts) {
+    let since = Instant::now();
+    binding.gate().close();
+    parts.progress.timed(Stage::CloseGate, since, ());
+    let since = Instant::now();
+    if !parts.progress.counted {
+        parts.progress.counted = true;
+        parts.progress.calls_at_close = binding.gate().crossings();
+        parts.progress.requests_at_close = binding.gate().operations();
+    }
+    parts.progress.handles_revoked += binding.revoke_handles();
+    parts.progress.timed(Stage::Revoke, since, ());
+}
+
+/// Waits for operations and crossings, and reaps every vacant lane meanwhile, so that a client that stopped polling holds up nothing (L3).
+fn drain(binding: &Arc<Binding>, parts: &mut Parts, deadline: Instant, options: &UnloadOptions) -> Drained {
+    let gate = *binding.gate();
+    let started = Instant::now();
+    let wake = Notify::new().ok();
+    if let Some(wake) = &wake {
+        gate.wake_drain_with(wake);
+    }
+    loop {
+        if let Some(wake) = &wake {
+            wake.clear();
+        }
+        let mut busy_lanes = 0;
+        for lane in &parts.lanes {
+            match lane.try_reap() {
+                Some(_) => {}
+                None => busy_lanes += 1,
+            }
+        }
+        if gate.operations() == 0 && gate.crossings() == 0 {
+            return Drained::Empty;
+        }
+        if parts.transport.as_ref().is_some_and(|transport| transport.lock().is_lost()) {
+            return Drained::Lost;
+        }
+        let device_broken = parts.lanes.iter().any(|lane| lane.device_is_broken());
+        let now = Instant::now();
+        let patience_over = now >= deadline || now.duration_since(started) >= FORCED_DRAIN || device_broken;
+        if parts.progress.forced && patience_over {
+            return Drained::Cut;
+        }
+        if now >= deadline || options.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
+            return Drained::GaveUp;
+        }
+        let slice = if busy_lanes > 0 { Duration::from_millis(1) } else { DRAIN_SLICE };
+        sleep_until_something(parts, wake.as_deref(), slice.min(deadline - now));
+    }
+}
+
+/// Sleeps until the last leaver, a device or the backend's end wakes it, at most `slice`.
+fn sleep_until_something(parts: &Parts, wake: Option<&Notify>, slice: Duration) {
+    let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(parts.lanes.len() + 1);
+    if let Some(wake) = wake {
+        fds.push(PollFd::from_borrowed_fd(wake.fd(), PollFlags::IN));
+    }
+    for lane in &parts.lanes {
+        fds.push(PollFd::from_borrowed_fd(lane.device_fd(), PollFlags::IN));
+    }
+    let wait = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
+    // EINTR only makes for an early look.
+    let _ = poll(&mut fds, Some(&wait));
+}
+
+/// Who holds up the drain, in a sentence.
+fn waiting_for(binding: &Binding, parts: &Parts) -> String {
+    let requests = binding.gate().operations();
+    let calls = binding.gate().crossings();
+    let mut text = format!("{requests} requests in flight and {calls} calls in the driver");
+    if let Some((token, age, stage)) = parts.lanes.iter().filter_map(|lane| lane.oldest()).max_by_key(|(_, age, _)| *age) {
+        text.push_str(&format!("; the oldest request ({token:#x}, {stage}) has waited {:.1} s for {}", age.as_secs_f64(), binding.device()));
+    }
+    text
+}
+
+/// Ends guest code that is still running. The flag is this binding's stores' alone.
+fn interrupt(binding: &Arc<Binding>, parts: &mut Parts) {
+    let since = Instant::now();
+    let running = binding.gate().crossings();
+    for kill in &parts.kills {
+        kill.kill();
+    }
+    if running > 0 {
+        let bound = Instant::now() + INTERRUPT_BOUND;
+        let _ = binding.gate().drain(cofferdam_gate::Drain::Crossings, Some(bound), &Cancel::new());
+        parts.progress.calls_interrupted += running;
+    }
+    parts.progress.timed(Stage::Interrupt, since, ());
+}
+
+/// L1: nothing is answered as failed, freed or reused before the device is silent.
+fn quiesce_and_answer(binding: &Arc<Binding>, parts: &mut Parts) {
+    let since = Instant::now();
+    let unanswered = parts.lanes.iter().map(|lane| lane.published()).sum();
+    let silence = match &parts.transport {
+        Some(transport) => transport.lock().quiesce(unanswered, since + QUIESCE_BOUND),
+        None => Silence::Confirmed,
+    };
+    parts.progress.timed(Stage::Quiesce, since, ());
+
+    let since = Instant::now();
+    let confirmed = silence == Silence::Confirmed;
+    for lane in &parts.lanes {
+        let LaneEnd { failed, abandoned } = lane.finish(confirmed);
+        parts.progress.failed += failed as u64;
+        parts.progress.abandoned += abandoned as u64;
+    }
+    if let Silence::Unconfirmed { reason } = silence {
+        let abandoned = parts.progress.abandoned;
+        tracing::warn!(reason, abandoned, "device not shown to be silent, its memory is retired");
+        parts.progress.leaked.reason = match abandoned {
+            0 => reason,
+            _ => format!("{reason}; {abandoned} requests that the device may still act on were answered to nobody"),
+        };
+    }
+    let _ = binding;
+    parts.progress.timed(Stage::Answer, since, ());
+}
+
+fn take_down_ports(binding: &Arc<Binding>, parts: &mut Parts) {
+    let since = Instant::now();
+    for port in binding.take_ports() {
+        let address = port.address();
+        let report = port.shutdown(PORT_GRACE);
+        tracing::info!(port = address, connections = report.connections, severed = report.severed, "port detached");
+    }
+    parts.progress.timed(Stage::Ports, since, ());
+}
+
+/// Frees the DMA memory, or retires it if the device may still write there. Returns whether it was retired.
+fn unmap(binding: &Arc<Binding>, parts: &mut Parts) -> bool {
+    let since = Instant::now();
+    let retire = !parts.progress.leaked.reason.is_empty();
+    for lane in &parts.lanes {
+        lane.drop_rings();
+    }
+    if let Some(transport) = &parts.transport {
+        transport.lock().release();
+    }
+    if let Some(rings) = parts.rings.take() {
+        if retire {
+            parts.progress.leaked.bytes += rings.retire();
+        } else {
+            rings.revoke();
+        }
+    }
+    if let Some(arena) = parts.arena.take() {
+        if retire {
+            parts.progress.leaked.bytes += arena.retire();
+        } else {
+            arena.revoke();
+        }
+    }
+    let _ = binding;
+    parts.progress.timed(Stage::Unmap, since, retire)
+}
+
+fn drop_code(parts: &mut Parts) {
+    let since = Instant::now();
+    for lane in &parts.lanes {
+        lane.drop_driver();
+    }
+    parts.control = None;
+    parts.module = None;
+    parts.kills.clear();
+    parts.progress.timed(Stage::Drop, since, ());
+}
+
+/// Gives the device up and looks up what is left (L7).
+fn release(binding: &Arc<Binding>, parts: &mut MutexGuard<'_, Parts>, memory_retired: bool) -> Certificate {
+    let since = Instant::now();
+    parts.transport = None;
+    let lanes = std::mem::take(&mut parts.lanes);
+    let leased: u64 = lanes.iter().map(|lane| lane.arena().live_buffers()).max().unwrap_or(0);
+    let requests = lanes.iter().map(|lane| lane.in_ledger() as u64).sum::<u64>() + binding.gate().operations();
+    // What was retired on purpose is under `leaked`; its mappings and memfds are not looked for.
+    let (mappings, dma_bytes) = if memory_retired { (0, 0) } else { parts.marks.mappings() };
+    let fds = parts.marks.open_descriptors(!memory_retired);
+    let residual = Residual {
+        calls: binding.gate().crossings(),
+        handles: binding.open_handles().iter().filter(|handle| !handle.is_revoked()).count() as u64,
+        requests,
+        buffers: if memory_retired { 0 } else { leased },
+        dma_bytes,
+        mappings,
+        fds,
+    };
+    parts.progress.timed(Stage::Release, since, ());
+    let outcome = parts.progress.outcome();
+    draft(binding, &parts.progress, residual, outcome)
+}
+
+fn draft(binding: &Binding, progress: &Progress, residual: Residual, outcome: Outcome) -> Certificate {
+    Certificate {
+        name: binding.name().to_owned(),
+        driver: binding.driver().to_owned(),
+        device: binding.device().to_owned(),
+        generation: binding.generation(),
+        outcome,
+        handles_revoked: progress.handles_revoked,
+        calls_at_close: progress.calls_at_close,
+        calls_drained: progress.calls_at_close.saturating_sub(progress.calls_interrupted),
+        calls_interrupted: progress.calls_interrupted,
+        requests_at_close: progress.requests_at_close,
+        requests_completed: progress.requests_at_close.saturating_sub(progress.failed + progress.abandoned),
+        requests_failed: progress.failed,
+        stages: progress.times.clone(),
+        residual,
+        leaked: progress.leaked.clone(),
+    }
+}

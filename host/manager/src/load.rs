@@ -1,0 +1,247 @@
+//! From a component and a device to a binding that serves. Every failure leaves by the ladder (L4), so nothing has to be undone here.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cofferdam_device::dma::DmaRegion;
+use cofferdam_device::queue::{QueueConfig, SplitQueue};
+use cofferdam_device::transport::{QueueSetup, Transport};
+use cofferdam_device::DmaArena;
+use cofferdam_runtime::{Attachment, Grants, GuestLimits, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime};
+use parking_lot::Mutex;
+
+use crate::binding::{Binding, BindingState, Parts, Serving};
+use crate::block::BlockGeometry;
+use crate::device::{DeviceWindow, F_EVENT_IDX, F_INDIRECT_DESC, host_features};
+use crate::error::LoadError;
+use crate::lane::{Lane, LaneParts, LaneQueue};
+use crate::residue::Marks;
+use crate::watch::Watch;
+
+/// I/O address of the region with rings and headers. Far below the arena's, so that the two never meet.
+const RINGS_IOVA: u64 = 0x1000_0000;
+/// I/O address of the buffer arena.
+const ARENA_IOVA: u64 = 0x1_0000_0000;
+/// Largest ring that the host keeps, in entries.
+const RING_LIMIT: u16 = 1024;
+/// Most queues of one binding, as `wit/virtio.wit` says.
+const QUEUE_LIMIT: u16 = 64;
+
+/// What to load. Limits not given here have the defaults of DESIGN section 9.
+pub struct LoadSpec {
+    /// The binding's name; made from `driver` when `None`.
+    pub name: Option<String>,
+    /// What `ls` calls the driver: its file name or a label.
+    pub driver: String,
+    /// The component's bytes.
+    pub component: Vec<u8>,
+    /// The device, claimed by its bus.
+    pub transport: Box<dyn Transport>,
+    /// Most queues to use, each with a lane of its own; `None`: as many as driver and device agree on, at most 64.
+    pub queues: Option<u16>,
+    /// Calls are not counted and the module stays until the daemon stops.
+    pub pinned: bool,
+    /// What the driver may use beside its device.
+    pub grants: Grants,
+    /// Bounds of each instance.
+    pub limits: GuestLimits,
+    /// Bytes of buffer memory for clients: a multiple of 4,096, at least 1 MiB. Taken when touched.
+    pub arena_bytes: u64,
+    /// Operations in flight per lane, 1 to 65,535.
+    pub requests_per_lane: usize,
+    /// Open handles of the binding.
+    pub handle_limit: usize,
+}
+
+impl LoadSpec {
+    /// A load with every default: 64 MiB of buffers, 1,024 requests per lane, 4,096 handles, one queue, no grants.
+    pub fn new(driver: impl Into<String>, component: Vec<u8>, transport: Box<dyn Transport>) -> LoadSpec {
+        LoadSpec {
+            name: None,
+            driver: driver.into(),
+            component,
+            transport,
+            queues: Some(1),
+            pinned: false,
+            grants: Grants::default(),
+            limits: GuestLimits::default(),
+            arena_bytes: 64 << 20,
+            requests_per_lane: 1024,
+            handle_limit: 4096,
+        }
+    }
+}
+
+/// Builds up `binding`, which is registered and `loading`. On error the caller runs the ladder on it.
+pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, spec: LoadSpec) -> Result<(), LoadError> {
+    let mut parts = binding.parts.lock();
+    let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, .. } = spec;
+    let device = binding.device().to_owned();
+    let device_error = |source| LoadError::Device { device: device.clone(), source };
+    let plan_error = |reason: String| LoadError::Plan { device: device.clone(), reason };
+
+    // From here on the ladder owns the device, whatever happens.
+    let transport = Arc::new(Mutex::new(transport));
+    parts.transport = Some(Arc::clone(&transport));
+    parts.marks = Marks::new(memory_name(binding.name()));
+
+    let module = runtime.load(&component)?;
+    drop(component);
+    module.check_grants(&grants)?;
+    parts.module = Some(module.clone());
+    let maker = InstanceMaker { binding, module: &module, grants: &grants, limits: &limits };
+
+    // Control lane: attach, plan, properties.
+    let queue_limit = queues.unwrap_or(QUEUE_LIMIT).clamp(1, QUEUE_LIMIT);
+    let negotiated = Arc::new(Mutex::new(None));
+    let (mut control, kill) = maker.make(LaneId::Control)?;
+    parts.kills.push(kill);
+    let window = DeviceWindow::new(Arc::clone(&transport), queue_limit, RING_LIMIT, Arc::clone(&negotiated));
+    let attach_error = |source| LoadError::Attach { device: device.clone(), source };
+    let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
+    let Some(features) = *negotiated.lock() else {
+        return Err(plan_error("the driver attached without negotiating features".into()));
+    };
+    if features != attachment.features {
+        return Err(plan_error("the driver's attachment names other features than it negotiated".into()));
+    }
+    check_plan(&attachment, transport.lock().as_ref(), queue_limit).map_err(&plan_error)?;
+    let properties = control.block_properties().map_err(attach_error)?;
+    parts.control = Some(control);
+
+    // Memory: rings and headers in a region that no client and no guest ever receives, buffers in the arena.
+    let offered = transport.lock().offered_features();
+    let ring_features = host_features(offered);
+    let (event_idx, indirect) = (ring_features & F_EVENT_IDX != 0, ring_features & F_INDIRECT_DESC != 0);
+    let ring_bytes = |size: u16| SplitQueue::bytes(size, indirect);
+    let mut total = 0;
+    for queue in &attachment.queues {
+        total += ring_bytes(queue.size).next_multiple_of(4096);
+    }
+    let memory = parts.marks.memory.clone();
+    let host = |error: &dyn std::fmt::Display| LoadError::Host(error.to_string());
+    let rings = Arc::new(DmaRegion::new(&format!("{memory}-rings"), total, RINGS_IOVA).map_err(|e| host(&e))?);
+    parts.rings = Some(Arc::clone(&rings));
+    let region = Arc::new(DmaRegion::new(&format!("{memory}-arena"), arena_bytes, ARENA_IOVA).map_err(|e| host(&e))?);
+    let arena = DmaArena::new(Arc::clone(&region)).map_err(|e| host(&e))?;
+    parts.arena = Some(arena.clone());
+    let geometry = BlockGeometry::from_properties(&properties, arena_bytes);
+    {
+        let mut transport = transport.lock();
+        transport.map(Arc::clone(&rings)).map_err(device_error)?;
+        transport.map(region).map_err(device_error)?;
+    }
+
+    // Data lanes: one queue each.
+    let mut offset = 0;
+    for (number, plan) in attachment.queues.iter().enumerate() {
+        let config = QueueConfig { index: plan.index, size: plan.size, event_idx, indirect };
+        let queue = SplitQueue::new(config, Arc::clone(&rings), offset).map_err(|e| plan_error(e.to_string()))?;
+        offset += ring_bytes(plan.size).next_multiple_of(4096);
+        let setup = QueueSetup { index: plan.index, size: plan.size, addresses: queue.addresses() };
+        let events = transport.lock().setup_queue(setup).map_err(device_error)?;
+        {
+            use std::os::fd::AsFd;
+            parts.marks.note(events.call.as_fd());
+        }
+        let (mut driver, kill) = maker.make(LaneId::Data(number as u16))?;
+        parts.kills.push(kill);
+        let setup = LaneSetup { features, state: attachment.state.clone(), queues: vec![plan.index] };
+        driver.start(&setup).map_err(attach_error)?;
+        let lane = Lane::new(LaneParts {
+            gate: *binding.gate(),
+            driver: Box::new(driver),
+            queue: LaneQueue::new(queue, events, plan.ordinary_response.clone()),
+            arena: arena.clone(),
+            geometry: geometry.clone(),
+            requests: requests_per_lane,
+            binding: Arc::downgrade(binding),
+            wake: watch.waker(),
+        });
+        parts.lanes.push(Arc::new(lane));
+    }
+    if let Some(fd) = transport.lock().event_fd() {
+        parts.marks.note(fd);
+    }
+    transport.lock().start().map_err(device_error)?;
+    open_for_business(binding, &mut parts, geometry, watch, &transport)
+}
+
+/// The last step: from here on clients may come, and the device's loss is noticed.
+fn open_for_business(
+    binding: &Arc<Binding>,
+    parts: &mut Parts,
+    geometry: BlockGeometry,
+    watch: &Watch,
+    transport: &crate::device::SharedTransport,
+) -> Result<(), LoadError> {
+    let serving = Serving { lanes: parts.lanes.clone(), geometry };
+    if binding.serving.set(serving).is_err() {
+        return Err(LoadError::Host("a binding was built twice".into()));
+    }
+    binding.set_state(BindingState::Serving);
+    if let Some(fd) = transport.lock().event_fd() {
+        watch.add(binding, fd).map_err(|e| LoadError::Host(e.to_string()))?;
+    }
+    Ok(())
+}
+
+/// Instances of one module for one binding.
+struct InstanceMaker<'a> {
+    binding: &'a Binding,
+    module: &'a Module,
+    grants: &'a Grants,
+    limits: &'a GuestLimits,
+}
+
+impl InstanceMaker<'_> {
+    fn make(&self, lane: LaneId) -> Result<(cofferdam_runtime::Instance, KillSwitch), LoadError> {
+        let kill = KillSwitch::new();
+        let instance = self.module.instantiate(InstanceSpec {
+            binding: self.binding.name().to_owned(),
+            driver: self.binding.driver().to_owned(),
+            device: self.binding.device().to_owned(),
+            generation: self.binding.generation(),
+            lane,
+            gate: *self.binding.gate(),
+            grants: self.grants.clone(),
+            limits: self.limits.clone(),
+            kill: kill.clone(),
+        })?;
+        Ok((instance, kill))
+    }
+}
+
+/// The driver's words about queues, checked against the device and the contract (who can forge this: the guest).
+fn check_plan(attachment: &Attachment, transport: &dyn Transport, queue_limit: u16) -> Result<(), String> {
+    let queues = &attachment.queues;
+    let most = transport.max_queues().min(queue_limit);
+    if queues.is_empty() || queues.len() > usize::from(most) {
+        return Err(format!("{} queues are planned, 1 to {most} can be had", queues.len()));
+    }
+    for (position, queue) in queues.iter().enumerate() {
+        if queue.index >= transport.max_queues() {
+            return Err(format!("queue {} does not exist", queue.index));
+        }
+        if queues[..position].iter().any(|other| other.index == queue.index) {
+            return Err(format!("queue {} is planned twice", queue.index));
+        }
+        let largest = transport.max_queue_size(queue.index).min(RING_LIMIT);
+        if !queue.size.is_power_of_two() || queue.size > largest {
+            return Err(format!("queue {} of {} entries: a power of two up to {largest} can be had", queue.index, queue.size));
+        }
+        if queue.ordinary_response.as_ref().is_some_and(|bytes| bytes.len() > cofferdam_device::MAX_STATUS_BYTES) {
+            return Err(format!("queue {}: the ordinary response is over 64 bytes", queue.index));
+        }
+    }
+    if attachment.state.len() > 4096 {
+        return Err("the driver's state is over 4,096 bytes".into());
+    }
+    Ok(())
+}
+
+/// A name for memfds that no other binding of this process has.
+fn memory_name(binding: &str) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    format!("cofferdam-{binding}-{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,0 +1,217 @@
+//! The host as a library: what the command line and the examples drive.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use cofferdam_runtime::{Runtime, RuntimeConfig};
+use parking_lot::Mutex;
+
+use crate::binding::Binding;
+use crate::certificate::Certificate;
+use crate::error::{LoadError, ManagerError, UnloadError};
+use crate::ladder::{self, Cause, UnloadOptions};
+use crate::load::{self, LoadSpec};
+use crate::registry::Registry;
+use crate::watch::{self, Watch};
+
+/// How a manager is set up.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Where compiled components are kept between runs; `None`: nowhere.
+    pub cache_dir: Option<PathBuf>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) runtime: Runtime,
+    pub(crate) registry: Registry,
+    watch: Arc<Watch>,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+    stopping: AtomicBool,
+}
+
+/// Loads drivers, keeps bindings, unloads them. Cheap to clone; every clone is the same manager.
+///
+/// When the last clone is dropped, what is still bound leaves by the ladder with a bound of five seconds.
+#[derive(Clone)]
+pub struct Manager {
+    shared: Arc<Shared>,
+    /// Counts the clones in users' hands; bindings and threads hold `shared` alone.
+    _users: Arc<LastUser>,
+}
+
+struct LastUser(Weak<Shared>);
+
+impl Drop for LastUser {
+    fn drop(&mut self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.shutdown(Duration::from_secs(5));
+        }
+    }
+}
+
+impl Manager {
+    /// Makes a manager: one compiler and one watching thread.
+    ///
+    /// # Errors
+    /// [`ManagerError`] when the host has no memory, thread or descriptor for it.
+    pub fn new(config: Config) -> Result<Manager, ManagerError> {
+        let runtime = Runtime::new(RuntimeConfig { cache_dir: config.cache_dir, ..RuntimeConfig::default() })?;
+        let watch = Arc::new(Watch::new()?);
+        let shared = Arc::new(Shared {
+            runtime,
+            registry: Registry::new(),
+            watch: Arc::clone(&watch),
+            watcher: Mutex::new(None),
+            stopping: AtomicBool::new(false),
+        });
+        *shared.watcher.lock() = Some(watch::spawn(watch, Arc::downgrade(&shared))?);
+        let users = Arc::new(LastUser(Arc::downgrade(&shared)));
+        Ok(Manager { shared, _users: users })
+    }
+
+    /// The compiler, for `inspect`.
+    pub fn runtime(&self) -> &Runtime {
+        &self.shared.runtime
+    }
+
+    /// Joins a driver and a device. Returns when clients can open handles.
+    ///
+    /// # Errors
+    /// [`LoadError`]; whatever had been taken was given back.
+    pub fn load(&self, spec: LoadSpec) -> Result<Arc<Binding>, LoadError> {
+        let shared = &self.shared;
+        let device = spec.transport.address().to_owned();
+        let binding = loop {
+            let name = match &spec.name {
+                Some(name) => check_name(name)?.to_owned(),
+                None => self.free_name(&spec.driver),
+            };
+            let binding = Arc::new(Binding::new(name, spec.driver.clone(), device.clone(), spec.pinned, spec.handle_limit));
+            match shared.registry.insert(Arc::clone(&binding)) {
+                Ok(()) => break binding,
+                Err(taken) if spec.name.is_some() => return Err(LoadError::NameTaken(taken.name().to_owned())),
+                // Somebody took the made-up name first: make up another.
+                Err(_) => {}
+            }
+        };
+        let result = if shared.stopping.load(Ordering::Acquire) {
+            drop(spec);
+            Err(LoadError::ShuttingDown)
+        } else {
+            load::build(&binding, &shared.runtime, &shared.watch, spec)
+        };
+        match result {
+            Ok(()) => {
+                tracing::info!(binding = binding.name(), driver = binding.driver(), device = binding.device(), lanes = binding.lanes(), "serving");
+                Ok(binding)
+            }
+            Err(error) => {
+                let options = UnloadOptions { cause: Cause::LoadFailed, force: true, ..UnloadOptions::default() };
+                if let Err(stuck) = shared.leave(&binding, &options) {
+                    tracing::error!(binding = binding.name(), error = %stuck, "a failed load could not be rolled back");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a binding down the ladder (DESIGN section 7).
+    ///
+    /// # Errors
+    /// [`UnloadError`]; after `StillDraining` the binding admits nothing any more, and another unload goes on from there.
+    pub fn unload(&self, name: &str, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
+        let binding = self.get(name).ok_or_else(|| UnloadError::NoSuchBinding(name.to_owned()))?;
+        self.unload_binding(&binding, options)
+    }
+
+    /// The same for a binding that is at hand.
+    ///
+    /// # Errors
+    /// As for [`Manager::unload`].
+    pub fn unload_binding(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
+        if binding.pinned && options.cause == Cause::Unload {
+            return Err(UnloadError::Pinned(binding.name().to_owned()));
+        }
+        // G8: a thread inside a crossing would wait for itself.
+        if cofferdam_gate::in_crossing() {
+            let (shared, binding, options) = (Arc::clone(&self.shared), Arc::clone(binding), options.clone());
+            let deferred = std::thread::Builder::new().name("cofferdam-ladder".into());
+            let _ = deferred.spawn(move || shared.leave(&binding, &options));
+            return Err(UnloadError::Deferred);
+        }
+        self.shared.leave(binding, options)
+    }
+
+    /// The binding of this name.
+    pub fn get(&self, name: &str) -> Option<Arc<Binding>> {
+        self.shared.registry.get(name)
+    }
+
+    /// All bindings, by name.
+    pub fn bindings(&self) -> Vec<Arc<Binding>> {
+        self.shared.registry.snapshot().values().cloned().collect()
+    }
+
+    /// Takes every binding down, all at once, within `bound`: first politely, at half of it by force. Later loads are refused.
+    pub fn shutdown(&self, bound: Duration) -> Vec<Certificate> {
+        self.shared.shutdown(bound)
+    }
+
+    fn free_name(&self, driver: &str) -> String {
+        let stem = driver.rsplit('/').next().unwrap_or(driver);
+        let stem = stem.strip_suffix(".wasm").unwrap_or(stem);
+        let stem: String = stem.chars().filter(|c| is_name_char(*c)).take(48).collect();
+        let stem = stem.trim_start_matches(['-', '.']);
+        let stem = if stem.is_empty() { "driver" } else { stem };
+        let taken = self.shared.registry.snapshot();
+        (0..).map(|number| format!("{stem}{number}")).find(|name| !taken.contains_key(name)).unwrap_or_default()
+    }
+}
+
+impl Shared {
+    pub(crate) fn leave(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
+        let certificate = ladder::run(binding, options, &self.watch)?;
+        self.registry.remove(binding);
+        Ok(certificate)
+    }
+
+    fn shutdown(&self, bound: Duration) -> Vec<Certificate> {
+        self.stopping.store(true, Ordering::Release);
+        let deadline = Instant::now() + bound;
+        let bindings: Vec<_> = self.registry.snapshot().values().cloned().collect();
+        let certificates = std::thread::scope(|scope| {
+            let leaving: Vec<_> = bindings.iter().map(|binding| scope.spawn(move || self.leave_at_shutdown(binding, deadline))).collect();
+            leaving.into_iter().filter_map(|thread| thread.join().ok().flatten()).collect()
+        });
+        self.watch.stop();
+        if let Some(watcher) = self.watcher.lock().take()
+            && watcher.thread().id() != std::thread::current().id()
+        {
+            let _ = watcher.join();
+        }
+        certificates
+    }
+
+    fn leave_at_shutdown(&self, binding: &Arc<Binding>, deadline: Instant) -> Option<Certificate> {
+        let half = deadline.saturating_duration_since(Instant::now()) / 2;
+        let polite = UnloadOptions { deadline: half, force: false, cancel: None, cause: Cause::Shutdown };
+        if let Ok(certificate) = self.leave(binding, &polite) {
+            return Some(certificate);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let forced = UnloadOptions { deadline: left / 2, force: true, cancel: None, cause: Cause::Shutdown };
+        self.leave(binding, &forced).ok()
+    }
+}
+
+fn is_name_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
+}
+
+fn check_name(name: &str) -> Result<&str, LoadError> {
+    let good = (1..=64).contains(&name.len()) && name.chars().all(is_name_char) && !name.starts_with(['-', '.']);
+    if good { Ok(name) } else { Err(LoadError::BadName(name.to_owned())) }
+}

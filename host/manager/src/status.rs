@@ -1,0 +1,126 @@
+//! What `ls` shows: plain data, made from counters that are read without disturbing who writes them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::binding::Binding;
+
+/// Calls counted on one core.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoreCalls {
+    /// The core.
+    pub core: u32,
+    /// Operations admitted on it since the start.
+    pub operations: u64,
+    /// Crossings into the driver made on it since the start.
+    pub crossings: u64,
+}
+
+/// One open handle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandleStatus {
+    /// Its number within the binding.
+    pub id: u64,
+    /// The port, or `in-process`.
+    pub port: String,
+    /// Who is at the other end, in the port's words.
+    pub peer: String,
+    /// The lane that serves it.
+    pub lane: usize,
+    /// Seconds since it was opened.
+    pub age_seconds: u64,
+    /// Requests not answered yet.
+    pub in_flight: u32,
+    /// Requests admitted since it was opened.
+    pub requests: u64,
+}
+
+/// One binding.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BindingStatus {
+    /// Its name.
+    pub name: String,
+    /// `loading`, `serving`, `draining` or `detached`.
+    pub state: String,
+    /// The driver's file or label.
+    pub driver: String,
+    /// The device's address.
+    pub device: String,
+    /// How many drivers this binding has had.
+    pub generation: u64,
+    /// Seconds since it was made.
+    pub age_seconds: u64,
+    /// Whether it was loaded `--pinned`.
+    pub pinned: bool,
+    /// Data lanes.
+    pub lanes: usize,
+    /// Attached ports' addresses.
+    pub ports: Vec<String>,
+    /// Open handles.
+    pub handles: Vec<HandleStatus>,
+    /// Operations admitted and not answered.
+    pub requests_in_flight: u64,
+    /// Crossings running now.
+    pub calls_running: u64,
+    /// Calls per core; cores that never called are left out.
+    pub calls: Vec<CoreCalls>,
+    /// Size of the medium in bytes; 0 before it serves.
+    pub capacity_bytes: u64,
+    /// Bytes of buffer memory that clients hold.
+    pub leased_bytes: u64,
+    /// Why it is leaving by itself, if it is.
+    pub fault: Option<String>,
+}
+
+impl Binding {
+    /// A picture of the binding now. Takes no lock that the data path takes.
+    pub fn status(&self) -> BindingStatus {
+        let state = serde_json_name(self.state());
+        let handles = self
+            .open_handles()
+            .iter()
+            .map(|handle| HandleStatus {
+                id: handle.id,
+                port: handle.label.clone(),
+                peer: handle.peer.clone(),
+                lane: handle.lane,
+                age_seconds: handle.opened.elapsed().as_secs(),
+                in_flight: handle.in_flight.load(std::sync::atomic::Ordering::Relaxed),
+                requests: handle.requests.load(std::sync::atomic::Ordering::Relaxed),
+            })
+            .collect();
+        let calls = self
+            .gate()
+            .stats()
+            .into_iter()
+            .filter(|core| core.entered > 0 || core.crossings_in > 0)
+            .map(|core| CoreCalls { core: core.core as u32, operations: core.entered, crossings: core.crossings_in })
+            .collect();
+        BindingStatus {
+            name: self.name().to_owned(),
+            state: state.to_owned(),
+            driver: self.driver().to_owned(),
+            device: self.device().to_owned(),
+            generation: self.generation(),
+            age_seconds: self.age().as_secs(),
+            pinned: self.pinned,
+            lanes: self.lanes(),
+            ports: self.ports(),
+            handles,
+            requests_in_flight: self.gate().operations(),
+            calls_running: self.gate().crossings(),
+            calls,
+            capacity_bytes: self.geometry().map_or(0, |geometry| geometry.capacity_bytes),
+            leased_bytes: self.serving.get().map_or(0, |serving| serving.lanes[0].arena().leased_bytes()),
+            fault: self.fault.get().map(ToString::to_string),
+        }
+    }
+}
+
+fn serde_json_name(state: crate::BindingState) -> &'static str {
+    match state {
+        crate::BindingState::Loading => "loading",
+        crate::BindingState::Serving => "serving",
+        crate::BindingState::Draining => "draining",
+        crate::BindingState::Detached => "detached",
+    }
+}

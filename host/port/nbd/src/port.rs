@@ -1,0 +1,163 @@
+//! The port as the manager knows it: started, asked for its address, shut down.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::address::NbdAddress;
+use crate::error::NbdError;
+use crate::listen::Listener;
+use crate::options::NbdOptions;
+use crate::service::{Notify, Port, PortReport, Service};
+use crate::shared::{Inbox, Shared};
+use crate::worker::Worker;
+
+/// How long the acceptor rests when the system has no descriptor left for a client.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+
+/// An NBD server in front of one [`Service`]: a thread that accepts, and one worker thread per lane.
+///
+/// Dropping it without [`Port::shutdown`] shuts it down with no grace.
+pub struct NbdPort<S: Service> {
+    shared: Arc<Shared<S>>,
+    stop: Arc<Notify>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<S: Service> std::fmt::Debug for NbdPort<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NbdPort").field("address", &self.shared.address).finish_non_exhaustive()
+    }
+}
+
+impl<S: Service> NbdPort<S> {
+    /// Listens on `address` and serves `service` until [`Port::shutdown`].
+    ///
+    /// # Errors
+    /// [`NbdError`]; nothing is left behind.
+    pub fn start(service: S, address: &NbdAddress, options: NbdOptions) -> Result<NbdPort<S>, NbdError> {
+        let lanes = service.lanes();
+        if lanes == 0 || service.geometry().is_none() {
+            return Err(NbdError::NotServing);
+        }
+        let listener = Listener::bind(address)?;
+        let eventfd = |source| NbdError::Io { what: "eventfd", source };
+        let inboxes = (0..lanes).map(|_| Inbox::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(eventfd)?;
+        let shared = Arc::new(Shared::new(service, options.bounded(), listener.address.clone(), inboxes));
+        let mut port = NbdPort {
+            shared: Arc::clone(&shared),
+            stop: Notify::new().map_err(eventfd)?,
+            threads: Vec::with_capacity(lanes + 1),
+        };
+        for lane in 0..lanes {
+            let worker = Worker::new(Arc::clone(&shared), lane)?;
+            port.spawn(format!("nbd-lane-{lane}"), move || worker.run())?;
+        }
+        let stop = Arc::clone(&port.stop);
+        port.spawn("nbd-accept".to_owned(), move || accept(&shared, listener, &stop))?;
+        tracing::info!(port = %port.shared.address, lanes, "listening");
+        Ok(port)
+    }
+
+    /// Where it listens; with the real port where port 0 was asked for.
+    #[must_use]
+    pub fn listens_on(&self) -> &NbdAddress {
+        &self.shared.address
+    }
+
+    /// Connections that are open now.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.open.load(Ordering::Relaxed)
+    }
+
+    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<(), NbdError> {
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(body)
+            .map_err(|source| NbdError::Io { what: "starting a thread", source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    fn stop(&mut self, grace: Duration) -> PortReport {
+        let connections = self.shared.open.load(Ordering::Relaxed) as u64;
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.stop.signal();
+        let at = Instant::now() + grace;
+        for inbox in &self.shared.inboxes {
+            inbox.stop(at);
+        }
+        // Each thread ends by itself: the acceptor never sleeps but on `stop` and the listener, a worker knows when its
+        // time is up.
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!(port = %self.shared.address, "a thread of the port had panicked");
+            }
+        }
+        PortReport { connections, severed: self.shared.severed.load(Ordering::Relaxed) }
+    }
+}
+
+impl<S: Service> Port for NbdPort<S> {
+    fn address(&self) -> String {
+        self.shared.address.to_string()
+    }
+
+    fn shutdown(mut self: Box<Self>, grace: Duration) -> PortReport {
+        self.stop(grace)
+    }
+}
+
+impl<S: Service> Drop for NbdPort<S> {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            self.stop(Duration::ZERO);
+        }
+    }
+}
+
+/// The acceptor's thread. The listener, and with it the socket file, goes when it ends.
+fn accept<S: Service>(shared: &Shared<S>, listener: Listener, stop: &Notify) {
+    let mut rest = None;
+    while !shared.stopping.load(Ordering::Relaxed) {
+        let timeout = rest.take().and_then(|rest| Timespec::try_from(rest).ok());
+        let mut fds = [
+            PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(listener.fd(), PollFlags::IN),
+        ];
+        let watched = if timeout.is_some() { &mut fds[..1] } else { &mut fds[..] };
+        // EINTR leads to another look.
+        let _ = poll(watched, timeout.as_ref());
+        match listener.accept() {
+            Ok(Some((socket, peer))) => welcome(shared, socket, peer),
+            Ok(None) => {}
+            Err(error) => {
+                if let Some(suppressed) = shared.may_log() {
+                    tracing::warn!(port = %shared.address, %error, suppressed, "a client could not be accepted");
+                }
+                rest = Some(ACCEPT_REST);
+            }
+        }
+    }
+    drop(listener);
+}
+
+/// Gives a client to the lane with the fewest, or sends it away at once: better than to leave it waiting in the backlog
+/// without a word.
+fn welcome<S: Service>(shared: &Shared<S>, socket: OwnedFd, peer: String) {
+    if shared.open.load(Ordering::Relaxed) >= shared.options.max_connections {
+        if let Some(suppressed) = shared.may_log() {
+            tracing::warn!(port = %shared.address, peer, suppressed, limit = shared.options.max_connections, "too many connections; one was turned away");
+        }
+        return;
+    }
+    if let Some(inbox) = shared.inboxes.iter().min_by_key(|inbox| inbox.load.load(Ordering::Relaxed)) {
+        shared.open.fetch_add(1, Ordering::Relaxed);
+        inbox.hand_over(socket, peer);
+    }
+}

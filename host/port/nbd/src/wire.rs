@@ -1,0 +1,138 @@
+//! The receiving end of one connection: its socket, the bytes that were read ahead of need, and whether more is likely.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::proto::REQUEST_BYTES;
+use crate::service::Buffer;
+use crate::service::transfer::{Space, receive};
+
+/// Requests that are read ahead of need at most.
+const READ_AHEAD_REQUESTS: usize = 64;
+/// Bytes that one connection reads ahead.
+pub(crate) const READ_AHEAD_BYTES: usize = READ_AHEAD_REQUESTS * REQUEST_BYTES;
+
+/// What a read came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Got {
+    /// That many bytes, at least one.
+    Bytes(usize),
+    /// Nothing now.
+    Nothing,
+    /// The peer sends no more.
+    End,
+}
+
+/// A non-blocking stream socket under edge-triggered readiness.
+#[derive(Debug)]
+pub(crate) struct Wire {
+    socket: OwnedFd,
+    ahead: Box<[u8; READ_AHEAD_BYTES]>,
+    start: usize,
+    end: usize,
+    /// The socket may hold bytes.
+    pub(crate) readable: bool,
+    /// The socket may take bytes.
+    pub(crate) writable: bool,
+    /// The peer closed its sending side: read on until the end shows.
+    pub(crate) hung_up: bool,
+    /// Nothing that is sent reaches anybody.
+    pub(crate) gone: bool,
+}
+
+impl Wire {
+    pub(crate) fn new(socket: OwnedFd) -> Wire {
+        Wire {
+            socket,
+            ahead: Box::new([0; READ_AHEAD_BYTES]),
+            start: 0,
+            end: 0,
+            readable: true,
+            writable: true,
+            hung_up: false,
+            gone: false,
+        }
+    }
+
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// What was read ahead and not taken.
+    pub(crate) fn ahead(&self) -> &[u8] {
+        &self.ahead[self.start..self.end]
+    }
+
+    /// Marks `bytes` of [`Wire::ahead`] as taken.
+    pub(crate) fn take(&mut self, bytes: usize) {
+        self.start = (self.start + bytes).min(self.end);
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Reads ahead, up to `limit` bytes in all (bounded by [`READ_AHEAD_BYTES`]); never less than one byte of room is
+    /// asked for.
+    pub(crate) fn fill(&mut self, limit: usize) -> io::Result<Got> {
+        if self.start > 0 {
+            self.ahead.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let limit = limit.clamp(self.end, READ_AHEAD_BYTES);
+        if limit == self.end {
+            return Ok(Got::Nothing);
+        }
+        let asked = limit - self.end;
+        let result = receive(self.socket.as_fd(), &mut [Space::Bytes(&mut self.ahead[self.end..limit])], 0);
+        let got = self.judge(result, asked)?;
+        if let Got::Bytes(bytes) = got {
+            self.end += bytes;
+        }
+        Ok(got)
+    }
+
+    /// Reads payload into a lease, and with `header_follows` the head of the next request behind it, in one system
+    /// call. `Bytes` counts the lease's bytes alone. Nothing may be read ahead.
+    pub(crate) fn fill_lease(&mut self, buffer: &Buffer, range: Range<u32>, header_follows: bool) -> io::Result<Got> {
+        debug_assert!(self.ahead().is_empty());
+        let tail = if header_follows { REQUEST_BYTES } else { 0 };
+        let bytes = range.len();
+        let result =
+            receive(self.socket.as_fd(), &mut [Space::Shared(buffer, range), Space::Bytes(&mut self.ahead[..tail])], 0);
+        Ok(match self.judge(result, bytes + tail)? {
+            Got::Bytes(got) => {
+                self.end = got.saturating_sub(bytes);
+                Got::Bytes(got.min(bytes))
+            }
+            other => other,
+        })
+    }
+
+    /// Reads what nobody wants.
+    pub(crate) fn drain(&mut self, scratch: &mut [u8]) -> io::Result<Got> {
+        let asked = scratch.len();
+        let result = receive(self.socket.as_fd(), &mut [Space::Bytes(scratch)], 0);
+        self.judge(result, asked)
+    }
+
+    /// With edge-triggered readiness a short read means that the socket is empty (epoll(7)), which saves the call that
+    /// would say so.
+    fn judge(&mut self, result: io::Result<usize>, asked: usize) -> io::Result<Got> {
+        match result {
+            Ok(0) => {
+                self.readable = false;
+                Ok(Got::End)
+            }
+            Ok(bytes) => {
+                self.readable = bytes == asked || self.hung_up;
+                Ok(Got::Bytes(bytes))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                Ok(Got::Nothing)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}

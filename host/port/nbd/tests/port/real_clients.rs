@@ -1,0 +1,143 @@
+//! The clients that people use. A missing tool is a failure that names its Debian package.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use cofferdam_port_nbd::NbdOptions;
+use cofferdam_port_nbd::service::BlockOp;
+
+use crate::mock::{Mock, Served, geometry};
+
+/// Runs a tool under a time limit, and returns its output if it succeeded.
+fn run(package: &str, tool: &str, arguments: &[&str]) -> Output {
+    let output = Command::new("timeout").arg("20").arg(tool).args(arguments).output().expect("coreutils' timeout runs");
+    assert_ne!(output.status.code(), Some(127), "'{tool}' is missing: install the package {package}");
+    assert!(
+        output.status.success(),
+        "{tool} {arguments:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+fn uri(path: &Path) -> String {
+    format!("nbd+unix:///?socket={}", path.display())
+}
+
+#[test]
+fn nbdinfo_sees_what_the_device_honours() {
+    let served = Served::ordinary();
+    let info = run("libnbd-bin", "nbdinfo", &["--json", &uri(&served.path)]);
+    let info: String = String::from_utf8_lossy(&info.stdout).split_whitespace().collect();
+    for expected in [
+        "\"protocol\":\"newstyle-fixed\"",
+        "\"structured\":true",
+        "\"export-size\":4194304",
+        "\"is_read_only\":false",
+        "\"can_flush\":true",
+        "\"can_fua\":true",
+        "\"can_multi_conn\":true",
+        "\"can_trim\":true",
+        "\"can_zero\":true",
+        "\"can_df\":true",
+        "\"can_fast_zero\":false",
+        "\"can_cache\":false",
+        "\"block_size_minimum\":512",
+        "\"block_size_preferred\":4096",
+        "\"block_size_maximum\":33554432",
+        "\"description\":\"memory\"",
+    ] {
+        assert!(info.contains(expected), "{expected} in {info}");
+    }
+    let list = run("libnbd-bin", "nbdinfo", &["--list", &uri(&served.path)]);
+    assert!(String::from_utf8_lossy(&list.stdout).contains("export=\"disk\""));
+    served.finish();
+
+    let mut poor = geometry(1 << 20);
+    (poor.read_only, poor.can_flush, poor.can_discard, poor.can_write_zeroes) = (true, false, false, false);
+    let served = Served::new(Mock::new(poor, 1, 1 << 20), NbdOptions::default());
+    let info = run("libnbd-bin", "nbdinfo", &["--json", &uri(&served.path)]);
+    let info: String = String::from_utf8_lossy(&info.stdout).split_whitespace().collect();
+    for expected in [
+        "\"is_read_only\":true",
+        "\"can_flush\":false",
+        "\"can_fua\":false",
+        "\"can_trim\":false",
+        "\"can_zero\":false",
+    ] {
+        assert!(info.contains(expected), "{expected} in {info}");
+    }
+    served.finish();
+}
+
+#[test]
+fn nbdcopy_takes_an_image_in_and_out() {
+    let served = Served::new(Mock::new(geometry(16 << 20), 2, 8 << 20), NbdOptions::default());
+    let directory = tempfile::tempdir().expect("a directory");
+    let (source, copy) = (directory.path().join("source"), directory.path().join("copy"));
+    let mut image = vec![0; 16 << 20];
+    for (at, byte) in image.iter_mut().enumerate().filter(|(at, _)| at >> 20 & 1 == 0) {
+        *byte = (at / 77) as u8;
+    }
+    std::fs::File::create(&source).and_then(|mut file| file.write_all(&image)).expect("written");
+    let (source, copy_name) = (source.display().to_string(), copy.display().to_string());
+    run("libnbd-bin", "nbdcopy", &["--connections=4", "--requests=32", "--flush", &source, &uri(&served.path)]);
+    assert!(*served.mock.0.medium.lock().expect("not poisoned") == image, "the medium is the image");
+    assert!(served.mock.asked().iter().any(|asked| asked.op == BlockOp::Flush));
+    run("libnbd-bin", "nbdcopy", &["--connections=4", "--requests=32", &uri(&served.path), &copy_name]);
+    assert!(std::fs::read(&copy).expect("read") == image, "the copy is the image");
+    served.finish();
+}
+
+#[test]
+fn qemu_io_writes_with_fua_zeroes_discards_and_reads_back() {
+    let served = Served::ordinary();
+    let path = format!("nbd:unix:{}", served.path.display());
+    let commands = [
+        "write -f -P 0x5a 0 1M",
+        "read -P 0x5a 0 1M",
+        "write -z 64k 64k",
+        "read -P 0 64k 64k",
+        "write -z -u 128k 512",
+        "discard 1M 1M",
+        "read -P 0xdd 1M 1M",
+        "write -P 0x11 2M 2M",
+        "read -P 0x11 2M 2M",
+        "flush",
+    ];
+    let mut arguments = vec!["-f", "raw", "-t", "none"];
+    commands.iter().for_each(|command| arguments.extend(["-c", command]));
+    arguments.push(&path);
+    let output = run("qemu-utils", "qemu-io", &arguments);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(!text.contains("failed") && !text.contains("error"), "{text}");
+    assert!(served.mock.asked().iter().any(|asked| asked.op == BlockOp::Discard));
+    served.finish();
+}
+
+#[test]
+fn fio_verifies_at_depth() {
+    let served = Served::new(Mock::new(geometry(16 << 20), 1, 4 << 20), NbdOptions::default());
+    let uri = format!("--uri={}", uri(&served.path));
+    let output = run(
+        "fio",
+        "fio",
+        &[
+            "--name=verify",
+            "--ioengine=nbd",
+            &uri,
+            "--rw=randwrite",
+            "--bsrange=4k-256k",
+            "--size=16M",
+            "--iodepth=32",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--do_verify=1",
+        ],
+    );
+    assert!(String::from_utf8_lossy(&output.stdout).contains("err= 0"));
+    served.finish();
+}

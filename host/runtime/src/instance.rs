@@ -1,0 +1,304 @@
+//! One lane's guest: a store of its own, entered by one caller at a time, dead after its first fault.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cofferdam_gate::Gate;
+use wasmtime::{Store, UpdateDeadline};
+
+use crate::bindings::VirtioBlockDriver;
+use crate::capability::device::{DeviceCapability, the_device};
+use crate::capability::log::{LogSink, Speaker};
+use crate::capability::wasi::WasiState;
+use crate::error::InstantiateError;
+use crate::fault::{CallError, DriverError, FaultKind, GuestFault};
+use crate::grants::Grants;
+use crate::kill::KillSwitch;
+use crate::limits::{GuestLimits, Meter};
+use crate::module::Module;
+use crate::pulse::Activity;
+use crate::runtime::Runtime;
+use crate::service::{
+    Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS,
+};
+use crate::state::LaneState;
+use crate::watch::Watch;
+
+/// Bytes that one host call may lift out of a guest; wasmtime counts them before it allocates. Enough for 64 chains of the longest kind (71 KiB) and for the chunks in
+/// which WASI writes files; a list or a log message beyond it is a [`FaultKind::Layout`] or [`FaultKind::Trap`] fault.
+const LIFT_LIMIT_BYTES: usize = 2 << 20;
+
+/// Words of one request (`wit/block.wit`).
+const REQUEST_WORDS: usize = 3;
+
+/// Which lane of its binding an instance serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LaneId {
+    /// Negotiation, configuration and properties.
+    Control,
+    /// The data lane of this number.
+    Data(u16),
+}
+
+impl fmt::Display for LaneId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LaneId::Control => f.write_str("control"),
+            LaneId::Data(number) => write!(f, "{number}"),
+        }
+    }
+}
+
+/// What an instance is made for.
+pub struct InstanceSpec {
+    /// Name of the binding, for log lines.
+    pub binding: String,
+    /// Name of the driver, for log lines.
+    pub driver: String,
+    /// Address of the device, for log lines.
+    pub device: String,
+    /// Generation of the driver in its binding, for log lines.
+    pub generation: u64,
+    /// The lane.
+    pub lane: LaneId,
+    /// The binding's gate: every call into the guest is a crossing of it.
+    pub gate: Gate,
+    /// What the operator allowed.
+    pub grants: Grants,
+    /// Bounds.
+    pub limits: GuestLimits,
+    /// Ends this instance alone.
+    pub kill: KillSwitch,
+}
+
+/// One instance of a driver.
+///
+/// Invariant (L5): once `fault` is set the guest is never entered again; every later call answers a copy of it. A call that unwound through a panic of a
+/// capability counts as a fault too.
+pub struct Instance {
+    // Before `runtime`: the store goes while the ticker that bounds it still runs.
+    store: Store<LaneState>,
+    guest: VirtioBlockDriver,
+    gate: Gate,
+    activity: Arc<Activity>,
+    fault: Option<GuestFault>,
+    inside: bool,
+    lane: LaneId,
+    runtime: Runtime,
+}
+
+impl fmt::Debug for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Instance").field("lane", &self.lane).field("fault", &self.fault).finish_non_exhaustive()
+    }
+}
+
+impl Instance {
+    pub(crate) fn new(module: &Module, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
+        module.check_grants(&spec.grants)?;
+        let runtime = module.runtime().clone();
+        let pre = module.link(&spec.grants)?;
+        spec.kill.arm(runtime.engine());
+        let rate = runtime.log_rate(&spec.binding, spec.generation, spec.limits.log_lines_per_s);
+        let speaker = Speaker {
+            binding: spec.binding,
+            driver: spec.driver,
+            device: spec.device,
+            generation: spec.generation,
+            lane: spec.lane.to_string(),
+        };
+        let log = LogSink::new(speaker, rate);
+        let wasi = if spec.grants.is_empty() { None } else { Some(Box::new(WasiState::new(&spec.grants, &log)?)) };
+        let state = LaneState {
+            watch: Watch::new(spec.kill, &spec.limits),
+            meter: Meter::new(&spec.limits),
+            log,
+            device: None,
+            wasi,
+        };
+        let mut store = Store::new(runtime.engine(), state);
+        store.limiter(|state| &mut state.meter);
+        store.set_hostcall_fuel(LIFT_LIMIT_BYTES);
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(|mut store| {
+            store.data_mut().watch.tick(Instant::now())?;
+            Ok(UpdateDeadline::Continue(1))
+        });
+        let activity = runtime.pulse().register();
+        // Start functions are guest code: under the gate, the deadline and the switch like any call.
+        let made = {
+            let _crossing = spec.gate.cross();
+            let _busy = Busy::enter(&runtime, &activity);
+            match store.data_mut().watch.begin() {
+                Ok(()) => pre.instantiate(&mut store),
+                Err(interrupt) => Err(interrupt.into()),
+            }
+        };
+        let guest = made.map_err(|error| classify(&mut store, &error))?;
+        Ok(Instance { store, guest, gate: spec.gate, activity, fault: None, inside: false, lane: spec.lane, runtime })
+    }
+
+    /// The lane that this instance serves.
+    #[must_use]
+    pub fn lane(&self) -> LaneId {
+        self.lane
+    }
+
+    /// The fault that ended this instance, if one did.
+    #[must_use]
+    pub fn fault(&self) -> Option<&GuestFault> {
+        self.fault.as_ref()
+    }
+
+    /// Linear memory of the guest, in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.store.data().meter.memory_bytes() as u64
+    }
+
+    /// Control lane, once: the driver looks at the device, negotiates and plans. The device is dropped when the call ends, however it ends.
+    ///
+    /// # Errors
+    /// [`CallError::Driver`] when the driver refuses the device, [`CallError::Fault`] when it faulted; the latter also for an attachment that is out of the
+    /// bounds in `wit/virtio.wit`.
+    pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
+        let words = self.with_device(device, |store, guest| {
+            guest.cofferdam_driver_driver().call_attach(store, the_device())
+        })?;
+        let attachment = words.map_err(DriverError::from)?;
+        Attachment::check(attachment).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane: the device's configuration space may have changed. Ask for [`Instance::block_properties`] afterwards.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn config_changed(&mut self, device: Box<dyn DeviceCapability>) -> Result<(), CallError> {
+        let answer = self.with_device(device, |store, guest| {
+            guest.cofferdam_driver_driver().call_config_changed(store, the_device())
+        })?;
+        Ok(answer.map_err(DriverError::from)?)
+    }
+
+    /// Control lane: what the device can do, checked against the bounds in `wit/block.wit`.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`]; a breach of the bounds is a fault.
+    pub fn block_properties(&mut self) -> Result<BlockProperties, CallError> {
+        let words = self.call(|store, guest| guest.cofferdam_driver_block().call_get_properties(store))?;
+        let properties = words.map_err(DriverError::from)?;
+        BlockProperties::check(&properties).map_err(|fault| self.fail(fault))
+    }
+
+    /// Data lane, once, before any request.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn start(&mut self, setup: &LaneSetup) -> Result<(), CallError> {
+        let setup = setup.into();
+        let answer = self.call(|store, guest| guest.cofferdam_driver_driver().call_start(store, &setup))?;
+        Ok(answer.map_err(DriverError::from)?)
+    }
+
+    fn with_device<R>(
+        &mut self,
+        device: Box<dyn DeviceCapability>,
+        call: impl FnOnce(&mut Store<LaneState>, &VirtioBlockDriver) -> wasmtime::Result<R>,
+    ) -> Result<R, GuestFault> {
+        self.store.data_mut().device = Some(device);
+        let result = self.call(call);
+        self.store.data_mut().device = None;
+        result
+    }
+
+    /// The one way into the guest.
+    fn call<R>(
+        &mut self,
+        call: impl FnOnce(&mut Store<LaneState>, &VirtioBlockDriver) -> wasmtime::Result<R>,
+    ) -> Result<R, GuestFault> {
+        if let Some(fault) = &self.fault {
+            return Err(fault.clone());
+        }
+        if self.inside {
+            return Err(self.fault.insert(unwound()).clone());
+        }
+        if let Err(interrupt) = self.store.data_mut().watch.begin() {
+            let fault = classify(&mut self.store, &interrupt.into());
+            return Err(self.fault.insert(fault).clone());
+        }
+        let result = {
+            let _crossing = self.gate.cross();
+            let _busy = Busy::enter(&self.runtime, &self.activity);
+            self.inside = true;
+            let result = call(&mut self.store, &self.guest);
+            self.inside = false;
+            result
+        };
+        match result {
+            Ok(value) => {
+                self.store.data_mut().meter.forget_denied();
+                Ok(value)
+            }
+            Err(error) => {
+                let fault = classify(&mut self.store, &error);
+                tracing::debug!(kind = fault.kind.as_str(), lane = %self.lane, message = fault.message, "driver fault");
+                Err(self.fault.insert(fault).clone())
+            }
+        }
+    }
+
+    /// The guest answered with words that are out of bounds.
+    fn fail(&mut self, fault: GuestFault) -> CallError {
+        CallError::Fault(self.fault.insert(fault).clone())
+    }
+
+    fn replace(&mut self, out: &mut Vec<u32>, words: Vec<u32>, limit: usize, export: &str) -> Result<(), CallError> {
+        if words.len() > limit {
+            let message = format!("{export}: {} words where {limit} are the most", words.len());
+            return Err(self.fail(GuestFault::layout(message)));
+        }
+        *out = words;
+        Ok(())
+    }
+}
+
+impl BlockDriver for Instance {
+    fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
+        let words = self.call(|store, guest| guest.cofferdam_driver_block().call_submit(store, requests))?;
+        let limit = (requests.len() / REQUEST_WORDS).min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
+        self.replace(out, words, limit, "submit")
+    }
+
+    fn complete(&mut self, responses: &[u32], out: &mut Vec<u32>) -> Result<(), CallError> {
+        let words = self.call(|store, guest| guest.cofferdam_driver_block().call_complete(store, responses))?;
+        self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
+    }
+}
+
+/// Keeps the ticker at its fast pace; also when a capability's panic unwinds through the call.
+struct Busy<'a>(&'a Runtime, &'a Activity);
+
+impl<'a> Busy<'a> {
+    fn enter(runtime: &'a Runtime, activity: &'a Activity) -> Busy<'a> {
+        runtime.pulse().enter(activity);
+        Busy(runtime, activity)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.pulse().leave(self.1);
+    }
+}
+
+#[cold]
+fn classify(store: &mut Store<LaneState>, error: &wasmtime::Error) -> GuestFault {
+    let denied = store.data_mut().meter.take_denied();
+    GuestFault::classify(error, denied.as_deref())
+}
+
+fn unwound() -> GuestFault {
+    let message = "the host panicked in an earlier call of this instance".to_owned();
+    GuestFault { kind: FaultKind::Trap, message, backtrace: Vec::new() }
+}

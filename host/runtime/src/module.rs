@@ -1,0 +1,99 @@
+//! A compiled, checked driver, from which instances are made.
+
+use std::fmt;
+use std::sync::Arc;
+
+use wasmtime::component::{Component, Linker};
+
+use crate::bindings::VirtioBlockDriverPre;
+use crate::capability::{device, log, wasi};
+use crate::error::{InstantiateError, LoadError};
+use crate::grants::Grants;
+use crate::instance::{Instance, InstanceSpec};
+use crate::runtime::Runtime;
+use crate::state::LaneState;
+use crate::text::{MAX_MESSAGE_BYTES, clean};
+use crate::world::{ImportInfo, Service, World};
+
+/// What is known about a module without running it; what `inspect` shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleInfo {
+    /// SHA-256 of the component, 64 hexadecimal digits.
+    pub digest: String,
+    /// Size of the component in bytes.
+    pub bytes: usize,
+    /// What it asks for.
+    pub imports: Vec<ImportInfo>,
+    /// What it exports, by interface name with version.
+    pub exports: Vec<String>,
+    /// The service it gives.
+    pub service: Service,
+    /// Time spent on compiling it, or on reading it from the cache, in microseconds.
+    pub compile_micros: u64,
+    /// Whether the machine code came from the cache.
+    pub from_cache: bool,
+}
+
+/// A driver that was compiled and whose world was checked. Cheap to clone. Keeps its [`Runtime`] alive.
+#[derive(Clone)]
+pub struct Module {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    component: Component,
+    world: World,
+    info: ModuleInfo,
+    runtime: Runtime,
+}
+
+impl fmt::Debug for Module {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Module").field("info", &self.inner.info).finish_non_exhaustive()
+    }
+}
+
+impl Module {
+    pub(crate) fn new(runtime: Runtime, component: Component, world: World, info: ModuleInfo) -> Module {
+        Module { inner: Arc::new(Inner { component, world, info, runtime }) }
+    }
+
+    /// What is known about it.
+    #[must_use]
+    pub fn info(&self) -> &ModuleInfo {
+        &self.inner.info
+    }
+
+    /// Whether `grants` cover every import.
+    ///
+    /// # Errors
+    /// [`LoadError::ImportNotGranted`] names the import and the option that grants it; [`LoadError::UnknownImport`] an import that nobody can give.
+    pub fn check_grants(&self, grants: &Grants) -> Result<(), LoadError> {
+        self.inner.world.check_grants(grants)
+    }
+
+    /// Makes an instance. Runs the guest's start functions, under the same bounds as any call.
+    ///
+    /// # Errors
+    /// [`InstantiateError::Load`] when the grants do not cover the imports or the types do not match, [`InstantiateError::Fault`] when the guest goes over a
+    /// bound or traps.
+    pub fn instantiate(&self, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
+        Instance::new(self, spec)
+    }
+
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.inner.runtime
+    }
+
+    /// Everything that `grants` and the device give, joined to what the component asks for.
+    pub(crate) fn link(&self, grants: &Grants) -> Result<VirtioBlockDriverPre<LaneState>, LoadError> {
+        let link = || {
+            let mut linker = Linker::new(self.inner.runtime.engine());
+            log::link(&mut linker)?;
+            device::link(&mut linker)?;
+            wasi::link(&mut linker, grants)?;
+            VirtioBlockDriverPre::new(linker.instantiate_pre(&self.inner.component)?)
+        };
+        link().map_err(|error: wasmtime::Error| LoadError::Mismatch(clean(&format!("{error:#}"), MAX_MESSAGE_BYTES)))
+    }
+}

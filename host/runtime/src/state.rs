@@ -1,0 +1,18 @@
+//! What the host keeps beside one guest: the data of its store.
+
+use crate::capability::device::DeviceCapability;
+use crate::capability::log::LogSink;
+use crate::capability::wasi::WasiState;
+use crate::limits::Meter;
+use crate::watch::Watch;
+
+/// Everything that an import of a lane can reach. Nothing in here belongs to another lane, except the driver's log rate.
+pub(crate) struct LaneState {
+    pub(crate) watch: Watch,
+    pub(crate) meter: Meter,
+    pub(crate) log: LogSink,
+    /// The device, during `attach` and `config-changed` of a control lane; else nothing.
+    pub(crate) device: Option<Box<dyn DeviceCapability>>,
+    /// Present if anything of WASI was granted.
+    pub(crate) wasi: Option<Box<WasiState>>,
+}

@@ -1,0 +1,177 @@
+//! Guest crates to components.
+//!
+//! A guest is compiled to a core module for `wasm32-unknown-unknown` with the profile `driver`, in a target folder of its own
+//! (`target/guests`), because its flags and those of the host would throw each other's builds away. `wit-component` then makes a component
+//! of it, in process. What a component imports is checked here: a driver that asks for more than `cofferdam:driver` is not shipped.
+
+mod hostile;
+mod misfits;
+
+use crate::toolchain::{self, Toolchain};
+use crate::{step, workspace};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use wit_component::{ComponentEncoder, DecodedWasm};
+
+/// The drivers that are shipped: package, and name of the component.
+const DRIVERS: &[(&str, &str)] = &[("cofferdam-virtio-blk", "virtio-blk")];
+
+/// The package of the contract; a driver imports nothing else.
+const CONTRACT: &str = "cofferdam:driver/";
+
+/// Builds all drivers that are shipped into `target/drivers`.
+pub(crate) fn build_all() -> Result<()> {
+    let toolchain = &Toolchain::find()?;
+    for &(package, name) in DRIVERS {
+        let begin = Instant::now();
+        let core = core_module(toolchain, package)?;
+        let component = component(&core).with_context(|| package.to_owned())?;
+        check_imports(&component).with_context(|| package.to_owned())?;
+        let path = workspace::driver(name);
+        write(&path, &component)?;
+        step::announce(&format!(
+            "{}: {} KiB, {}",
+            path.file_name().unwrap_or_default().display(),
+            component.len().div_ceil(1024),
+            step::seconds(begin.elapsed())
+        ));
+    }
+    Ok(())
+}
+
+/// Builds the guests that only tests load into `target/drivers/test`: drivers that misbehave, and files that are no drivers.
+pub(crate) fn build_test_guests() -> Result<()> {
+    let toolchain = &Toolchain::find()?;
+    let begin = Instant::now();
+    let core = core_module(toolchain, hostile::PACKAGE)?;
+    let folder = workspace::target().join("drivers").join("test");
+    let mut count = 0;
+    for (name, module) in hostile::variants(&core)? {
+        let component = component(&module).with_context(|| name.clone())?;
+        write(&folder.join(name).with_extension("wasm"), &component)?;
+        count += 1;
+    }
+    for (name, bytes) in misfits::all(&core)? {
+        write(&folder.join(name).with_extension("wasm"), &bytes)?;
+        count += 1;
+    }
+    step::announce(&format!("{count} guests for the tests: {}", step::seconds(begin.elapsed())));
+    Ok(())
+}
+
+/// Compiles `package` and gives its core module.
+fn core_module(toolchain: &Toolchain, package: &str) -> Result<Vec<u8>> {
+    let folder = workspace::target().join("guests");
+    let mut cargo = toolchain.cargo("rustc");
+    cargo
+        .args(["--profile", "driver", "--lib", "--crate-type", "cdylib", "--package", package, "--target-dir"])
+        .arg(&folder);
+    cargo.arg("--quiet");
+    let status =
+        step::with_signs_of_life(&format!("compiling {package}"), || cargo.status()).context("cannot start cargo")?;
+    if !status.success() {
+        bail!("{package} did not compile for {}", toolchain::TARGET);
+    }
+    let file = format!("{}.wasm", package.replace('-', "_"));
+    let path = folder.join(toolchain::TARGET).join("driver").join(file);
+    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Makes a component of a core module.
+fn component(core: &[u8]) -> Result<Vec<u8>> {
+    ComponentEncoder::default().validate(true).module(core)?.encode()
+}
+
+/// What a component imports and exports.
+fn interfaces(component: &[u8]) -> Result<(Vec<String>, Vec<String>)> {
+    let DecodedWasm::Component(resolve, world) = wit_component::decode(component)? else {
+        bail!("this is no component");
+    };
+    let world = &resolve.worlds[world];
+    let names = |items: Vec<_>| items.into_iter().map(|key| resolve.name_world_key(key)).collect();
+    Ok((names(world.imports.keys().collect()), names(world.exports.keys().collect())))
+}
+
+/// A driver's world is the contract and no WASI at all.
+fn check_imports(component: &[u8]) -> Result<()> {
+    let (imports, exports) = interfaces(component)?;
+    if let Some(strange) = imports.iter().find(|import| !import.starts_with(CONTRACT)) {
+        bail!("it imports {strange}, and a driver imports {CONTRACT}* alone");
+    }
+    if !exports.iter().any(|export| export.starts_with("cofferdam:driver/driver@")) {
+        bail!("it exports no driver, only {}", exports.join(", "));
+    }
+    Ok(())
+}
+
+/// Writes whole or not at all, and leaves a file that is the same already as it is.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|there| there == bytes) {
+        return Ok(());
+    }
+    let folder: PathBuf = path.parent().context("a path with a folder")?.to_path_buf();
+    fs::create_dir_all(&folder)?;
+    let mut file = tempfile::NamedTempFile::new_in(&folder)?;
+    std::io::Write::write_all(&mut file, bytes)?;
+    // Other users of this machine may read it, as they may what cargo builds.
+    fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    file.persist(path)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shipped_driver_imports_the_contract_and_no_wasi() {
+        for (_, name) in DRIVERS {
+            let path = workspace::driver(name);
+            let component =
+                fs::read(&path).unwrap_or_else(|error| panic!("cargo xtask build makes {}: {error}", path.display()));
+            check_imports(&component).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_shipped_driver_names_no_folder_of_the_machine_that_built_it() {
+        let home = std::env::home_dir().unwrap();
+        for (_, name) in DRIVERS {
+            let component = fs::read(workspace::driver(name)).unwrap();
+            for folder in [workspace::root(), home.join(".cargo")] {
+                let folder = folder.into_os_string().into_encoded_bytes();
+                assert!(!component.windows(folder.len()).any(|window| window == folder), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "compiles, for half a minute if no standard library is there for it yet"]
+    fn every_guest_builds() {
+        build_all().unwrap();
+        build_test_guests().unwrap();
+    }
+
+    #[test]
+    fn a_component_that_imports_wasi_is_told_apart() {
+        let misfits = misfits::all(&[]).unwrap();
+        let wasi = &misfits.iter().find(|(name, _)| name == "wasi-clocks").unwrap().1;
+        let error = check_imports(wasi).unwrap_err().to_string();
+        assert!(error.contains("wasi:clocks/monotonic-clock"), "{error}");
+    }
+
+    #[test]
+    fn the_paper_interfaces_parse_against_the_contract() {
+        let mut resolve = wit_parser::Resolve::default();
+        let wit = workspace::root().join("wit");
+        resolve.push_dir(&wit).unwrap();
+        let (paper, _) = resolve.push_dir(wit.join("unstable")).unwrap();
+        let paper = &resolve.packages[paper];
+        for interface in ["queues", "net", "stream", "entropy", "mmio", "dma", "interrupt"] {
+            assert!(paper.interfaces.contains_key(interface), "{interface}");
+        }
+        assert_eq!(paper.worlds.len(), 5);
+    }
+}
