@@ -151,15 +151,16 @@ impl Compiler {
 
     /// A cargo that takes this compiler, `flags` for what is compiled for [`TARGET`], and nothing of the caller's own flags.
     fn cargo(&self, flags: &[String]) -> Command {
-        let mut flags = flags.to_vec();
-        // A component names no folder of the machine that built it, so that it is the same wherever it is built.
-        flags.push(format!("--remap-path-prefix={}=.", crate::workspace::root().display()));
+        // A component names no folder of the machine that built it, so that it is the same wherever it is built. The caller's come last: of
+        // several prefixes that fit, rustc takes the last.
+        let mut all = vec![format!("--remap-path-prefix={}=.", crate::workspace::root().display())];
         if let Some(home) = cargo_home() {
-            flags.push(format!("--remap-path-prefix={}=/cargo", home.display()));
+            all.push(format!("--remap-path-prefix={}=/cargo", home.display()));
         }
+        all.extend_from_slice(flags);
         let mut cargo = crate::workspace::cargo();
         // This variable goes before RUSTFLAGS and before what configuration files say; set but empty it still does.
-        cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+        cargo.env("CARGO_ENCODED_RUSTFLAGS", all.join("\x1f"));
         for variable in
             ["RUSTFLAGS", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_BOOTSTRAP"]
         {

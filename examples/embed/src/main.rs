@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use cofferdam_bus_vhost_user::VhostUser;
-use cofferdam_manager::{BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, LoadSpec, Manager, UnloadOptions};
+use cofferdam_manager::{
+    BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, LoadSpec, Manager, UnloadOptions,
+};
 
 const BLOCKS: u64 = 32;
 const BLOCK_BYTES: u32 = 4096;
@@ -28,11 +30,20 @@ fn main() -> anyhow::Result<()> {
     println!("{}: {} bytes", binding.name(), handle.geometry().capacity_bytes);
 
     // Write a pattern, make it durable, read it back: a batch at a time.
-    for completion in transfer(&handle, BlockOp::Write, |block, buffer| buffer.write_at(0, &pattern(block)).map_err(Into::into))? {
+    for completion in
+        transfer(&handle, BlockOp::Write, |block, buffer| buffer.write_at(0, &pattern(block)).map_err(Into::into))?
+    {
         completion.result?;
     }
     if handle.geometry().can_flush {
-        let flush = BlockRequest { user: 0, op: BlockOp::Flush, offset: 0, length: 0, flags: BlockFlags::default(), buffer: None };
+        let flush = BlockRequest {
+            user: 0,
+            op: BlockOp::Flush,
+            offset: 0,
+            length: 0,
+            flags: BlockFlags::default(),
+            buffer: None,
+        };
         answer(&handle, vec![flush])?.remove(0).result?;
     }
     for completion in transfer(&handle, BlockOp::Read, |_, _| Ok(()))? {
@@ -51,13 +62,24 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// One request per block, all in flight at once.
-fn transfer(handle: &Handle, op: BlockOp, fill: impl Fn(u64, &Buffer) -> anyhow::Result<()>) -> anyhow::Result<Vec<Completion>> {
+fn transfer(
+    handle: &Handle,
+    op: BlockOp,
+    fill: impl Fn(u64, &Buffer) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Completion>> {
     let mut requests = Vec::new();
     for block in 0..BLOCKS {
         let buffer = handle.lease(BLOCK_BYTES)?;
         fill(block, &buffer)?;
         let offset = block * u64::from(BLOCK_BYTES);
-        requests.push(BlockRequest { user: block, op, offset, length: BLOCK_BYTES, flags: BlockFlags::default(), buffer: Some(buffer) });
+        requests.push(BlockRequest {
+            user: block,
+            op,
+            offset,
+            length: BLOCK_BYTES,
+            flags: BlockFlags::default(),
+            buffer: Some(buffer),
+        });
     }
     answer(handle, requests)
 }

@@ -81,6 +81,9 @@ pub(crate) struct BindArgs {
     /// Buffer memory shared with the device, in MiB; taken when touched.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=2048))]
     pub(crate) arena_mib: u32,
+    /// Largest ring to ask the device for, in entries; a backend that takes less refuses the load.
+    #[arg(long = "ring", value_name = "N", default_value_t = 256, value_parser = parse_ring)]
+    pub(crate) ring_entries: u16,
     /// Requests in flight per queue.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_535))]
     pub(crate) requests: u32,
@@ -168,6 +171,16 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         _ => return Err(format!("unknown unit '{unit}': ms, s or m")),
     };
     millis.filter(|millis| *millis <= 86_400_000).map(Duration::from_millis).ok_or_else(|| "at most a day".to_owned())
+}
+
+/// Ring sizes are powers of two up to 32,768 (virtio 1.2, section 2.7).
+fn parse_ring(text: &str) -> Result<u16, String> {
+    let entries: u16 = text.parse().map_err(|_| "a number of entries".to_owned())?;
+    if entries.is_power_of_two() && entries >= 2 {
+        Ok(entries)
+    } else {
+        Err("a power of two from 2 to 32768".to_owned())
+    }
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ pub(crate) struct LoadBody {
     pub(crate) memory_mib: u32,
     pub(crate) call_deadline_ms: u32,
     pub(crate) arena_mib: u32,
+    pub(crate) ring_entries: u16,
     pub(crate) requests: u32,
     pub(crate) handles: u32,
 }

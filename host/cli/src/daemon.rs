@@ -38,7 +38,9 @@ pub(crate) fn socket_path(given: Option<&Path>) -> PathBuf {
     match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute()) {
         Some(directory) => directory.join("cofferdam.sock"),
         None if rustix::process::geteuid().is_root() => "/run/cofferdam.sock".into(),
-        None => std::env::temp_dir().join(format!("cofferdam-{}", rustix::process::geteuid().as_raw())).join("cofferdam.sock"),
+        None => std::env::temp_dir()
+            .join(format!("cofferdam-{}", rustix::process::geteuid().as_raw()))
+            .join("cofferdam.sock"),
     }
 }
 
@@ -71,15 +73,21 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
 /// The lock that makes this daemon the only one on its socket; the kernel lets go of it when the process ends, however that happens.
 fn lock(socket: &Path) -> Result<std::fs::File, ErrorBody> {
     let fail = |error: std::io::Error| ErrorBody::failed(format!("{}: {error}", socket.display()));
-    if let Some(directory) = socket.parent().filter(|directory| *directory == socket_path(None).parent().unwrap_or(directory) && !directory.exists()) {
+    if let Some(directory) = socket
+        .parent()
+        .filter(|directory| *directory == socket_path(None).parent().unwrap_or(directory) && !directory.exists())
+    {
         std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(fail)?;
     }
     let mut name = socket.as_os_str().to_owned();
     name.push(".lock");
-    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&name).map_err(fail)?;
+    let file =
+        std::fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&name).map_err(fail)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(ErrorBody::failed(format!("{}: another daemon serves this socket", socket.display()))),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(ErrorBody::failed(format!("{}: another daemon serves this socket", socket.display())))
+        }
         Err(error) => Err(fail(error.into())),
     }
 }
@@ -144,7 +152,10 @@ async fn serve(listener: UnixListener, manager: Manager) -> Result<(), ErrorBody
     }
 }
 
-async fn tower_call(router: Router, request: Request<hyper::body::Incoming>) -> Result<Response, std::convert::Infallible> {
+async fn tower_call(
+    router: Router,
+    request: Request<hyper::body::Incoming>,
+) -> Result<Response, std::convert::Infallible> {
     use tower_service::Service;
     let mut router = router;
     router.call(request).await
@@ -167,7 +178,9 @@ fn router(manager: Manager) -> Router {
         .route("/v1/bindings", get(list).post(load))
         .route("/v1/bindings/{name}", get(one))
         .route("/v1/bindings/{name}/unload", post(unload))
-        .fallback(async || answer_error(ErrorBody::new(ErrorCode::NoSuchThing, "no such call; is the client of another version?")))
+        .fallback(async || {
+            answer_error(ErrorBody::new(ErrorCode::NoSuchThing, "no such call; is the client of another version?"))
+        })
         .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT_BYTES))
         .with_state(manager)
 }
@@ -180,7 +193,10 @@ async fn list(State(manager): State<Manager>) -> Response {
 async fn one(State(manager): State<Manager>, UrlPath(name): UrlPath<String>) -> Response {
     match manager.get(&name) {
         Some(binding) => Json(binding.status()).into_response(),
-        None => answer_error(ErrorBody::new(ErrorCode::NoSuchThing, format!("no binding is called '{name}' (see 'cofferdam ls')"))),
+        None => answer_error(ErrorBody::new(
+            ErrorCode::NoSuchThing,
+            format!("no binding is called '{name}' (see 'cofferdam ls')"),
+        )),
     }
 }
 
@@ -188,13 +204,24 @@ async fn load(State(manager): State<Manager>, Json(body): Json<LoadBody>) -> Res
     answer(blocking(move || host::load(&manager, &body).map(|binding| binding.status())).await)
 }
 
-async fn unload(State(manager): State<Manager>, UrlPath(name): UrlPath<String>, Json(body): Json<UnloadBody>) -> Response {
-    let options = UnloadOptions { deadline: Duration::from_millis(body.deadline_ms), force: body.force, cancel: None, cause: Cause::Unload };
+async fn unload(
+    State(manager): State<Manager>,
+    UrlPath(name): UrlPath<String>,
+    Json(body): Json<UnloadBody>,
+) -> Response {
+    let options = UnloadOptions {
+        deadline: Duration::from_millis(body.deadline_ms),
+        force: body.force,
+        cancel: None,
+        cause: Cause::Unload,
+    };
     answer(blocking(move || host::unload(&manager, &name, &options)).await)
 }
 
 /// Loads and unloads block (within their bounds), so they run where that is allowed. A client that goes away does not stop them.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static) -> Result<T, ErrorBody> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static,
+) -> Result<T, ErrorBody> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(ErrorBody::failed(error)))
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, Cause, Certificate, Config, Grants, GuestLimits, LoadSpec, Manager, Port, Transport, UnloadError, UnloadOptions,
+    Binding, Cause, Certificate, Config, Grants, GuestLimits, LoadSpec, Manager, Port, Transport, UnloadError,
+    UnloadOptions,
 };
 use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 
@@ -31,8 +32,12 @@ fn cache_dir() -> Option<PathBuf> {
 
 /// What the command line asks for, with absolute paths, so that it means the same in the daemon.
 pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, ErrorBody> {
-    let driver = std::path::absolute(&args.driver).map_err(|error| ErrorBody::new(ErrorCode::Usage, format!("{}: {error}", args.driver.display())))?;
-    let driver = driver.into_os_string().into_string().map_err(|path| ErrorBody::new(ErrorCode::Usage, format!("{path:?} is not UTF-8")))?;
+    let driver = std::path::absolute(&args.driver)
+        .map_err(|error| ErrorBody::new(ErrorCode::Usage, format!("{}: {error}", args.driver.display())))?;
+    let driver = driver
+        .into_os_string()
+        .into_string()
+        .map_err(|path| ErrorBody::new(ErrorCode::Usage, format!("{path:?} is not UTF-8")))?;
     Ok(LoadBody {
         driver,
         device: args.device.clone(),
@@ -44,6 +49,7 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         memory_mib: args.memory_mib,
         call_deadline_ms: args.call_deadline_ms,
         arena_mib: args.arena_mib,
+        ring_entries: args.ring_entries,
         requests: args.requests,
         handles: args.handles,
     })
@@ -53,7 +59,8 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
 pub(crate) fn read_component(path: &Path) -> Result<Vec<u8>, ErrorBody> {
     use std::io::Read;
     let fail = |error: std::io::Error| {
-        let code = if error.kind() == std::io::ErrorKind::NotFound { ErrorCode::NoSuchThing } else { ErrorCode::Failed };
+        let code =
+            if error.kind() == std::io::ErrorKind::NotFound { ErrorCode::NoSuchThing } else { ErrorCode::Failed };
         ErrorBody::new(code, format!("{}: {error}", path.display()))
     };
     let mut bytes = Vec::new();
@@ -79,7 +86,9 @@ fn connect(address: &str) -> Result<Box<dyn Transport>, ErrorBody> {
             })?;
             Ok(Box::new(device))
         }
-        _ => Err(ErrorBody::new(ErrorCode::Usage, format!("'{address}' is not a device address: vhost-user:/path.sock"))),
+        _ => {
+            Err(ErrorBody::new(ErrorCode::Usage, format!("'{address}' is not a device address: vhost-user:/path.sock")))
+        }
     }
 }
 
@@ -92,7 +101,9 @@ impl PortAddress {
     fn parse(address: &str) -> Result<PortAddress, ErrorBody> {
         let usage = |message: String| ErrorBody::new(ErrorCode::Usage, message);
         match address.split_once(':') {
-            Some(("nbd", _)) => address.parse().map(PortAddress::Nbd).map_err(|error: NbdError| usage(error.to_string())),
+            Some(("nbd", _)) => {
+                address.parse().map(PortAddress::Nbd).map_err(|error: NbdError| usage(error.to_string()))
+            }
             _ => Err(usage(format!("'{address}' is not a port: nbd:/path.sock or nbd:127.0.0.1:10809"))),
         }
     }
@@ -131,13 +142,14 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
         ..GuestLimits::default()
     };
     spec.arena_bytes = u64::from(body.arena_mib) << 20;
+    spec.ring_entries = body.ring_entries;
     spec.requests_per_lane = body.requests as usize;
     spec.handle_limit = body.handles as usize;
     let binding = manager.load(spec).map_err(ErrorBody::failed)?;
     for port in &ports {
-        let attached = port
-            .open(&binding)
-            .and_then(|port| binding.attach_port(port).map_err(|_| ErrorBody::failed("the binding left while it was loaded")));
+        let attached = port.open(&binding).and_then(|port| {
+            binding.attach_port(port).map_err(|_| ErrorBody::failed("the binding left while it was loaded"))
+        });
         if let Err(error) = attached {
             let back = UnloadOptions { deadline: ROLLBACK, force: true, cancel: None, cause: Cause::LoadFailed };
             let _ = manager.unload_binding(&binding, &back);
@@ -153,9 +165,11 @@ pub(crate) fn unload(manager: &Manager, name: &str, options: &UnloadOptions) -> 
         let message = error.to_string();
         match error {
             UnloadError::NoSuchBinding(_) => ErrorBody::new(ErrorCode::NoSuchThing, message),
-            UnloadError::StillDraining { so_far, .. } => {
-                ErrorBody { code: ErrorCode::StillDraining, message: format!("'{name}': {message}; unload again to go on, or with --force"), so_far: Some(so_far) }
-            }
+            UnloadError::StillDraining { so_far, .. } => ErrorBody {
+                code: ErrorCode::StillDraining,
+                message: format!("'{name}': {message}; unload again to go on, or with --force"),
+                so_far: Some(so_far),
+            },
             UnloadError::Pinned(_) | UnloadError::Deferred => ErrorBody::failed(message),
         }
     })

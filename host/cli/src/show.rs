@@ -3,7 +3,9 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use cofferdam_manager::{BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, Stage};
+use cofferdam_manager::{
+    BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, Stage,
+};
 
 pub(crate) fn line(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
@@ -18,7 +20,13 @@ pub(crate) fn json<T: serde::Serialize + ?Sized>(document: &T) {
 
 pub(crate) fn serving(binding: &BindingStatus) {
     let size = bytes(binding.capacity_bytes);
-    line(&format!("{}: {} serves {} ({size}, {})", binding.name, binding.driver, binding.device, count(binding.lanes as u64, "lane")));
+    line(&format!(
+        "{}: {} serves {} ({size}, {})",
+        binding.name,
+        binding.driver,
+        binding.device,
+        count(binding.lanes as u64, "lane")
+    ));
     for port in &binding.ports {
         line(&format!("  reachable at {port}"));
     }
@@ -29,7 +37,10 @@ pub(crate) fn table(bindings: &[BindingStatus]) {
         line("no bindings");
         return;
     }
-    let mut rows = vec![["NAME", "STATE", "DRIVER", "DEVICE", "GEN", "AGE", "HANDLES", "IN FLIGHT", "CALLS PER CORE"].map(str::to_owned)];
+    let mut rows = vec![
+        ["NAME", "STATE", "DRIVER", "DEVICE", "GEN", "AGE", "HANDLES", "IN FLIGHT", "CALLS PER CORE"]
+            .map(str::to_owned),
+    ];
     for binding in bindings {
         let calls: Vec<String> = binding.calls.iter().map(|core| format!("{}:{}", core.core, core.crossings)).collect();
         let state = if binding.pinned { format!("{} (pinned)", binding.state) } else { binding.state.clone() };
@@ -45,7 +56,9 @@ pub(crate) fn table(bindings: &[BindingStatus]) {
             if calls.is_empty() { "-".into() } else { calls.join(" ") },
         ]);
     }
-    let widths: Vec<usize> = (0..rows[0].len()).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..rows[0].len())
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
     for row in &rows {
         let mut text = String::new();
         for (cell, width) in row.iter().zip(&widths) {
@@ -61,7 +74,11 @@ pub(crate) fn binding(binding: &BindingStatus) {
     line(&format!("  device      {} ({})", binding.device, bytes(binding.capacity_bytes)));
     line(&format!("  age         {}", age(binding.age_seconds)));
     line(&format!("  lanes       {}", binding.lanes));
-    line(&format!("  in flight   {}, {} running", count(binding.requests_in_flight, "request"), count(binding.calls_running, "call")));
+    line(&format!(
+        "  in flight   {}, {} running",
+        count(binding.requests_in_flight, "request"),
+        count(binding.calls_running, "call")
+    ));
     line(&format!("  leased      {}", bytes(binding.leased_bytes)));
     if let Some(fault) = &binding.fault {
         line(&format!("  fault       {fault}"));
@@ -74,16 +91,22 @@ pub(crate) fn binding(binding: &BindingStatus) {
     }
     for handle in &binding.handles {
         let HandleStatus { id, port, peer, lane, in_flight, .. } = handle;
-        line(&format!("  handle {id:<4} {port} {peer} on lane {lane}, {in_flight} in flight, {} old", age(handle.age_seconds)));
+        line(&format!(
+            "  handle {id:<4} {port} {peer} on lane {lane}, {in_flight} in flight, {} old",
+            age(handle.age_seconds)
+        ));
     }
 }
-
 
 pub(crate) fn module(path: &str, info: &ModuleInfo) {
     line(path);
     line(&format!("  sha256    {}", info.digest));
     line(&format!("  size      {}", bytes(info.bytes as u64)));
-    let compiled = if info.from_cache { "read from the cache".to_owned() } else { format!("{:.1} ms", info.compile_micros as f64 / 1000.0) };
+    let compiled = if info.from_cache {
+        "read from the cache".to_owned()
+    } else {
+        format!("{:.1} ms", info.compile_micros as f64 / 1000.0)
+    };
     line(&format!("  compiled  {compiled}"));
     line(&format!("  service   {}", info.service.as_str()));
     line("  asks for");
@@ -133,14 +156,25 @@ fn import_kind(kind: ImportKind) -> &'static str {
 
 pub(crate) fn certificate(certificate: &Certificate) {
     let c = certificate;
-    line(&format!("certificate: {} ({} on {}, generation {}): {}", c.name, c.driver, c.device, c.generation, outcome(c)));
+    line(&format!(
+        "certificate: {} ({} on {}, generation {}): {}",
+        c.name,
+        c.driver,
+        c.device,
+        c.generation,
+        outcome(c)
+    ));
     line(&format!("  handles   {} revoked", c.handles_revoked));
-    line(&format!("  calls     {} running at close, {} drained, {} interrupted", c.calls_at_close, c.calls_drained, c.calls_interrupted));
+    line(&format!(
+        "  calls     {} running at close, {} drained, {} interrupted",
+        c.calls_at_close, c.calls_drained, c.calls_interrupted
+    ));
     line(&format!(
         "  requests  {} in flight at close, {} completed, {} failed",
         c.requests_at_close, c.requests_completed, c.requests_failed
     ));
-    let stages: Vec<String> = c.stages.iter().map(|stage| format!("{} {}", stage_name(stage.name), micros(stage.micros))).collect();
+    let stages: Vec<String> =
+        c.stages.iter().map(|stage| format!("{} {}", stage_name(stage.name), micros(stage.micros))).collect();
     line(&format!("  stages    {}", stages.join(", ")));
     let r = &c.residual;
     if r.is_zero() {
@@ -148,7 +182,13 @@ pub(crate) fn certificate(certificate: &Certificate) {
     } else {
         line(&format!(
             "  left      {} calls, {} handles, {} requests, {} buffers, {} of DMA memory, {} mappings, {} descriptors",
-            r.calls, r.handles, r.requests, r.buffers, bytes(r.dma_bytes), r.mappings, r.fds
+            r.calls,
+            r.handles,
+            r.requests,
+            r.buffers,
+            bytes(r.dma_bytes),
+            r.mappings,
+            r.fds
         ));
     }
     if c.leaked.bytes > 0 || !c.leaked.reason.is_empty() {

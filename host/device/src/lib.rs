@@ -14,12 +14,13 @@
 //! - [`queue`]: the driver side of a split virtqueue; [`chain`]: the check of a guest's chains; [`words`]: the numbers that cross.
 //! - [`error`]: every error, each saying who is to blame.
 //!
-//! `unsafe` is in `mmap` (mapping and volatile access) and `transfer` (iovecs of raw memory) alone.
+//! `unsafe` is in `mmap` (mapping and volatile access), `transfer` (iovecs of raw memory) and `hollow` (descriptor numbers) alone.
 
 pub mod arena;
 pub mod chain;
 pub mod dma;
 pub mod error;
+mod hollow;
 mod mmap;
 pub mod queue;
 mod ring;
@@ -33,6 +34,7 @@ pub use dma::DmaRegion;
 pub use error::{
     AddError, AnswerError, ArenaError, ChainError, ChainRule, DeviceFault, QueueError, RegionError, TransportError,
 };
+pub use hollow::hollow_out;
 pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
 pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};
 pub use words::{BlockOp, Status};

@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
@@ -127,16 +127,7 @@ impl Mapping {
     /// Takes the pages away: the range stays valid for as long as `self` lives, but holds private zeroes from now on, and `file`'s number refers to
     /// `/dev/null`. An access that runs at the same time sees either memory. Order: `/dev/null` first, so that nobody can map the old file again.
     pub(crate) fn revoke(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        let null = rustix::fs::open(
-            "/dev/null",
-            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )?;
-        // SAFETY: both numbers are open descriptors that this process owns (`null` and `file` are borrowed for the call). `dup3` makes `file`'s number refer to another open
-        // file, atomically: whoever owns that number still owns an open descriptor of its own.
-        if unsafe { libc::dup3(null.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        crate::hollow::hollow_out(file)?;
         let flags = MapFlags::FIXED | MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: the range is `self`'s own mapping (invariant of the type), so nothing else changes; it is replaced in one step by memory with the same protection,
         // so the invariant of the type holds before and after, and an access in between faults at no moment.

@@ -41,6 +41,11 @@ pub struct QueueSetup {
 pub trait Doorbell: Send + Sync {
     /// Rings. Takes no lock and never blocks; a lost device makes it a no-op.
     fn ring(&self);
+
+    /// The descriptor behind it, if there is one, for a certificate to look for afterwards (L7).
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// The two notification channels of a queue.
@@ -102,6 +107,12 @@ pub trait Transport: Send {
     /// A descriptor that becomes readable or hangs up when the device may have been lost or has something to say; poll it, then ask
     /// [`Transport::is_lost`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Sockets and event descriptors that this device holds open in this process, for a certificate to look for afterwards (L7). What
+    /// [`QueueEvents`] gave away is not among them.
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
 
     /// Whether the device is gone (backend died, function removed). Handles pending device-to-host messages on the way; never blocks.
     fn is_lost(&mut self) -> bool;

@@ -83,17 +83,24 @@ impl<const COLUMNS: usize> Cells<COLUMNS> {
     /// The counter of `column` in `row`.
     #[inline]
     pub(crate) fn at(self, row: Row, column: Column) -> &'static AtomicU64 {
-        let address = self.first_row(column).wrapping_add(row.index() * STRIDE_BYTES);
-        // SAFETY: by the invariants of `Cells` and of `Row` (`index() < rows()`) the address lies
-        // in the mapping, which lives for ever; it is 8-byte aligned; any bytes are an AtomicU64.
-        unsafe { &*address.cast::<AtomicU64>() }
+        self.by_number(row, column as usize)
     }
 
-    /// The address of `column` in the row of core 0.
+    /// The same by the number of the column.
     #[inline]
-    pub(crate) fn first_row(self, column: Column) -> *const u8 {
-        assert!((column as usize) < COLUMNS);
-        self.base.wrapping_add(column as usize * size_of::<u64>())
+    pub(crate) fn by_number(self, row: Row, column: usize) -> &'static AtomicU64 {
+        assert!(column < COLUMNS);
+        let offset_bytes = row.index() * STRIDE_BYTES + column * size_of::<u64>();
+        // SAFETY: by the invariants of `Cells` and of `Row` (`index() < rows()`) the address lies
+        // in the mapping (the column was checked), which lives for ever; it is 8-byte aligned;
+        // any bytes are an AtomicU64.
+        unsafe { &*self.base.add(offset_bytes).cast::<AtomicU64>() }
+    }
+
+    /// The address of the row of core 0.
+    #[inline]
+    pub(crate) fn first_row(self) -> *const u8 {
+        self.base
     }
 }
 
@@ -116,6 +123,10 @@ impl<const COLUMNS: usize> Cells<COLUMNS> {
     }
 
     pub(crate) fn at(self, row: Row, column: Column) -> &'static AtomicU64 {
-        &self.rows[row.index()][column as usize]
+        self.by_number(row, column as usize)
+    }
+
+    pub(crate) fn by_number(self, row: Row, column: usize) -> &'static AtomicU64 {
+        &self.rows[row.index()][column]
     }
 }

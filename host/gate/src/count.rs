@@ -31,7 +31,7 @@ impl Gate {
     pub(crate) fn enter(&self) -> bool {
         let slot = self.slot;
         if self.open & (PINNED | XADD) == 0 {
-            match rseq::add_if(&slot.state, self.open, slot.line, Column::Entered) {
+            match rseq::add_if::<ENTERED, _>(&slot.state, self.open, slot.line) {
                 Outcome::Counted => return true,
                 Outcome::Refused => return false,
                 Outcome::Homeless => {}
@@ -55,10 +55,10 @@ impl Gate {
         }
         if live.word & (PINNED | XADD) == 0 {
             let outcome = if mutant(Mutant::HandleLookedAtEarly) {
-                rseq::add_unless::<TURNED, _>(&slot.state, entry.pair, Column::Entered)
+                rseq::add_unless::<TURNED, ENTERED, _>(&slot.state, entry.pair)
             } else {
-                let (pair, entered) = (entry.pair, Column::Entered);
-                rseq::add_if_unless::<TURNED, _>(&entry.word, live.word, &slot.state, pair, entered)
+                let (word, state) = (&entry.word, &slot.state);
+                rseq::add_if_unless::<TURNED, ENTERED, _>(word, live.word, state, entry.pair)
             };
             match outcome {
                 Outcome::Counted => return true,
@@ -73,30 +73,30 @@ impl Gate {
 
     /// Counts without looking: crossings pass a closed gate (G9), and statistics.
     #[inline(always)]
-    pub(crate) fn count(&self, column: Column) {
+    pub(crate) fn count<const COLUMN: usize>(&self) {
         if self.open & (PINNED | XADD) == 0 {
-            if rseq::add(self.slot.line, column) == Outcome::Counted {
+            if rseq::add::<COLUMN, _>(self.slot.line) == Outcome::Counted {
                 return;
             }
         } else if self.open & PINNED != 0 {
             return;
         }
-        self.slot.line.at(self.row(), column).fetch_add(1, SeqCst);
+        self.slot.line.by_number(self.row(), COLUMN).fetch_add(1, SeqCst);
     }
 
     /// The row for an atomic add. Where sections run, their rows are theirs alone: a plain
     /// increment there would lose an atomic one from another core.
-    fn row(&self) -> Row {
+    fn row(self) -> Row {
         if self.open & XADD == 0 { cpu::homeless() } else { cpu::current() }
     }
 
     /// Whether admission is in order, after counting.
-    fn look(&self, live: Option<Live>) -> bool {
+    fn look(self, live: Option<Live>) -> bool {
         self.slot.state.load(SeqCst) == self.open && live.is_none_or(|live| live.is_live())
     }
 
     #[inline(never)]
-    fn enter_portably(&self, live: Option<Live>) -> bool {
+    fn enter_portably(self, live: Option<Live>) -> bool {
         if mutant(Mutant::LookBeforeCount) && !self.look(live) {
             return false;
         }
@@ -117,7 +117,7 @@ impl Gate {
         false
     }
 
-    fn cell(&self, live: Option<Live>, column: Column) -> &'static AtomicU64 {
+    fn cell(self, live: Option<Live>, column: Column) -> &'static AtomicU64 {
         match live {
             None => self.slot.line.at(self.row(), column),
             Some(live) => live.entry.pair.at(self.row(), column),
@@ -132,17 +132,16 @@ impl Slot {
     /// words are those that it entered by, but for the bits that a closer or revoker sets: only
     /// these need a look. (A pinned gate counts nothing and is never retired.)
     #[inline(always)]
-    pub(crate) fn leave(&self, entry: Option<&'static Entry>, column: Column) {
+    pub(crate) fn leave<const COLUMN: usize>(&self, entry: Option<&'static Entry>) {
         let form = self.state.load(Relaxed) & (PINNED | XADD);
         if form == 0 {
             let outcome = match entry {
-                None => rseq::add_unless::<TURNED, _>(&self.state, self.line, column),
-                Some(entry) if mutant(Mutant::HandleLeaveLooksAtGateOnly) => {
-                    rseq::add_unless::<TURNED, _>(&self.state, entry.pair, column)
+                Some(entry) if !mutant(Mutant::HandleLeaveLooksAtGateOnly) => {
+                    let words = [&self.state, &entry.word];
+                    rseq::add_unless_either::<TURNED, GONE, LEFT, _>(words, entry.pair)
                 }
-                Some(entry) => {
-                    rseq::add_unless_either::<TURNED, GONE, _>([&self.state, &entry.word], entry.pair, column)
-                }
+                Some(entry) => rseq::add_unless::<TURNED, LEFT, _>(&self.state, entry.pair),
+                None => rseq::add_unless::<TURNED, COLUMN, _>(&self.state, self.line),
             };
             if outcome == Outcome::Counted {
                 return;
@@ -151,20 +150,20 @@ impl Slot {
             return;
         }
         match entry {
-            None => self.leave_slowly(self.line, None, column),
-            Some(entry) => self.leave_slowly(entry.pair, Some(entry), column),
+            None => self.leave_slowly::<COLUMN, _>(self.line, None),
+            Some(entry) => self.leave_slowly::<LEFT, _>(entry.pair, Some(entry)),
         }
     }
 
     /// Counts out with an atomic add, or where the section found something not open.
     #[inline(never)]
-    fn leave_slowly<const N: usize>(&self, cells: Cells<N>, entry: Option<&'static Entry>, column: Column) {
+    fn leave_slowly<const COLUMN: usize, const N: usize>(&self, cells: Cells<N>, entry: Option<&'static Entry>) {
         let ordering = if mutant(Mutant::LeaveRelaxed) { Relaxed } else { SeqCst };
         if self.state.load(Relaxed) & XADD != 0 {
-            cells.at(cpu::current(), column).fetch_add(1, ordering);
+            cells.by_number(cpu::current(), COLUMN).fetch_add(1, ordering);
             order::light();
-        } else if rseq::add(cells, column) != Outcome::Counted {
-            cells.at(cpu::homeless(), column).fetch_add(1, ordering);
+        } else if rseq::add::<COLUMN, _>(cells) != Outcome::Counted {
+            cells.by_number(cpu::homeless(), COLUMN).fetch_add(1, ordering);
         }
         // From here on this may be the last thing that the drainer waited for: touch only what
         // is never freed (G7).
@@ -177,6 +176,10 @@ impl Slot {
     }
 }
 
+/// The counter of admissions, as the section wants it.
+const ENTERED: usize = Column::Entered as usize;
+/// The counter of answers, likewise.
+pub(crate) const LEFT: usize = Column::Left as usize;
 /// [`STATE_MASK`] as the section wants it.
 const TURNED: u8 = STATE_MASK as u8;
 /// [`REVOKED`] as the section wants it.

@@ -22,6 +22,7 @@ use crate::holders::Holder;
 use crate::inside;
 use crate::mechanism::{Mechanism, mechanism};
 use crate::notify::Notify;
+use crate::order;
 use crate::slot::{self, CLOSED, GENERATION, HELD, OPEN, PINNED, STATE_MASK, Slot, XADD};
 use crate::stats::read_rows;
 use crate::sync::atomic::Ordering::SeqCst;
@@ -95,23 +96,28 @@ impl Gate {
     }
 
     #[cold]
-    fn refusal(&self) -> Refused {
+    fn refusal(self) -> Refused {
         // Opened meanwhile counts as held: the caller tries again, and a registration is
         // answered at once.
         if self.state() == State::Closed {
-            self.note(Column::Refused);
+            self.note::<{ Column::Refused as usize }>();
             Refused::Closed
         } else {
-            self.note(Column::Held);
+            self.note::<{ Column::Held as usize }>();
             Refused::Held
         }
     }
 
     /// Counts a refusal, unless the slot has moved on to somebody else.
-    pub(crate) fn note(&self, column: Column) {
-        if self.slot.state.load(SeqCst) & !STATE_MASK == self.open {
-            self.count(column);
+    pub(crate) fn note<const COLUMN: usize>(&self) {
+        if self.is_current() {
+            self.count::<COLUMN>();
         }
+    }
+
+    /// Whether the slot still belongs to this generation.
+    pub(crate) fn is_current(&self) -> bool {
+        self.slot.state.load(SeqCst) & !STATE_MASK == self.open
     }
 
     /// Signals `notify` when the gate opens or closes; at once if it is not held now. One
@@ -119,7 +125,7 @@ impl Gate {
     /// order, and admit them in that order when woken.
     pub fn register_held(&self, notify: &Arc<Notify>) {
         let missed = mutant(Mutant::RegisterBlindly).then_some(false);
-        {
+        if self.is_current() {
             let mut lists = lock(&self.slot.lists);
             if !lists.held.iter().any(|known| Arc::ptr_eq(known, notify)) {
                 lists.held.push(Arc::clone(notify));
@@ -250,13 +256,16 @@ impl Gate {
     /// gate was turned.
     #[must_use]
     pub fn operations(&self) -> u64 {
-        self.slot.operations()
+        let inside = self.slot.operations();
+        // Retired is drained; what was read then was somebody else's.
+        if self.is_current() { inside } else { 0 }
     }
 
     /// Crossings inside now, with the same reserve.
     #[must_use]
     pub fn crossings(&self) -> u64 {
-        self.slot.crossings()
+        let inside = self.slot.crossings();
+        if self.is_current() { inside } else { 0 }
     }
 
     /// Who holds the guards that are out: with the feature `trace-holders`, else empty.
@@ -298,7 +307,11 @@ impl Gate {
             }
             let next = (self.open & !(GENERATION - 1)) + GENERATION;
             self.slot.state.store(next | CLOSED, SeqCst);
-            lock(&self.slot.directory).reset();
+            if lock(&self.slot.directory).reset() && !mutant(Mutant::RetireBlindly) {
+                // A call that saw its handle live may look at the state only when the slot is
+                // open again: let it look at its handle once more before that.
+                order::heavy(self.open);
+            }
             self.slot.watched.store(false, SeqCst);
             *lock(&self.slot.lists) = slot::Lists::default();
         }

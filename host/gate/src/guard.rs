@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cells::Column;
+use crate::count::LEFT;
 use crate::gate::Gate;
 use crate::handle::Entry;
 use crate::holders::Tag;
@@ -52,7 +53,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         // Before the count: after it, the gate may be anybody's.
         self.slot.holders.leave(&self.tag);
-        self.slot.leave(self.entry, Column::Left);
+        self.slot.leave::<LEFT>(self.entry);
     }
 }
 
@@ -69,7 +70,7 @@ impl Crossing {
     #[inline]
     pub(crate) fn new(gate: Gate) -> Crossing {
         inside::enter(gate.key());
-        gate.count(Column::In);
+        gate.count::<{ Column::In as usize }>();
         Crossing { gate, stays: PhantomData }
     }
 
@@ -85,6 +86,6 @@ impl Drop for Crossing {
     #[inline]
     fn drop(&mut self) {
         inside::leave(self.gate.key());
-        self.gate.slot.leave(None, Column::Out);
+        self.gate.slot.leave::<{ Column::Out as usize }>(None);
     }
 }

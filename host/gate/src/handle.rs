@@ -13,7 +13,7 @@ use crate::gate::{Gate, State};
 use crate::guard::Guard;
 use crate::notify::Notify;
 use crate::order;
-use crate::slot::{PINNED, STATE_MASK, XADD, outstanding, sum};
+use crate::slot::{PINNED, XADD, outstanding, sum};
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use crate::sync::{Mutant, Mutex, lock, mutant};
 
@@ -134,8 +134,9 @@ impl Directory {
         Some(entry)
     }
 
-    /// For the next generation of the slot: nothing is inside of any entry.
-    pub(crate) fn reset(&mut self) {
+    /// For the next generation of the slot: nothing is inside of any entry. Answers whether
+    /// there are any.
+    pub(crate) fn reset(&mut self) -> bool {
         for entry in &self.entries {
             let word = entry.word.load(SeqCst);
             entry.word.store(word | REVOKED, SeqCst);
@@ -143,6 +144,7 @@ impl Directory {
         }
         self.closing = self.entries.iter().copied().collect();
         self.capacity = DEFAULT_HANDLES;
+        !self.entries.is_empty()
     }
 }
 
@@ -211,14 +213,14 @@ impl Handle {
     }
 
     #[cold]
-    fn refusal(&self) -> HandleRefused {
+    fn refusal(self) -> HandleRefused {
         // Opened meanwhile counts as held: the caller tries again, and a registration is
         // answered at once.
         if self.state() == HandleState::Revoked {
-            self.gate.note(Column::Refused);
+            self.gate.note::<{ Column::Refused as usize }>();
             HandleRefused::Revoked
         } else {
-            self.gate.note(Column::Held);
+            self.gate.note::<{ Column::Held as usize }>();
             HandleRefused::Held
         }
     }
@@ -378,7 +380,7 @@ impl Gate {
     }
 
     fn live_handles(&self, directory: &Directory) -> Vec<Handle> {
-        if self.slot.state.load(SeqCst) & !STATE_MASK != self.open {
+        if !self.is_current() {
             return Vec::new();
         }
         let handles = directory.entries.iter().map(|entry| {

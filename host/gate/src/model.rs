@@ -48,6 +48,7 @@ pub const MUTANTS: &[Mutant] = &[
     Mutant::ClearEarly,
     Mutant::ClearHangUp,
     Mutant::RetireResets,
+    Mutant::RetireBlindly,
     Mutant::ExpireBlindly,
 ];
 
@@ -147,7 +148,7 @@ pub(crate) mod rseq {
         Ok(())
     }
 
-    fn section<const N: usize>(good: impl Fn() -> bool, cells: Cells<N>, column: Column) -> Outcome {
+    fn section<const COLUMN: usize, const N: usize>(good: impl Fn() -> bool, cells: Cells<N>) -> Outcome {
         let me = ME.with(Cell::get).thread;
         let plain = mutant(Mutant::NoRestart);
         let _running = (!plain).then(|| lock(&LOCKS[me]));
@@ -157,59 +158,56 @@ pub(crate) mod rseq {
         if plain {
             light();
         }
-        let ordering = match column {
-            Column::Left | Column::Out if mutant(Mutant::LeaveRelaxed) => Ordering::Relaxed,
-            _ => Ordering::Release,
-        };
+        let leaving = COLUMN == Column::Left as usize || COLUMN == Column::Out as usize;
+        let relaxed = leaving && mutant(Mutant::LeaveRelaxed);
+        let ordering = if relaxed { Ordering::Relaxed } else { Ordering::Release };
         // One store on the machine; a read-modify-write here, because the cores of the model
         // do not keep its threads apart.
-        cells.at(crate::cpu::current(), column).fetch_add(1, ordering);
+        cells.by_number(crate::cpu::current(), COLUMN).fetch_add(1, ordering);
         if plain {
             light();
         }
         Outcome::Counted
     }
 
-    pub(crate) fn add<const N: usize>(cells: Cells<N>, column: Column) -> Outcome {
-        section(|| true, cells, column)
+    pub(crate) fn add<const COLUMN: usize, const N: usize>(cells: Cells<N>) -> Outcome {
+        section::<COLUMN, N>(|| true, cells)
     }
 
-    pub(crate) fn add_if<const N: usize>(word: &AtomicU64, expected: u64, cells: Cells<N>, column: Column) -> Outcome {
-        section(|| word.load(Ordering::Acquire) == expected, cells, column)
+    pub(crate) fn add_if<const COLUMN: usize, const N: usize>(
+        word: &AtomicU64,
+        expected: u64,
+        cells: Cells<N>,
+    ) -> Outcome {
+        section::<COLUMN, N>(|| word.load(Ordering::Acquire) == expected, cells)
     }
 
-    pub(crate) fn add_if_unless<const BITS: u8, const N: usize>(
+    pub(crate) fn add_if_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
         word: &AtomicU64,
         expected: u64,
         other: &AtomicU64,
         cells: Cells<N>,
-        column: Column,
     ) -> Outcome {
-        let good = || {
-            word.load(Ordering::Acquire) == expected
-                && other.load(Ordering::Acquire) & u64::from(BITS) == 0
-        };
-        section(good, cells, column)
+        let good = || word.load(Ordering::Acquire) == expected && other.load(Ordering::Acquire) & u64::from(BITS) == 0;
+        section::<COLUMN, N>(good, cells)
     }
 
-    pub(crate) fn add_unless<const BITS: u8, const N: usize>(
+    pub(crate) fn add_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
         word: &AtomicU64,
         cells: Cells<N>,
-        column: Column,
     ) -> Outcome {
-        section(|| word.load(Ordering::Acquire) & u64::from(BITS) == 0, cells, column)
+        section::<COLUMN, N>(|| word.load(Ordering::Acquire) & u64::from(BITS) == 0, cells)
     }
 
-    pub(crate) fn add_unless_either<const FIRST: u8, const SECOND: u8, const N: usize>(
+    pub(crate) fn add_unless_either<const FIRST: u8, const SECOND: u8, const COLUMN: usize, const N: usize>(
         words: [&AtomicU64; 2],
         cells: Cells<N>,
-        column: Column,
     ) -> Outcome {
         let good = || {
             words[0].load(Ordering::Acquire) & u64::from(FIRST) == 0
                 && words[1].load(Ordering::Acquire) & u64::from(SECOND) == 0
         };
-        section(good, cells, column)
+        section::<COLUMN, N>(good, cells)
     }
 }
 

@@ -14,7 +14,7 @@
 use std::arch::asm;
 use std::sync::atomic::{AtomicIsize, AtomicU32, Ordering::Relaxed};
 
-use crate::cells::{Cells, Column};
+use crate::cells::Cells;
 use crate::sync::atomic::AtomicU64;
 
 /// What a section came to.
@@ -64,13 +64,13 @@ pub(crate) fn prepare() -> Result<(), &'static str> {
     if cpu < 0 { Err("the kernel refused rseq") } else { Ok(()) }
 }
 
-/// One section: `$look` compares, then one is added at `counter` in the row of the core.
+/// One section: `$look` compares, then one is added to a counter in the row of the core.
 ///
 /// Layout of the area (`struct rseq`): `cpu_id` at 4, `rseq_cs` at 8. Layout of the descriptor
 /// (`struct rseq_cs`): version, flags, start, length up to the commit, abort address. The
 /// kernel wants the signature 0x53053053 in the four bytes before the abort address.
 macro_rules! section {
-    ($counter:expr, [$($look:literal),*], $($operands:tt)*) => {
+    ($cells:expr, $column:expr, [$($look:literal),*], $($operands:tt)*) => {
         asm!(
             ".pushsection __rseq_cs, \"aw\"",
             ".balign 32",
@@ -88,7 +88,7 @@ macro_rules! section {
             "jae {homeless}",
             $($look,)*
             "shl {tmp}, 12", // STRIDE_BYTES
-            "inc qword ptr [{counter} + {tmp}]",
+            "inc qword ptr [{counter} + {tmp} + {column}]",
             "773:", // committed
             ".pushsection __rseq_failure, \"ax\"",
             ".byte 0x0f, 0xb9, 0x3d",
@@ -100,7 +100,8 @@ macro_rules! section {
             area = out(reg) _,
             offset = sym AREA,
             limit = sym LIMIT,
-            counter = in(reg) $counter,
+            counter = in(reg) $cells.first_row(),
+            column = const $column * size_of::<u64>(),
             homeless = label { return Outcome::Homeless },
             $($operands)*
             options(nostack),
@@ -110,25 +111,26 @@ macro_rules! section {
 
 const _: () = assert!(crate::cells::STRIDE_BYTES == 1 << 12);
 
-/// Adds one to `column` of the current core.
+/// Adds one to the counter `COLUMN` of the current core.
 #[inline(always)]
-pub(crate) fn add<const N: usize>(cells: Cells<N>, column: Column) -> Outcome {
-    // SAFETY: `{counter} + (cpu << 12)` is inside the mapping, because the section checks
-    // cpu < LIMIT = cores() < rows(), by the invariant of `Cells`. Only sections of this core
+pub(crate) fn add<const COLUMN: usize, const N: usize>(cells: Cells<N>) -> Outcome {
+    const { assert!(COLUMN < N) };
+    // SAFETY: `{counter} + (cpu << 12) + 8 * COLUMN` is inside the mapping, by the invariant of
+    // `Cells`, because the section checks cpu < LIMIT = cores() < rows(), and COLUMN < N. Only sections of this core
     // write there while this one runs, and it is restarted if it does not run through; a plain
     // increment of an aligned word is what other cores see as one atomic store. Inputs are not
     // changed between start and commit, so starting again is sound. The area belongs to this
     // thread and outlives it. Flags and `tmp` are clobbered; the stack is not touched.
-    unsafe { section!(cells.first_row(column), [],) };
+    unsafe { section!(cells, COLUMN, [],) };
     Outcome::Counted
 }
 
-/// Adds one to `column` of the current core if `*word == expected`.
+/// Adds one to the counter `COLUMN` of the current core if `*word == expected`.
 #[inline(always)]
-pub(crate) fn add_if<const N: usize>(word: &AtomicU64, expected: u64, cells: Cells<N>, column: Column) -> Outcome {
+pub(crate) fn add_if<const COLUMN: usize, const N: usize>(word: &AtomicU64, expected: u64, cells: Cells<N>) -> Outcome {
     // SAFETY: as in `add`; the word is read through a live reference by one aligned load.
     unsafe {
-        section!(cells.first_row(column),
+        section!(cells, COLUMN,
             ["cmp qword ptr [{word}], {expected}", "jne {refused}"],
             word = in(reg) word,
             expected = in(reg) expected,
@@ -138,19 +140,18 @@ pub(crate) fn add_if<const N: usize>(word: &AtomicU64, expected: u64, cells: Cel
     Outcome::Counted
 }
 
-/// Adds one to `column` of the current core if `*word == expected` and none of the bits `BITS`
+/// Adds one to the counter `COLUMN` of the current core if `*word == expected` and none of the bits `BITS`
 /// is set in `*other`: one section, so one barrier covers both looks.
 #[inline(always)]
-pub(crate) fn add_if_unless<const BITS: u8, const N: usize>(
+pub(crate) fn add_if_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
     word: &AtomicU64,
     expected: u64,
     other: &AtomicU64,
     cells: Cells<N>,
-    column: Column,
 ) -> Outcome {
     // SAFETY: as in `add_if` and `add_unless`, one look after the other.
     unsafe {
-        section!(cells.first_row(column),
+        section!(cells, COLUMN,
             [
                 "cmp qword ptr [{word}], {expected}", "jne {refused}",
                 "test byte ptr [{other}], {bits}", "jne {refused}"
@@ -165,12 +166,15 @@ pub(crate) fn add_if_unless<const BITS: u8, const N: usize>(
     Outcome::Counted
 }
 
-/// Adds one to `column` of the current core if none of the bits `BITS` is set in the word.
+/// Adds one to the counter `COLUMN` of the current core if none of the bits `BITS` is set in the word.
 #[inline(always)]
-pub(crate) fn add_unless<const BITS: u8, const N: usize>(word: &AtomicU64, cells: Cells<N>, column: Column) -> Outcome {
+pub(crate) fn add_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
+    word: &AtomicU64,
+    cells: Cells<N>,
+) -> Outcome {
     // SAFETY: as in `add_if`; the low byte of a live, little-endian word is read.
     unsafe {
-        section!(cells.first_row(column),
+        section!(cells, COLUMN,
             ["test byte ptr [{word}], {bits}", "jne {refused}"],
             word = in(reg) word,
             bits = const BITS,
@@ -182,14 +186,13 @@ pub(crate) fn add_unless<const BITS: u8, const N: usize>(word: &AtomicU64, cells
 
 /// The same for the bits `FIRST` in the first word and the bits `SECOND` in the second.
 #[inline(always)]
-pub(crate) fn add_unless_either<const FIRST: u8, const SECOND: u8, const N: usize>(
+pub(crate) fn add_unless_either<const FIRST: u8, const SECOND: u8, const COLUMN: usize, const N: usize>(
     words: [&AtomicU64; 2],
     cells: Cells<N>,
-    column: Column,
 ) -> Outcome {
     // SAFETY: as in `add_unless`, with two words.
     unsafe {
-        section!(cells.first_row(column),
+        section!(cells, COLUMN,
             [
                 "test byte ptr [{first}], {bits_first}", "jne {refused}",
                 "test byte ptr [{second}], {bits_second}", "jne {refused}"

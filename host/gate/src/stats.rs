@@ -29,10 +29,13 @@ pub struct CoreStats {
 }
 
 impl Gate {
-    /// The counters, core by core.
+    /// The counters, core by core; empty once the gate was retired.
     #[must_use]
     pub fn stats(&self) -> Vec<CoreStats> {
         let control = lock(&self.slot.control);
+        if !self.is_current() {
+            return Vec::new();
+        }
         let rows = read_rows(self.slot);
         let stats = (0..).zip(rows.iter().zip(&control.baseline)).map(|(core, (now, then))| {
             let since = |column: Column| now[column as usize].wrapping_sub(then[column as usize]);

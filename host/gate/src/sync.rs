@@ -66,6 +66,8 @@ pub enum Mutant {
     ClearHangUp,
     /// Retiring sets the counters back to zero.
     RetireResets,
+    /// Retiring has no barrier between revoking the handles and opening the slot again.
+    RetireBlindly,
     /// The end of a hold's bound does not look whose hold it ends.
     ExpireBlindly,
 }

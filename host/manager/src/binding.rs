@@ -110,6 +110,16 @@ impl std::fmt::Debug for Binding {
     }
 }
 
+impl Drop for Binding {
+    /// Gives the gate's slot back, and with it the drain's waker, which the slot would keep for ever. Handles hold the binding, so none is left to ask; a copy of the
+    /// gate goes on answering `closed` (G7).
+    fn drop(&mut self) {
+        self.gate.close();
+        // Refused only while something is inside: then the slot stays taken.
+        let _ = self.gate.retire();
+    }
+}
+
 impl Binding {
     pub(crate) fn new(name: String, driver: String, device: String, pinned: bool, handle_limit: usize) -> Binding {
         Binding {

@@ -1,7 +1,7 @@
 //! The block service as a client sees it. All offsets and lengths are bytes.
 
-use cofferdam_device::words::ID_BYTES;
 pub use cofferdam_device::BlockOp;
+use cofferdam_device::words::ID_BYTES;
 use cofferdam_device::{Buffer, Status};
 use cofferdam_runtime::BlockProperties;
 
@@ -141,7 +141,13 @@ impl BlockGeometry {
     }
 
     /// Checks a client's request once, so that nothing behind it has to (who can forge this: any client).
-    pub(crate) fn check(&self, op: BlockOp, offset: u64, length: u32, buffer: Option<&Buffer>) -> Result<(), BlockError> {
+    pub(crate) fn check(
+        &self,
+        op: BlockOp,
+        offset: u64,
+        length: u32,
+        buffer: Option<&Buffer>,
+    ) -> Result<(), BlockError> {
         let writes = matches!(op, BlockOp::Write | BlockOp::Discard | BlockOp::WriteZeroes);
         if writes && self.read_only {
             return Err(BlockError::ReadOnly);
@@ -162,10 +168,18 @@ impl BlockGeometry {
         }
         match op {
             BlockOp::Flush => {
-                if offset != 0 || length != 0 { Err(BlockError::Invalid) } else { Ok(()) }
+                if offset != 0 || length != 0 {
+                    Err(BlockError::Invalid)
+                } else {
+                    Ok(())
+                }
             }
             BlockOp::GetId => {
-                if offset != 0 || length != ID_BYTES { Err(BlockError::Invalid) } else { Ok(()) }
+                if offset != 0 || length != ID_BYTES {
+                    Err(BlockError::Invalid)
+                } else {
+                    Ok(())
+                }
             }
             _ => {
                 let block = u64::from(self.logical_block_bytes);

@@ -235,10 +235,8 @@ impl Handle {
             }
             let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
             let device = self.device_fd();
-            let mut fds = [
-                PollFd::new(&device, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.shared.notify.fd(), PollFlags::IN),
-            ];
+            let mut fds =
+                [PollFd::new(&device, PollFlags::IN), PollFd::from_borrowed_fd(self.shared.notify.fd(), PollFlags::IN)];
             // EINTR and spurious returns lead to another look, bounded by the deadline.
             let _ = poll(&mut fds, Some(&wait));
             if fds[1].revents().contains(PollFlags::IN) {

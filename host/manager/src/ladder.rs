@@ -134,7 +134,8 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
     if let Some(certificate) = binding.certificate.get() {
         return Ok(certificate.clone());
     }
-    let span = tracing::info_span!("ladder", binding = binding.name(), driver = binding.driver(), device = binding.device());
+    let span =
+        tracing::info_span!("ladder", binding = binding.name(), driver = binding.driver(), device = binding.device());
     let _entered = span.enter();
     let first = parts.progress.cause.is_none();
     parts.progress.cause.get_or_insert(options.cause);
@@ -242,8 +243,14 @@ fn waiting_for(binding: &Binding, parts: &Parts) -> String {
     let requests = binding.gate().operations();
     let calls = binding.gate().crossings();
     let mut text = format!("{requests} requests in flight and {calls} calls in the driver");
-    if let Some((token, age, stage)) = parts.lanes.iter().filter_map(|lane| lane.oldest()).max_by_key(|(_, age, _)| *age) {
-        text.push_str(&format!("; the oldest request ({token:#x}, {stage}) has waited {:.1} s for {}", age.as_secs_f64(), binding.device()));
+    if let Some((token, age, stage)) =
+        parts.lanes.iter().filter_map(|lane| lane.oldest()).max_by_key(|(_, age, _)| *age)
+    {
+        text.push_str(&format!(
+            "; the oldest request ({token:#x}, {stage}) has waited {:.1} s for {}",
+            age.as_secs_f64(),
+            binding.device()
+        ));
     }
     text
 }

@@ -11,25 +11,24 @@
 //! After a fault of the driver nothing crosses any more (L5), but the ring is the host's: what is on it is still reaped, and its ordinary answers are answered.
 //! After a fault of the device the ring is not believed any more, and what is on it waits for the ladder to silence the device (L1).
 
-use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+mod inside;
 
-use cofferdam_device::words::{self, MAX_BATCH};
-use cofferdam_device::{
-    AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Direction, DmaArena, Expected, Outcome, Payload, QueueEvents, SplitQueue, Status, Used,
-};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use cofferdam_device::words::MAX_BATCH;
+use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
 use cofferdam_gate::{Gate, Notify, Refused};
-use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
+use cofferdam_runtime::BlockDriver;
 use parking_lot::Mutex;
 
 use crate::binding::Binding;
-use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion, has_payload};
+use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
-use crate::ledger::{Entry, Ledger, Stage};
+use crate::lane::inside::{Inside, Sink};
+use crate::ledger::Stage;
 
 /// Why a submission stopped before its end.
 #[derive(Clone, Copy, Debug)]
@@ -86,58 +85,11 @@ pub(crate) struct Lane {
     inside: Mutex<Inside>,
 }
 
-struct Inside {
-    driver: Option<Box<dyn BlockDriver>>,
-    ring: Option<SplitQueue>,
-    doorbell: Option<Box<dyn cofferdam_device::Doorbell>>,
-    ordinary: Option<Vec<u8>>,
-    index: u16,
-    ledger: Ledger,
-    /// Checked chains that found no room on the ring, in order. Bounded by the ledger.
-    parked: VecDeque<ChainBuf>,
-    device_fault: Option<DeviceFault>,
-    driver_fault: bool,
-    scratch: Scratch,
-}
-
-/// Memory that is used again for every batch, so that the ordinary way allocates nothing.
-#[derive(Default)]
-struct Scratch {
-    requests: Vec<u64>,
-    expected: Vec<Expected>,
-    chains: Vec<u32>,
-    batch: ChainBatch,
-    responses: Vec<u32>,
-    judged: Vec<(u32, u32, u32)>,
-    tokens: Vec<u32>,
-    answers: Vec<u32>,
-    verdicts: Vec<(usize, Status)>,
-    /// Handles that got an answer from somebody else's poll.
-    to_wake: Vec<Arc<HandleShared>>,
-}
-
-/// Where answers go: straight to the polling client if they are its own.
-struct Sink<'a> {
-    me: Option<&'a Arc<HandleShared>>,
-    out: &'a mut Vec<Completion>,
-}
-
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
         let LaneParts { gate, driver, queue, arena, geometry, requests, binding, wake } = parts;
         let call = queue.events.call;
-        let inside = Inside {
-            driver: Some(driver),
-            index: queue.ring.config().index,
-            ring: Some(queue.ring),
-            doorbell: Some(queue.events.doorbell),
-            ordinary: queue.ordinary,
-            ledger: Ledger::new(requests),
-            parked: VecDeque::new(),
-            device_fault: None,
-            driver_fault: false,
-            scratch: Scratch::default(),
-        };
+        let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests);
         Lane { gate, geometry, arena, call, binding, wake, inside: Mutex::new(inside) }
     }
 
@@ -289,11 +241,14 @@ impl Lane {
         LaneEnd { failed, abandoned }
     }
 
-    /// Lets go of the ring's memory and the doorbell.
+    /// Lets go of the ring's memory and of both notification channels. A client that still sleeps on the call descriptor's number is woken by its notify.
     pub(crate) fn drop_rings(&self) {
         let mut inside = self.inside.lock();
         inside.ring = None;
         inside.doorbell = None;
+        if let Err(error) = cofferdam_device::hollow_out(self.call.as_fd()) {
+            tracing::error!(%error, "the call descriptor stays open");
+        }
     }
 
     /// Drops the store. The lane is vacant: this takes its lease.
@@ -301,306 +256,4 @@ impl Lane {
         let driver = self.inside.lock().driver.take();
         drop(driver);
     }
-}
-
-impl Inside {
-    /// Admits up to 64 requests and enters them in the ledger; what is invalid is answered at once. Returns how many were taken, and why no more.
-    fn enter<'a>(
-        &mut self,
-        gate: &Gate,
-        geometry: &BlockGeometry,
-        owner: &Arc<HandleShared>,
-        requests: impl Iterator<Item = &'a mut BlockRequest>,
-    ) -> (usize, Option<Stop>) {
-        self.scratch.requests.clear();
-        self.scratch.expected.clear();
-        let since = Instant::now();
-        let mut taken = 0;
-        for request in requests {
-            if self.driver_fault || self.device_fault.is_some() || self.driver.is_none() {
-                return (taken, Some(Stop::Gone));
-            }
-            if self.ledger.is_full() {
-                return (taken, Some(Stop::Full));
-            }
-            let guard = match gate.admit() {
-                Ok(guard) => guard,
-                Err(refused) => return (taken, Some(Stop::Refused(refused))),
-            };
-            taken += 1;
-            owner.requests.fetch_add(1, Ordering::Relaxed);
-            let buffer = request.buffer.take();
-            if let Err(error) = geometry.check(request.op, request.offset, request.length, buffer.as_ref()) {
-                owner.deliver(Completion { user: request.user, result: Err(error), buffer });
-                note_owner(&mut self.scratch.to_wake, owner);
-                continue;
-            }
-            let payload = match (&buffer, request.op) {
-                (Some(buffer), BlockOp::Write) => Some(Payload { iova: buffer.iova(), length: request.length, direction: Direction::Out }),
-                (Some(buffer), op) if has_payload(op) => Some(Payload { iova: buffer.iova(), length: request.length, direction: Direction::In }),
-                _ => None,
-            };
-            owner.in_flight.fetch_add(1, Ordering::Relaxed);
-            let entry =
-                Entry { owner: Arc::clone(owner), user: request.user, op: request.op, buffer, guard, stage: Stage::Given, since };
-            let token = self.ledger.insert(entry);
-            let flags = if request.flags.may_unmap { words::FLAG_UNMAP } else { 0 };
-            words::push_request(&mut self.scratch.requests, token, request.op, flags, request.offset, u64::from(request.length));
-            self.scratch.expected.push(Expected { token, payload });
-        }
-        (taken, None)
-    }
-
-    /// One crossing for what [`Inside::enter`] took; checks every word of the answer and puts the chains on the ring.
-    fn cross_submit(&mut self, owner: &Arc<HandleShared>) -> Option<LaneFault> {
-        if self.scratch.expected.is_empty() {
-            return None;
-        }
-        let called = match self.driver.as_mut() {
-            Some(driver) => driver.submit(&self.scratch.requests, &mut self.scratch.chains),
-            None => return None,
-        };
-        let checked = called.map_err(|error| guest_fault(error, "submit")).and_then(|()| {
-            let Scratch { batch, chains, expected, .. } = &mut self.scratch;
-            batch.parse(chains, expected, &[self.index]).map_err(|error| layout_fault(&error))
-        });
-        let mut batch = std::mem::take(&mut self.scratch.batch);
-        let fault = match checked {
-            Ok(()) => self.place(&batch, owner),
-            Err(fault) => {
-                self.driver_fault = true;
-                let given: Vec<u32> = self.scratch.expected.iter().map(|expected| expected.token).collect();
-                self.fail(&given, owner);
-                Some(LaneFault::Guest(fault))
-            }
-        };
-        batch.clear();
-        self.scratch.batch = batch;
-        fault
-    }
-
-    /// Puts checked chains on the ring, in the driver's order and behind those that already wait for room.
-    fn place(&mut self, batch: &ChainBatch, owner: &Arc<HandleShared>) -> Option<LaneFault> {
-        for outcome in batch.iter() {
-            match outcome {
-                Outcome::Refused { token, status, .. } => {
-                    let mut nobody = Vec::new();
-                    let result = BlockError::from_status(status);
-                    self.answer(token, result, &mut Sink { me: None, out: &mut nobody });
-                }
-                Outcome::Chain(chain) => {
-                    let token = chain.token();
-                    let added = match (&mut self.ring, self.parked.is_empty()) {
-                        (Some(ring), true) => ring.add(&chain),
-                        _ => Err(AddError::NoRoom { needed: chain.segment_count(), free: 0 }),
-                    };
-                    let stage = match added {
-                        Ok(()) => Stage::Published,
-                        Err(AddError::NoRoom { .. }) => {
-                            self.parked.push_back(chain.to_buf());
-                            Stage::Parked
-                        }
-                        Err(AddError::Poisoned(fault)) => {
-                            self.device_fault = Some(fault.clone());
-                            self.fail(&[token], owner);
-                            return Some(LaneFault::Device(fault));
-                        }
-                        // A chain that can never fit is the driver's mistake: it knows the ring's size from its plan.
-                        Err(error @ (AddError::TooLong { .. } | AddError::WrongQueue { .. })) => {
-                            self.driver_fault = true;
-                            self.fail(&[token], owner);
-                            return Some(LaneFault::Guest(GuestFault::layout(error.to_string())));
-                        }
-                    };
-                    if let Some(entry) = self.ledger.get_mut(token) {
-                        entry.stage = stage;
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    /// Fails requests that the device was never given.
-    fn fail(&mut self, tokens: &[u32], owner: &Arc<HandleShared>) {
-        let mut nobody = Vec::new();
-        for token in tokens {
-            self.answer(*token, Err(BlockError::DeviceFault), &mut Sink { me: None, out: &mut nobody });
-        }
-        note_owner(&mut self.scratch.to_wake, owner);
-    }
-
-    /// Reaps up to 64 used elements and answers them. Returns how many were answered.
-    fn reap_batch(&mut self, sink: &mut Sink<'_>) -> (usize, Option<LaneFault>) {
-        self.scratch.responses.clear();
-        self.scratch.tokens.clear();
-        self.scratch.judged.clear();
-        if self.device_fault.is_some() {
-            return (0, None);
-        }
-        let mut count = 0;
-        let mut fault = None;
-        while count < MAX_BATCH {
-            let Some(ring) = &mut self.ring else { break };
-            match ring.pop() {
-                Ok(Some(used)) => {
-                    count += 1;
-                    self.sort(&used, sink);
-                }
-                Ok(None) => break,
-                Err(broken) => {
-                    self.device_fault = Some(broken.clone());
-                    fault = Some(LaneFault::Device(broken));
-                    break;
-                }
-            }
-        }
-        if let Some(guest) = self.judge(sink) {
-            fault.get_or_insert(guest);
-        }
-        (count, fault)
-    }
-
-    /// Answers what is the declared ordinary response, and keeps the rest for the driver.
-    fn sort(&mut self, used: &Used, sink: &mut Sink<'_>) {
-        let status = used.status();
-        let complete = used.written == used.offered;
-        if complete && self.ordinary.as_deref() == Some(status) {
-            self.answer(used.token, Ok(()), sink);
-        } else {
-            words::push_response(&mut self.scratch.responses, used.token, used.written, status);
-            self.scratch.tokens.push(used.token);
-            self.scratch.judged.push((used.token, used.written, used.offered));
-        }
-    }
-
-    /// One crossing for the responses that were not ordinary.
-    fn judge(&mut self, sink: &mut Sink<'_>) -> Option<LaneFault> {
-        if self.scratch.tokens.is_empty() {
-            return None;
-        }
-        let called = match (&mut self.driver, self.driver_fault) {
-            (Some(driver), false) => driver.complete(&self.scratch.responses, &mut self.scratch.answers).map_err(|e| guest_fault(e, "complete")),
-            // L5: nobody is left who could judge; an extraordinary response is not a success.
-            _ => {
-                let tokens = std::mem::take(&mut self.scratch.tokens);
-                for token in &tokens {
-                    self.answer(*token, Err(BlockError::Io), sink);
-                }
-                self.scratch.tokens = tokens;
-                return None;
-            }
-        };
-        let checked = called.and_then(|()| {
-            let Scratch { answers, tokens, verdicts, .. } = &mut self.scratch;
-            words::parse_answers(answers, tokens, verdicts).map_err(|error| GuestFault::layout(error.to_string()))
-        });
-        match checked {
-            Ok(()) => {
-                let verdicts = std::mem::take(&mut self.scratch.verdicts);
-                for (position, status) in &verdicts {
-                    let (token, written, writable) = self.scratch.judged[*position];
-                    let reads = self.ledger.get_mut(token).is_some_and(|entry| matches!(entry.op, BlockOp::Read | BlockOp::GetId));
-                    // Bytes that the device did not write are somebody else's old data: no driver may call that a success.
-                    let short = reads && written < writable;
-                    let result = if short && *status == Status::Ok { Err(BlockError::DeviceFault) } else { BlockError::from_status(*status) };
-                    self.answer(token, result, sink);
-                }
-                self.scratch.verdicts = verdicts;
-                None
-            }
-            Err(fault) => {
-                self.driver_fault = true;
-                let tokens = std::mem::take(&mut self.scratch.tokens);
-                for token in &tokens {
-                    self.answer(*token, Err(BlockError::Io), sink);
-                }
-                self.scratch.tokens = tokens;
-                Some(LaneFault::Guest(fault))
-            }
-        }
-    }
-
-    /// The one place where an operation ends: the ledger forgets it, its client gets the answer, the gate counts it out.
-    fn answer(&mut self, token: u32, result: Result<(), BlockError>, sink: &mut Sink<'_>) {
-        let Some(Entry { owner, user, buffer, guard, .. }) = self.ledger.remove(token) else { return };
-        let completion = Completion { user, result, buffer };
-        owner.in_flight.fetch_sub(1, Ordering::Release);
-        match sink.me {
-            Some(me) if Arc::ptr_eq(me, &owner) => sink.out.push(completion),
-            _ => {
-                owner.deliver(completion);
-                note_owner(&mut self.scratch.to_wake, &owner);
-            }
-        }
-        drop(guard);
-    }
-
-    /// Moves parked chains to the ring while there is room; how many.
-    fn unpark(&mut self) -> usize {
-        let mut moved = 0;
-        while let (Some(parked), Some(ring)) = (self.parked.front(), &mut self.ring) {
-            let chain = parked.chain();
-            if ring.add(&chain).is_err() {
-                break;
-            }
-            let token = chain.token();
-            if let Some(entry) = self.ledger.get_mut(token) {
-                entry.stage = Stage::Published;
-            }
-            self.parked.pop_front();
-            moved += 1;
-        }
-        moved
-    }
-
-    /// Makes what was added visible, and tells the device if it wants to be told.
-    fn ring_doorbell(&mut self) {
-        if let (Some(ring), Some(doorbell)) = (&mut self.ring, &self.doorbell)
-            && ring.publish()
-        {
-            doorbell.ring();
-        }
-    }
-
-    fn arm(&mut self) -> bool {
-        self.device_fault.is_none() && self.ring.as_mut().is_some_and(SplitQueue::arm)
-    }
-
-    /// Signals the handles that got answers from `me`'s poll. Those that share its notify are counted instead: `me` polls them itself.
-    fn wake_others(&mut self, me: &Arc<HandleShared>) -> usize {
-        let mut shared = 0;
-        for handle in self.scratch.to_wake.drain(..) {
-            if Arc::ptr_eq(&handle.notify, &me.notify) {
-                shared += 1;
-            } else {
-                handle.notify.signal();
-            }
-        }
-        shared
-    }
-
-    fn wake_all(&mut self) {
-        for handle in self.scratch.to_wake.drain(..) {
-            handle.notify.signal();
-        }
-    }
-}
-
-fn note_owner(to_wake: &mut Vec<Arc<HandleShared>>, owner: &Arc<HandleShared>) {
-    if !to_wake.iter().any(|noted| Arc::ptr_eq(noted, owner)) {
-        to_wake.push(Arc::clone(owner));
-    }
-}
-
-fn guest_fault(error: CallError, export: &str) -> GuestFault {
-    match error {
-        CallError::Fault(fault) => fault,
-        // `submit` and `complete` have no error in the contract, so a driver cannot answer one.
-        CallError::Driver(error) => GuestFault { kind: FaultKind::Layout, message: format!("{export}: {error}"), backtrace: Vec::new() },
-    }
-}
-
-fn layout_fault(error: &cofferdam_device::ChainError) -> GuestFault {
-    GuestFault::layout(error.to_string())
 }

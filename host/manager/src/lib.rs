@@ -43,7 +43,7 @@ pub use manager::{Config, Manager};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 
 pub use cofferdam_device::Buffer;
+pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;
 pub use cofferdam_gate::{Cancel, Notify};
 pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo};
-pub use cofferdam_device::transfer;

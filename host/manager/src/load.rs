@@ -1,13 +1,16 @@
 //! From a component and a device to a binding that serves. Every failure leaves by the ladder (L4), so nothing has to be undone here.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cofferdam_device::DmaArena;
 use cofferdam_device::dma::DmaRegion;
 use cofferdam_device::queue::{QueueConfig, SplitQueue};
 use cofferdam_device::transport::{QueueSetup, Transport};
-use cofferdam_device::DmaArena;
-use cofferdam_runtime::{Attachment, Grants, GuestLimits, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime};
+use cofferdam_runtime::{
+    Attachment, Grants, GuestLimits, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime,
+};
 use parking_lot::Mutex;
 
 use crate::binding::{Binding, BindingState, Parts, Serving};
@@ -22,8 +25,6 @@ use crate::watch::Watch;
 const RINGS_IOVA: u64 = 0x1000_0000;
 /// I/O address of the buffer arena.
 const ARENA_IOVA: u64 = 0x1_0000_0000;
-/// Largest ring that the host keeps, in entries.
-const RING_LIMIT: u16 = 1024;
 /// Most queues of one binding, as `wit/virtio.wit` says.
 const QUEUE_LIMIT: u16 = 64;
 
@@ -47,6 +48,8 @@ pub struct LoadSpec {
     pub limits: GuestLimits,
     /// Bytes of buffer memory for clients: a multiple of 4,096, at least 1 MiB. Taken when touched.
     pub arena_bytes: u64,
+    /// Largest ring that is asked for, in entries: a power of two, 2 to 32,768. A vhost-user backend cannot say what it takes, it can only refuse.
+    pub ring_entries: u16,
     /// Operations in flight per lane, 1 to 65,535.
     pub requests_per_lane: usize,
     /// Open handles of the binding.
@@ -54,7 +57,7 @@ pub struct LoadSpec {
 }
 
 impl LoadSpec {
-    /// A load with every default: 64 MiB of buffers, 1,024 requests per lane, 4,096 handles, one queue, no grants.
+    /// A load with every default: 64 MiB of buffers, rings of 256 entries, 1,024 requests per lane, 4,096 handles, one queue, no grants.
     pub fn new(driver: impl Into<String>, component: Vec<u8>, transport: Box<dyn Transport>) -> LoadSpec {
         LoadSpec {
             name: None,
@@ -66,6 +69,7 @@ impl LoadSpec {
             grants: Grants::default(),
             limits: GuestLimits::default(),
             arena_bytes: 64 << 20,
+            ring_entries: 256,
             requests_per_lane: 1024,
             handle_limit: 4096,
         }
@@ -75,7 +79,8 @@ impl LoadSpec {
 /// Builds up `binding`, which is registered and `loading`. On error the caller runs the ladder on it.
 pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, spec: LoadSpec) -> Result<(), LoadError> {
     let mut parts = binding.parts.lock();
-    let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, .. } = spec;
+    let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, ring_entries, .. } =
+        spec;
     let device = binding.device().to_owned();
     let device_error = |source| LoadError::Device { device: device.clone(), source };
     let plan_error = |reason: String| LoadError::Plan { device: device.clone(), reason };
@@ -96,7 +101,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let negotiated = Arc::new(Mutex::new(None));
     let (mut control, kill) = maker.make(LaneId::Control)?;
     parts.kills.push(kill);
-    let window = DeviceWindow::new(Arc::clone(&transport), queue_limit, RING_LIMIT, Arc::clone(&negotiated));
+    let window = DeviceWindow::new(Arc::clone(&transport), queue_limit, ring_entries, Arc::clone(&negotiated));
     let attach_error = |source| LoadError::Attach { device: device.clone(), source };
     let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
     let Some(features) = *negotiated.lock() else {
@@ -105,7 +110,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     if features != attachment.features {
         return Err(plan_error("the driver's attachment names other features than it negotiated".into()));
     }
-    check_plan(&attachment, transport.lock().as_ref(), queue_limit).map_err(&plan_error)?;
+    check_plan(&attachment, transport.lock().as_ref(), queue_limit, ring_entries).map_err(&plan_error)?;
     let properties = control.block_properties().map_err(attach_error)?;
     parts.control = Some(control);
 
@@ -140,9 +145,9 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         offset += ring_bytes(plan.size).next_multiple_of(4096);
         let setup = QueueSetup { index: plan.index, size: plan.size, addresses: queue.addresses() };
         let events = transport.lock().setup_queue(setup).map_err(device_error)?;
-        {
-            use std::os::fd::AsFd;
-            parts.marks.note(events.call.as_fd());
+        parts.marks.note(events.call.as_fd());
+        if let Some(fd) = events.doorbell.descriptor() {
+            parts.marks.note(fd);
         }
         let (mut driver, kill) = maker.make(LaneId::Data(number as u16))?;
         parts.kills.push(kill);
@@ -160,7 +165,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         });
         parts.lanes.push(Arc::new(lane));
     }
-    if let Some(fd) = transport.lock().event_fd() {
+    for fd in transport.lock().descriptors() {
         parts.marks.note(fd);
     }
     transport.lock().start().map_err(device_error)?;
@@ -213,7 +218,12 @@ impl InstanceMaker<'_> {
 }
 
 /// The driver's words about queues, checked against the device and the contract (who can forge this: the guest).
-fn check_plan(attachment: &Attachment, transport: &dyn Transport, queue_limit: u16) -> Result<(), String> {
+fn check_plan(
+    attachment: &Attachment,
+    transport: &dyn Transport,
+    queue_limit: u16,
+    ring_limit: u16,
+) -> Result<(), String> {
     let queues = &attachment.queues;
     let most = transport.max_queues().min(queue_limit);
     if queues.is_empty() || queues.len() > usize::from(most) {
@@ -226,9 +236,12 @@ fn check_plan(attachment: &Attachment, transport: &dyn Transport, queue_limit: u
         if queues[..position].iter().any(|other| other.index == queue.index) {
             return Err(format!("queue {} is planned twice", queue.index));
         }
-        let largest = transport.max_queue_size(queue.index).min(RING_LIMIT);
+        let largest = transport.max_queue_size(queue.index).min(ring_limit);
         if !queue.size.is_power_of_two() || queue.size > largest {
-            return Err(format!("queue {} of {} entries: a power of two up to {largest} can be had", queue.index, queue.size));
+            return Err(format!(
+                "queue {} of {} entries: a power of two up to {largest} can be had",
+                queue.index, queue.size
+            ));
         }
         if queue.ordinary_response.as_ref().is_some_and(|bytes| bytes.len() > cofferdam_device::MAX_STATUS_BYTES) {
             return Err(format!("queue {}: the ordinary response is over 64 bytes", queue.index));

@@ -89,7 +89,8 @@ impl Manager {
                 Some(name) => check_name(name)?.to_owned(),
                 None => self.free_name(&spec.driver),
             };
-            let binding = Arc::new(Binding::new(name, spec.driver.clone(), device.clone(), spec.pinned, spec.handle_limit));
+            let binding =
+                Arc::new(Binding::new(name, spec.driver.clone(), device.clone(), spec.pinned, spec.handle_limit));
             match shared.registry.insert(Arc::clone(&binding)) {
                 Ok(()) => break binding,
                 Err(taken) if spec.name.is_some() => return Err(LoadError::NameTaken(taken.name().to_owned())),
@@ -105,7 +106,13 @@ impl Manager {
         };
         match result {
             Ok(()) => {
-                tracing::info!(binding = binding.name(), driver = binding.driver(), device = binding.device(), lanes = binding.lanes(), "serving");
+                tracing::info!(
+                    binding = binding.name(),
+                    driver = binding.driver(),
+                    device = binding.device(),
+                    lanes = binding.lanes(),
+                    "serving"
+                );
                 Ok(binding)
             }
             Err(error) => {
@@ -183,7 +190,8 @@ impl Shared {
         let deadline = Instant::now() + bound;
         let bindings: Vec<_> = self.registry.snapshot().values().cloned().collect();
         let certificates = std::thread::scope(|scope| {
-            let leaving: Vec<_> = bindings.iter().map(|binding| scope.spawn(move || self.leave_at_shutdown(binding, deadline))).collect();
+            let leaving: Vec<_> =
+                bindings.iter().map(|binding| scope.spawn(move || self.leave_at_shutdown(binding, deadline))).collect();
             leaving.into_iter().filter_map(|thread| thread.join().ok().flatten()).collect()
         });
         self.watch.stop();

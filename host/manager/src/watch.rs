@@ -37,7 +37,13 @@ impl Watch {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let wake = Notify::new()?;
         epoll::add(&epoll, wake.fd(), epoll::EventData::new_u64(WAKER), epoll::EventFlags::IN)?;
-        Ok(Watch { epoll, wake, stop: AtomicBool::new(false), next: AtomicU64::new(WAKER + 1), watched: Mutex::new(HashMap::new()) })
+        Ok(Watch {
+            epoll,
+            wake,
+            stop: AtomicBool::new(false),
+            next: AtomicU64::new(WAKER + 1),
+            watched: Mutex::new(HashMap::new()),
+        })
     }
 
     /// Signalled by whoever has put a fault into its binding.

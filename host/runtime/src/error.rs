@@ -44,7 +44,9 @@ pub enum LoadError {
         exports: Vec<String>,
     },
     /// A driver for another version of the contract.
-    #[error("this driver was built for {found}, this host has {wanted}; rebuild the driver with the matching SDK or use another host")]
+    #[error(
+        "this driver was built for {found}, this host has {wanted}; rebuild the driver with the matching SDK or use another host"
+    )]
     WrongVersion {
         /// The interface and version in the component.
         found: String,

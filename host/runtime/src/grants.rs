@@ -121,7 +121,9 @@ impl fmt::Display for Grants {
     /// The grants as they are written for `--allow`, separated by spaces.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut words = Vec::new();
-        for (granted, word) in [(self.wasi_clocks, "wasi:clocks"), (self.wasi_random, "wasi:random"), (self.wasi_cli, "wasi:cli")] {
+        for (granted, word) in
+            [(self.wasi_clocks, "wasi:clocks"), (self.wasi_random, "wasi:random"), (self.wasi_cli, "wasi:cli")]
+        {
             if granted {
                 words.push(word.to_owned());
             }

@@ -16,7 +16,7 @@ use crate::fault::{CallError, DriverError, FaultKind, GuestFault};
 use crate::grants::Grants;
 use crate::kill::KillSwitch;
 use crate::limits::{GuestLimits, Meter};
-use crate::module::Module;
+use crate::module::{Module, mismatch};
 use crate::pulse::Activity;
 use crate::runtime::Runtime;
 use crate::service::{
@@ -131,11 +131,13 @@ impl Instance {
             let _crossing = spec.gate.cross();
             let _busy = Busy::enter(&runtime, &activity);
             match store.data_mut().watch.begin() {
-                Ok(()) => pre.instantiate(&mut store),
+                Ok(()) => pre.instance_pre().instantiate(&mut store),
                 Err(interrupt) => Err(interrupt.into()),
             }
         };
-        let guest = made.map_err(|error| classify(&mut store, &error))?;
+        let made = made.map_err(|error| classify(&mut store, &error))?;
+        // The exports have the right names (`world`); now their types are compared, once, and the functions looked up.
+        let guest = VirtioBlockDriver::new(&mut store, &made).map_err(|error| mismatch(&error))?;
         Ok(Instance { store, guest, gate: spec.gate, activity, fault: None, inside: false, lane: spec.lane, runtime })
     }
 
@@ -163,9 +165,8 @@ impl Instance {
     /// [`CallError::Driver`] when the driver refuses the device, [`CallError::Fault`] when it faulted; the latter also for an attachment that is out of the
     /// bounds in `wit/virtio.wit`.
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
-        let words = self.with_device(device, |store, guest| {
-            guest.cofferdam_driver_driver().call_attach(store, the_device())
-        })?;
+        let words =
+            self.with_device(device, |store, guest| guest.cofferdam_driver_driver().call_attach(store, the_device()))?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))
     }

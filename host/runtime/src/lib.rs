@@ -50,7 +50,7 @@ pub use limits::GuestLimits;
 pub use module::{Module, ModuleInfo};
 pub use runtime::{Runtime, RuntimeConfig};
 pub use service::{
-    Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS,
-    MAX_CHAIN_WORDS, QueuePlan,
+    Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS,
+    QueuePlan,
 };
 pub use world::{ImportInfo, ImportKind, Service};

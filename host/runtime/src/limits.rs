@@ -88,7 +88,8 @@ impl ResourceLimiter for Meter {
         let growth = desired.saturating_sub(current);
         let total = self.memory_bytes.saturating_add(growth);
         if total > self.memory_limit_bytes {
-            self.denied = Some(format!("{total} bytes of memory were asked for, {} are allowed", self.memory_limit_bytes));
+            self.denied =
+                Some(format!("{total} bytes of memory were asked for, {} are allowed", self.memory_limit_bytes));
             return Ok(false);
         }
         self.memory_bytes = total;

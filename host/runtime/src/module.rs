@@ -94,6 +94,11 @@ impl Module {
             wasi::link(&mut linker, grants)?;
             VirtioBlockDriverPre::new(linker.instantiate_pre(&self.inner.component)?)
         };
-        link().map_err(|error: wasmtime::Error| LoadError::Mismatch(clean(&format!("{error:#}"), MAX_MESSAGE_BYTES)))
+        link().map_err(|error: wasmtime::Error| mismatch(&error))
     }
+}
+
+/// The error of a linker or a type check.
+pub(crate) fn mismatch(error: &wasmtime::Error) -> LoadError {
+    LoadError::Mismatch(clean(&format!("{error:#}"), MAX_MESSAGE_BYTES))
 }

@@ -66,16 +66,12 @@ impl Runtime {
     /// # Errors
     /// [`RuntimeError`] when the engine refuses the configuration or the thread cannot be started.
     pub fn new(config: RuntimeConfig) -> Result<Runtime, RuntimeError> {
-        let engine = Engine::new(&engine_config(&config)).map_err(|error| RuntimeError::Engine(format!("{error:#}")))?;
+        let engine =
+            Engine::new(&engine_config(&config)).map_err(|error| RuntimeError::Engine(format!("{error:#}")))?;
         let pulse = Pulse::start(engine.clone()).map_err(RuntimeError::Ticker)?;
         let cache = config.cache_dir.and_then(|dir| Cache::open(&dir, &engine, config.cache_entries));
-        let inner = Inner {
-            engine,
-            pulse,
-            cache,
-            component_limit_bytes: config.component_bytes,
-            log_rates: Mutex::default(),
-        };
+        let inner =
+            Inner { engine, pulse, cache, component_limit_bytes: config.component_bytes, log_rates: Mutex::default() };
         Ok(Runtime { inner: Arc::new(inner) })
     }
 
@@ -112,7 +108,13 @@ impl Runtime {
             compile_micros: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
             from_cache,
         };
-        tracing::debug!(digest = info.digest, bytes = info.bytes, micros = info.compile_micros, from_cache, "component loaded");
+        tracing::debug!(
+            digest = info.digest,
+            bytes = info.bytes,
+            micros = info.compile_micros,
+            from_cache,
+            "component loaded"
+        );
         Ok(Module::new(self.clone(), component, world, info))
     }
 

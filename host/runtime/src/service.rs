@@ -59,7 +59,10 @@ impl Attachment {
                 return breach(format!("queue {} has {} entries; a power of two is needed", plan.index, plan.size));
             }
             if plan.ordinary_response.as_ref().is_some_and(|bytes| bytes.len() > MAX_ORDINARY_BYTES) {
-                return breach(format!("queue {} has an ordinary response over {MAX_ORDINARY_BYTES} bytes", plan.index));
+                return breach(format!(
+                    "queue {} has an ordinary response over {MAX_ORDINARY_BYTES} bytes",
+                    plan.index
+                ));
             }
             queues.push(QueuePlan { index: plan.index, size: plan.size, ordinary_response: plan.ordinary_response });
         }
@@ -114,7 +117,9 @@ pub struct BlockProperties {
 impl BlockProperties {
     pub(crate) fn check(words: &wit_block::Properties) -> Result<BlockProperties, GuestFault> {
         let block = words.logical_block_bytes;
-        let breach = |what: &str, value: u64| Err(GuestFault::layout(format!("get-properties: {what} {value} is out of its bounds")));
+        let breach = |what: &str, value: u64| {
+            Err(GuestFault::layout(format!("get-properties: {what} {value} is out of its bounds")))
+        };
         if !block.is_power_of_two() || !(512..=65_536).contains(&block) {
             return breach("logical-block-bytes", block.into());
         }

@@ -11,7 +11,8 @@ use support::{Guest, requests, spec};
 use tempfile::TempDir;
 
 fn runtime(dir: &Path) -> Runtime {
-    Runtime::new(RuntimeConfig { cache_dir: Some(dir.to_owned()), cache_entries: 3, ..RuntimeConfig::default() }).unwrap()
+    Runtime::new(RuntimeConfig { cache_dir: Some(dir.to_owned()), cache_entries: 3, ..RuntimeConfig::default() })
+        .unwrap()
 }
 
 /// A private cache with one entry in it.
@@ -58,7 +59,13 @@ fn a_damaged_entry_is_compiled_again_and_replaced() {
     let good = fs::read(&entry).unwrap();
     let mut flipped = good.clone();
     *flipped.last_mut().unwrap() ^= 1;
-    let cases = [Vec::new(), b"cofferdam-cwasm1".to_vec(), good[..good.len() / 2].to_vec(), flipped, [good.clone(), vec![0]].concat()];
+    let cases = [
+        Vec::new(),
+        b"cofferdam-cwasm1".to_vec(),
+        good[..good.len() / 2].to_vec(),
+        flipped,
+        [good.clone(), vec![0]].concat(),
+    ];
     for (number, bytes) in cases.into_iter().enumerate() {
         fs::write(&entry, bytes).unwrap();
         let module = load(&dir);
@@ -119,7 +126,14 @@ fn links_and_pipes_are_not_followed() {
     symlink(&moved, &entry).unwrap();
     assert!(!load(&dir).info().from_cache, "an entry that is a link");
     fs::remove_file(&entry).unwrap();
-    rustix::fs::mknodat(rustix::fs::CWD, &entry, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR, 0).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &entry,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )
+    .unwrap();
     assert!(!load(&dir).info().from_cache, "an entry that is a pipe");
 
     let link = dir.with_file_name("link");

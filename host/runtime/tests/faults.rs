@@ -6,7 +6,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cofferdam_runtime::{
-    BlockDriver, CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch, MAX_CHAIN_WORDS,
+    BlockDriver, CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch,
+    MAX_CHAIN_WORDS,
 };
 use support::{FakeDevice, Guest, instance, module, requests, runtime, setup, spec};
 
@@ -109,7 +110,11 @@ fn a_trap_has_a_backtrace_and_the_instance_is_never_entered_again() {
     let gate_before = lane.submit(&requests(1), &mut Vec::new());
     let first = fault(gate_before);
     assert_eq!(first.kind, FaultKind::Trap);
-    assert!(first.backtrace[0].contains("broken-part") && first.backtrace[1].contains("submit"), "{:?}", first.backtrace);
+    assert!(
+        first.backtrace[0].contains("broken-part") && first.backtrace[1].contains("submit"),
+        "{:?}",
+        first.backtrace
+    );
     let begun = Instant::now();
     assert_eq!(fault(lane.submit(&requests(1), &mut Vec::new())), first);
     assert_eq!(fault(lane.complete(&[7, 0, 0], &mut Vec::new())), first);
@@ -121,7 +126,11 @@ fn a_trap_has_a_backtrace_and_the_instance_is_never_entered_again() {
 
 #[test]
 fn an_overrun_of_the_stack_is_a_trap() {
-    let guest = Guest { submit: "(call $deeper (i32.const 0))".into(), more: "(func $deeper (param i32) (result i32) (i32.add (call $deeper (local.get 0)) (i32.const 1)))".into(), ..Guest::default() };
+    let guest = Guest {
+        submit: "(call $deeper (i32.const 0))".into(),
+        more: "(func $deeper (param i32) (result i32) (i32.add (call $deeper (local.get 0)) (i32.const 1)))".into(),
+        ..Guest::default()
+    };
     let mut lane = instance(&runtime(), &guest);
     let fault = fault(lane.submit(&requests(1), &mut Vec::new()));
     assert_eq!(fault.kind, FaultKind::Trap);
@@ -132,7 +141,9 @@ fn an_overrun_of_the_stack_is_a_trap() {
 #[test]
 fn lists_beyond_their_bounds_are_layout_faults() {
     let answer = |pointer: i64, words: usize| {
-        let body = format!("(i32.store (i32.const 256) (i32.const {pointer})) (i32.store (i32.const 260) (i32.const {words})) (i32.const 256)");
+        let body = format!(
+            "(i32.store (i32.const 256) (i32.const {pointer})) (i32.store (i32.const 260) (i32.const {words})) (i32.const 256)"
+        );
         Guest { pages: 600, ..Guest::submit(&body) }
     };
     let runtime = runtime();
@@ -184,7 +195,8 @@ fn a_drivers_error_is_an_answer_and_its_text_is_made_safe() {
     let attach = r#"(call $drop-device (local.get $dev))
         (i32.store8 (i32.const 256) (i32.const 1)) (i32.store8 (i32.const 264) (i32.const 0))
         (i32.store (i32.const 268) (i32.const 512)) (i32.store (i32.const 272) (i32.const 6)) (i32.const 256)"#;
-    let guest = Guest { attach: attach.into(), more: r#"(data (i32.const 512) "no\1b[2J")"#.into(), ..Guest::default() };
+    let guest =
+        Guest { attach: attach.into(), more: r#"(data (i32.const 512) "no\1b[2J")"#.into(), ..Guest::default() };
     let mut control = instance(&runtime(), &guest);
     for _ in 0..2 {
         let error = control.attach(Box::new(FakeDevice)).unwrap_err();
@@ -237,7 +249,8 @@ fn a_slow_device_is_not_the_guests_fault_but_has_a_budget() {
     let slow = || Box::new(SlowDevice(Duration::from_millis(250)));
     instance(&runtime, &Guest::default()).attach(slow()).unwrap();
 
-    let again = format!("(loop $again (call $negotiate (local.get $dev) (i64.const 0) (i32.const 512)) (br $again)) {attach}");
+    let again =
+        format!("(loop $again (call $negotiate (local.get $dev) (i64.const 0) (i32.const 512)) (br $again)) {attach}");
     let mut spec = spec();
     spec.limits.host_budget_ms = 400;
     let mut control = module(&runtime, &Guest { attach: again, ..Guest::default() }).instantiate(spec).unwrap();

@@ -80,7 +80,10 @@ fn a_line_says_who_spoke_and_is_escaped() {
     let [line] = &lines[..] else { panic!("{lines:?}") };
     assert_eq!(line.level, Level::WARN);
     assert_eq!(line.get("line"), "a\\nb\\u{7}");
-    assert_eq!((line.get("binding"), line.get("driver"), line.get("device"), line.get("generation")), ("disk0", "guest", "fake:0", "1"));
+    assert_eq!(
+        (line.get("binding"), line.get("driver"), line.get("device"), line.get("generation")),
+        ("disk0", "guest", "fake:0", "1")
+    );
 }
 
 #[test]

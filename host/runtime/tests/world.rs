@@ -5,8 +5,6 @@ mod support;
 use cofferdam_runtime::{Grants, ImportKind, InstantiateError, LoadError, Service};
 use support::{Guest, component_of, module, runtime, spec};
 
-const EMPTY_CORE: &str = "(module)";
-
 #[test]
 fn a_file_that_is_not_wasm_is_named_so() {
     let error = runtime().load(b"#!/bin/sh\n").unwrap_err();
@@ -27,7 +25,8 @@ fn a_cut_component_is_a_compile_error() {
     for cut in [8, 9, 100, component.len() - 1] {
         let error = runtime().load(&component[..cut]).unwrap_err();
         // Eight bytes are a whole, empty component.
-        let expected = matches!(error, LoadError::Compile(_)) || (cut == 8 && matches!(error, LoadError::NotADriver { .. }));
+        let expected =
+            matches!(error, LoadError::Compile(_)) || (cut == 8 && matches!(error, LoadError::NotADriver { .. }));
         assert!(expected, "{cut}: {error}");
     }
 }
@@ -47,7 +46,10 @@ fn half_a_driver_is_not_a_driver() {
     let wit = "package cofferdam:driver@0.1.0; interface driver { x: func(); } world other { export driver; }";
     let core = r#"(module (func (export "cofferdam:driver/driver@0.1.0#x")))"#;
     let error = runtime().load(&component_of(wit, core)).unwrap_err();
-    assert!(matches!(&error, LoadError::NotADriver { missing, .. } if missing == "cofferdam:driver/block@0.1.0"), "{error}");
+    assert!(
+        matches!(&error, LoadError::NotADriver { missing, .. } if missing == "cofferdam:driver/block@0.1.0"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -62,10 +64,18 @@ fn a_driver_of_another_version_is_told_both_versions() {
 
 #[test]
 fn right_names_with_wrong_types_are_refused_at_instantiation() {
-    let wit = "package cofferdam:driver@0.1.0; interface driver { attach: func(); config-changed: func(); start: func(); }
+    let wit =
+        "package cofferdam:driver@0.1.0; interface driver { attach: func(); config-changed: func(); start: func(); }
                interface block { get-properties: func(); submit: func(); complete: func(); }
                world other { export driver; export block; }";
-    let names = ["driver@0.1.0#attach", "driver@0.1.0#config-changed", "driver@0.1.0#start", "block@0.1.0#get-properties", "block@0.1.0#submit", "block@0.1.0#complete"];
+    let names = [
+        "driver@0.1.0#attach",
+        "driver@0.1.0#config-changed",
+        "driver@0.1.0#start",
+        "block@0.1.0#get-properties",
+        "block@0.1.0#submit",
+        "block@0.1.0#complete",
+    ];
     let functions: String = names.map(|n| format!(r#"(func (export "cofferdam:driver/{n}"))"#)).concat();
     let module = runtime().load(&component_of(wit, &format!("(module {functions})"))).unwrap();
     let error = module.instantiate(spec()).unwrap_err();
@@ -82,7 +92,10 @@ fn a_driver_is_described_without_running_it() {
     assert_eq!(info.digest.len(), 64);
     assert!(!info.from_cache);
     let names: Vec<&str> = info.imports.iter().map(|i| i.name.as_str()).collect();
-    assert!(names.contains(&"cofferdam:driver/log@0.1.0") && names.contains(&"cofferdam:driver/virtio@0.1.0"), "{names:?}");
+    assert!(
+        names.contains(&"cofferdam:driver/log@0.1.0") && names.contains(&"cofferdam:driver/virtio@0.1.0"),
+        "{names:?}"
+    );
     assert!(info.imports.iter().all(|i| i.kind == ImportKind::Capability));
     assert!(info.exports.contains(&"cofferdam:driver/block@0.1.0".to_owned()));
     module.check_grants(&Grants::default()).unwrap();

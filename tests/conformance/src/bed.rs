@@ -28,7 +28,14 @@ pub struct Wish {
 
 impl Default for Wish {
     fn default() -> Wish {
-        Wish { capacity_bytes: 16 << 20, queues: 1, read_only: false, ranges: false, ring_entries: None, plain_ring: false }
+        Wish {
+            capacity_bytes: 16 << 20,
+            queues: 1,
+            read_only: false,
+            ranges: false,
+            ring_entries: None,
+            plain_ring: false,
+        }
     }
 }
 
@@ -83,7 +90,8 @@ pub(crate) fn with_fixture(bed: &dyn Bed, case: &Case) -> anyhow::Result<bool> {
     let wish = (case.wish)();
     let Some(device) = bed.device(&wish)? else { return Ok(false) };
     let path = driver_path("virtio-blk.wasm");
-    let component = std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build' first", path.display()))?;
+    let component =
+        std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build' first", path.display()))?;
     let cache_dir = Some(driver_path("../test-cache"));
     let manager = Manager::new(Config { cache_dir })?;
     let mut spec = LoadSpec::new("virtio-blk.wasm", component, device.transport);

@@ -15,7 +15,11 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "random_operations_agree_on_a_plain_ring", wish: plain, check: random_operations },
     Case { name: "more_requests_than_the_ring_holds_are_all_answered", wish: small_ring, check: overfull_ring },
     Case { name: "the_longest_transfer_reads_back", wish: Wish::default, check: longest_transfer },
-    Case { name: "requests_that_cannot_be_are_refused_and_harm_nothing", wish: Wish::default, check: impossible_requests },
+    Case {
+        name: "requests_that_cannot_be_are_refused_and_harm_nothing",
+        wish: Wish::default,
+        check: impossible_requests,
+    },
     Case { name: "a_read_only_device_refuses_changes", wish: read_only, check: read_only_refuses },
     Case { name: "write_zeroes_reads_as_zeroes", wish: ranges, check: write_zeroes },
     Case { name: "discard_is_served_and_spares_its_neighbours", wish: ranges, check: discard },
@@ -91,7 +95,10 @@ fn random_operations(fixture: &mut Fixture) -> anyhow::Result<()> {
             completion.result.with_context(|| format!("round {round}, seed {SEED:#x}"))?;
             if let Some(place) = place {
                 let bytes = contents(&completion, place.len() as u32)?;
-                ensure!(bytes == oracle[place.clone()], "round {round}, seed {SEED:#x}: {place:?} reads back differently");
+                ensure!(
+                    bytes == oracle[place.clone()],
+                    "round {round}, seed {SEED:#x}: {place:?} reads back differently"
+                );
             }
         }
     }
@@ -170,7 +177,10 @@ fn pattern_around(client: &mut Client) -> anyhow::Result<u64> {
 
 fn neighbours_are_whole(client: &mut Client, unit: u64) -> anyhow::Result<()> {
     for piece in [0, 2_u64] {
-        ensure!(client.read(piece * unit, unit as u32)? == vec![0xa0 + piece as u8; unit as usize], "neighbour {piece} changed");
+        ensure!(
+            client.read(piece * unit, unit as u32)? == vec![0xa0 + piece as u8; unit as usize],
+            "neighbour {piece} changed"
+        );
     }
     Ok(())
 }

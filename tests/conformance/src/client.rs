@@ -25,7 +25,8 @@ impl Client {
     /// # Errors
     /// When it is refused.
     pub fn open(binding: &Arc<Binding>, lane: usize) -> anyhow::Result<Client> {
-        let handle = binding.open(HandleSpec { label: "in-process".into(), peer: "conformance".into(), lane, notify: None })?;
+        let handle =
+            binding.open(HandleSpec { label: "in-process".into(), peer: "conformance".into(), lane, notify: None })?;
         Ok(Client { handle, next: 1, early: HashMap::new() })
     }
 
@@ -95,7 +96,13 @@ impl Client {
     ///
     /// # Errors
     /// When it is not admitted or not answered; how the device answered is the inner result.
-    pub fn one(&mut self, op: BlockOp, offset: u64, length: u32, data: Option<&[u8]>) -> anyhow::Result<Result<Completion, BlockError>> {
+    pub fn one(
+        &mut self,
+        op: BlockOp,
+        offset: u64,
+        length: u32,
+        data: Option<&[u8]>,
+    ) -> anyhow::Result<Result<Completion, BlockError>> {
         let user = self.start(op, offset, length, data)?;
         let completion = self.finish(user)?;
         Ok(completion.result.map(|()| completion))

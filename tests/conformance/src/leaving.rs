@@ -15,7 +15,11 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "a_revoked_handle_answers_revoked_and_closes", wish: Wish::default, check: revoked_handle },
     Case { name: "a_sleeping_client_is_woken_by_revocation", wish: Wish::default, check: sleeper_wakes },
     Case { name: "a_buffer_kept_over_the_unload_reaches_nothing", wish: Wish::default, check: kept_buffer },
-    Case { name: "a_handle_closed_with_requests_in_flight_leaks_nothing", wish: Wish::default, check: closed_in_flight },
+    Case {
+        name: "a_handle_closed_with_requests_in_flight_leaks_nothing",
+        wish: Wish::default,
+        check: closed_in_flight,
+    },
     Case { name: "two_unloaders_get_the_same_certificate", wish: Wish::default, check: two_unloaders },
 ];
 

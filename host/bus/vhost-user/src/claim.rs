@@ -11,9 +11,11 @@
 //! reach over network namespaces.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
@@ -52,10 +54,14 @@ impl SocketId {
     }
 }
 
+/// A child that this or another process is just starting holds a copy of every descriptor between its fork and its exec: a name that was given back may stay
+/// taken for that moment.
+const FORK_GRACE: Duration = Duration::from_millis(60);
+
 /// The right to drive one device. Dropping it gives the right back.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    _name: UnixDatagram,
+    name: UnixDatagram,
 }
 
 impl Claim {
@@ -63,13 +69,24 @@ impl Claim {
     pub(crate) fn take(path: &Path, id: SocketId) -> Result<Self, ConnectError> {
         let failed = |source| ConnectError::Io { path: path.to_owned(), what: "claim", source };
         let address = SocketAddr::from_abstract_name(id.name()).map_err(failed)?;
-        match UnixDatagram::bind_addr(&address) {
-            Ok(name) => Ok(Claim { _name: name }),
-            Err(taken) if taken.kind() == io::ErrorKind::AddrInUse => {
-                Err(ConnectError::AlreadyClaimed(path.to_owned()))
+        let deadline = Instant::now() + FORK_GRACE;
+        loop {
+            match UnixDatagram::bind_addr(&address) {
+                Ok(name) => return Ok(Claim { name }),
+                Err(taken) if taken.kind() == io::ErrorKind::AddrInUse => {
+                    if Instant::now() >= deadline {
+                        return Err(ConnectError::AlreadyClaimed(path.to_owned()));
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(other) => return Err(failed(other)),
             }
-            Err(other) => Err(failed(other)),
         }
+    }
+
+    /// The socket that holds the name.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.name.as_fd()
     }
 }
 

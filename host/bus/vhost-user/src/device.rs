@@ -73,7 +73,7 @@ struct Open {
     wire: Wire,
     /// Readable when `wire`'s socket hangs up or has something to read, or when the backend's process ends.
     events: OwnedFd,
-    _claim: Claim,
+    claim: Claim,
 }
 
 struct Ring {
@@ -110,7 +110,7 @@ impl VhostUser {
         tracing::info!(address, pid = wire.peer().pid(), queues = hello.max_queues, "vhost-user device connected");
         Ok(VhostUser {
             address: address.to_owned(),
-            open: Some(Open { wire, events, _claim: claim }),
+            open: Some(Open { wire, events, claim }),
             offered: hello.offered,
             protocol: hello.protocol,
             max_queues: hello.max_queues,
@@ -377,6 +377,10 @@ impl Transport for VhostUser {
         self.open.as_ref().map(|open| open.events.as_fd())
     }
 
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.open.as_ref().map_or_else(Vec::new, |open| vec![open.wire.descriptor(), open.claim.descriptor()])
+    }
+
     fn is_lost(&mut self) -> bool {
         self.open.as_mut().is_none_or(|open| open.wire.is_lost())
     }
@@ -471,5 +475,9 @@ impl Doorbell for Kick {
     fn ring(&self) {
         // The only failure left is a counter at its maximum, and then the backend is being woken anyway.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
     }
 }

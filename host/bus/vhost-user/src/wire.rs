@@ -69,6 +69,11 @@ pub(crate) fn limit() -> Instant {
 }
 
 impl Wire {
+    /// The connection.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// Connects to the socket at `path`, within [`ANSWER_LIMIT`].
     pub(crate) fn connect(path: &Path) -> Result<Self, ConnectError> {
         let failed = |what| move |errno| ConnectError::from_errno(path, what, errno);

@@ -15,7 +15,8 @@ use Mechanism::{Rseq, Xadd};
 use Mutant::{
     CancelLate, ClearEarly, ClearHangUp, CoreByCore, CountLate, EnteredFirst, ExpireBlindly,
     HandleLeaveLooksAtGateOnly, HandleLookedAtEarly, LeaveRelaxed, LeaveSilently, LookBeforeCount, NoBarrier,
-    NoRestart, OpenBlindly, RefuseSilently, RegisterBlindly, RetireResets, ReuseEarly, SleeperLooksEarly,
+    NoRestart, OpenBlindly, RefuseSilently, RegisterBlindly, RetireBlindly, RetireResets, ReuseEarly,
+    SleeperLooksEarly,
 };
 
 /// A model: its name, what it does, its bound on preemptions, and the mutants that it kills
@@ -128,6 +129,12 @@ pub(crate) const SCENES: &[Scene] = &[
         act: late_entrant_of_a_retired_gate,
         preemptions: 5,
         kills: &[(RetireResets, Some(Xadd))],
+    },
+    Scene {
+        name: "late_call_of_a_retired_gate",
+        act: late_call_of_a_retired_gate,
+        preemptions: 5,
+        kills: &[(RetireBlindly, Some(Rseq))],
     },
 ];
 
@@ -463,4 +470,19 @@ fn late_entrant_of_a_retired_gate() {
         drop(guard);
     }
     entrant.join().expect("entrant");
+}
+
+fn late_call_of_a_retired_gate() {
+    let gate = Gate::new();
+    let handle = gate.open_handle(None).expect("open");
+    gate.close();
+    let caller = thread(1, 1, move || {
+        assert_eq!(handle.admit().err(), Some(HandleRefused::Revoked));
+    });
+    if gate.retire().is_ok() {
+        // The same slot, open again for somebody else.
+        let next = Gate::new();
+        assert_eq!(next.state(), State::Open);
+    }
+    caller.join().expect("caller");
 }

@@ -82,7 +82,11 @@ impl virtio::HostDevice for LaneState {
         self.with_device(|device| device.offered_features())
     }
 
-    fn negotiate(&mut self, _: Resource<DeviceHandle>, features: u64) -> wasmtime::Result<Result<(), virtio::VirtioError>> {
+    fn negotiate(
+        &mut self,
+        _: Resource<DeviceHandle>,
+        features: u64,
+    ) -> wasmtime::Result<Result<(), virtio::VirtioError>> {
         Ok(self.with_device(|device| device.negotiate(features))?.map_err(into_wit))
     }
 

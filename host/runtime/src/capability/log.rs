@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use wasmtime::component::{Linker, WasmStr};
 use wasmtime::StoreContextMut;
+use wasmtime::component::{Linker, WasmStr};
 
 use crate::bindings::cofferdam::driver::log::Level;
 use crate::capability::rate::LogRate;

@@ -45,7 +45,9 @@ impl LogOutput {
     }
 
     fn emit(&self, pending: &mut Vec<u8>) {
-        let Ok(()) = self.log.write(self.level, || Ok::<_, std::convert::Infallible>(String::from_utf8_lossy(pending).into_owned()));
+        let Ok(()) = self
+            .log
+            .write(self.level, || Ok::<_, std::convert::Infallible>(String::from_utf8_lossy(pending).into_owned()));
         pending.clear();
     }
 }

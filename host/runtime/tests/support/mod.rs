@@ -1,12 +1,12 @@
 //! Small guests, written as core modules in WebAssembly text and made components of this project's world the way the SDK's drivers are.
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 
 use std::path::Path;
 
 use cofferdam_gate::Gate;
 use cofferdam_runtime::{
-    DeviceCapability, DeviceError, Grants, GuestLimits, Instance, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime,
-    RuntimeConfig,
+    DeviceCapability, DeviceError, Grants, GuestLimits, Instance, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module,
+    Runtime, RuntimeConfig,
 };
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
@@ -100,7 +100,8 @@ impl Guest {
     /// The component.
     pub fn component(&self) -> Vec<u8> {
         let mut resolve = Resolve::default();
-        let (package, _) = resolve.push_dir(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../wit"))).expect("wit/ parses");
+        let (package, _) =
+            resolve.push_dir(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../wit"))).expect("wit/ parses");
         encode(resolve, package, &self.world, &self.core())
     }
 
@@ -157,7 +158,10 @@ fn encode(mut resolve: Resolve, package: wit_parser::PackageId, extra: &str, cor
         let world = resolve.select_world(&[package], Some("virtio-block-driver")).expect("the world is there");
         return embed(&resolve, world, core);
     }
-    let wide = format!("package test:wide; {}", extra.replace("THE-DRIVER", "include cofferdam:driver/virtio-block-driver@0.1.0;"));
+    let wide = format!(
+        "package test:wide; {}",
+        extra.replace("THE-DRIVER", "include cofferdam:driver/virtio-block-driver@0.1.0;")
+    );
     let package = resolve.push_str("wide.wit", &wide).expect("the wider world parses");
     let world = resolve.select_world(&[package], Some("wide")).expect("world wide");
     embed(&resolve, world, core)
