@@ -65,16 +65,11 @@ impl<const COLUMNS: usize> Cells<COLUMNS> {
     /// When the process is out of address space, as every allocation would.
     pub(crate) fn block() -> Vec<Self> {
         use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+        // Miri knows no other flag than the first.
+        let flags = if cfg!(miri) { MapFlags::PRIVATE } else { MapFlags::PRIVATE | MapFlags::NORESERVE };
         let bytes = crate::cpu::rows() * STRIDE_BYTES;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.
-        let map = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        };
+        let map = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) };
         let page = map.expect("address space for gate counters").cast::<u8>().cast_const();
         let pitch_bytes = COLUMNS * size_of::<u64>();
         (0..Self::PER_BLOCK).map(|set| Cells { base: page.wrapping_add(set * pitch_bytes) }).collect()

@@ -334,7 +334,7 @@ impl Gate {
         let entry = directory.vacant().ok_or(HandleError::Full { capacity: directory.capacity })?;
         lock(&entry.desk).bell = bell;
         let next = entry.word.load(SeqCst) / GENERATION + 1;
-        let word = next * GENERATION | self.open & (PINNED | XADD);
+        let word = (next * GENERATION) | (self.open & (PINNED | XADD));
         entry.word.store(word, SeqCst);
         Ok(Handle { gate: *self, live: Live { entry, word } })
     }
@@ -350,7 +350,7 @@ impl Gate {
     pub fn handle(&self, id: HandleId) -> Option<Handle> {
         let directory = lock(&self.slot.directory);
         let entry = *directory.entries.get(usize::try_from(id.index).ok()?)?;
-        let word = id.generation.checked_mul(GENERATION)? | self.open & (PINNED | XADD);
+        let word = id.generation.checked_mul(GENERATION)? | (self.open & (PINNED | XADD));
         let handle = Handle { gate: *self, live: Live { entry, word } };
         (handle.state() != HandleState::Revoked).then_some(handle)
     }

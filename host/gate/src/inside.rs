@@ -14,16 +14,19 @@ struct Inside {
     beyond: Cell<usize>,
 }
 
-const NOWHERE: Inside =
-    Inside { gates: [const { Cell::new(0) }; REMEMBERED], used: Cell::new(0), beyond: Cell::new(0) };
+impl Inside {
+    const fn nowhere() -> Inside {
+        Inside { gates: [const { Cell::new(0) }; REMEMBERED], used: Cell::new(0), beyond: Cell::new(0) }
+    }
+}
 
 #[cfg(not(loom))]
 thread_local! {
-    static INSIDE: Inside = const { NOWHERE };
+    static INSIDE: Inside = const { Inside::nowhere() };
 }
 #[cfg(loom)]
 loom::thread_local! {
-    static INSIDE: Inside = NOWHERE;
+    static INSIDE: Inside = Inside::nowhere();
 }
 
 /// Notes that this thread entered a crossing of the gate with this key.

@@ -23,6 +23,7 @@ use crate::binding::{Binding, BindingState, Parts};
 use crate::certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
 use crate::error::UnloadError;
 use crate::lane::LaneEnd;
+use crate::residue::Marks;
 use crate::watch::Watch;
 
 /// How long ports may take to send what was answered (DESIGN section 5).
@@ -358,6 +359,7 @@ fn release(binding: &Arc<Binding>, parts: &mut MutexGuard<'_, Parts>, memory_ret
     // What was retired on purpose is under `leaked`; its mappings and memfds are not looked for.
     let (mappings, dma_bytes) = if memory_retired { (0, 0) } else { parts.marks.mappings() };
     let fds = parts.marks.open_descriptors(!memory_retired);
+    parts.marks = Marks::default();
     let residual = Residual {
         calls: binding.gate().crossings(),
         handles: binding.open_handles().iter().filter(|handle| !handle.is_revoked()).count() as u64,

@@ -1,30 +1,36 @@
 //! Looks up what a binding left behind (L7): mappings and descriptors are searched in `/proc/self`, not remembered.
 //!
-//! While a binding is alive, [`Marks`] collects how its memory and descriptors can be recognised: the name of its memfds, and for each
-//! event descriptor and socket the number that the kernel gave it, which no later descriptor shares.
+//! While a binding is alive, [`Marks`] collects how its memory and descriptors can be recognised: the name of its memfds, the inode number of each
+//! socket, and for each event descriptor the kernel's id of it. That id is given away again as soon as the last descriptor of the event is closed, so a
+//! witness (a duplicate) keeps it for as long as it may be looked for. A socket has no witness: that would keep the connection open.
 
 use std::fs;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// How a binding's traces in this process are recognised.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Marks {
     /// Name of the memfds; unique in this process.
     pub(crate) memory: String,
     /// Kernel names of other descriptors: `eventfd-id:12`, `socket:[3456]`.
     descriptors: Vec<String>,
+    witnesses: Vec<OwnedFd>,
 }
 
 impl Marks {
     pub(crate) fn new(memory: String) -> Marks {
-        Marks { memory, descriptors: Vec::new() }
+        Marks { memory, descriptors: Vec::new(), witnesses: Vec::new() }
     }
 
     /// Remembers a descriptor by the kernel's own number for what it refers to. One that has no such number is left out.
     pub(crate) fn note(&mut self, fd: BorrowedFd<'_>) {
-        if let Some(mark) = kernel_name(&fd.as_raw_fd().to_string()) {
-            self.descriptors.push(mark);
+        let Some(mark) = kernel_name(&fd.as_raw_fd().to_string()) else { return };
+        if mark.starts_with(EVENT) {
+            // Without a witness the id would mean nothing later.
+            let Ok(witness) = fd.try_clone_to_owned() else { return };
+            self.witnesses.push(witness);
         }
+        self.descriptors.push(mark);
     }
 
     /// Mappings of the binding's memory in this process, and their bytes.
@@ -40,6 +46,7 @@ impl Marks {
 
     /// Descriptors of the binding that are open in this process, with or without those of its memory.
     pub(crate) fn open_descriptors(&self, with_memory: bool) -> u64 {
+        let is_witness = |number: &str| self.witnesses.iter().any(|witness| witness.as_raw_fd().to_string() == number);
         let needle = format!("/memfd:{}-", self.memory);
         let Ok(entries) = fs::read_dir("/proc/self/fd") else { return 0 };
         entries
@@ -49,7 +56,8 @@ impl Marks {
                 let number = number.to_string_lossy();
                 let target = fs::read_link(entry.path()).unwrap_or_default();
                 let is_memory = with_memory && !self.memory.is_empty() && target.to_string_lossy().starts_with(&needle);
-                is_memory || kernel_name(&number).is_some_and(|name| self.descriptors.contains(&name))
+                let is_known = || kernel_name(&number).is_some_and(|name| self.descriptors.contains(&name));
+                is_memory || (!is_witness(&number) && is_known())
             })
             .count() as u64
     }
@@ -62,6 +70,9 @@ fn mapped_bytes(line: &str) -> u64 {
     range.and_then(|(from, to)| hex(to)?.checked_sub(hex(from)?)).unwrap_or(0)
 }
 
+/// How the name of an event descriptor begins, as in `/proc/PID/fdinfo` (proc(5)).
+const EVENT: &str = "eventfd-id:";
+
 fn kernel_name(number: &str) -> Option<String> {
     let target = fs::read_link(format!("/proc/self/fd/{number}")).ok()?;
     let target = target.to_string_lossy();
@@ -72,6 +83,6 @@ fn kernel_name(number: &str) -> Option<String> {
         return None;
     }
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
-    let id = info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?;
-    Some(format!("eventfd-id:{}", id.trim()))
+    let id = info.lines().find_map(|line| line.strip_prefix(EVENT))?;
+    Some(format!("{EVENT}{}", id.trim()))
 }

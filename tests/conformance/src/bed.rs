@@ -20,7 +20,7 @@ pub struct Wish {
     pub read_only: bool,
     /// Whether discard and write-zeroes are served.
     pub ranges: bool,
-    /// Entries of a ring, if it matters.
+    /// Entries of a ring, if it matters; asked for at load.
     pub ring_entries: Option<u16>,
     /// Whether indirect descriptors and event indices may be offered; without them the plain ring is shown.
     pub plain_ring: bool,
@@ -96,6 +96,9 @@ pub(crate) fn with_fixture(bed: &dyn Bed, case: &Case) -> anyhow::Result<bool> {
     let manager = Manager::new(Config { cache_dir })?;
     let mut spec = LoadSpec::new("virtio-blk.wasm", component, device.transport);
     spec.queues = Some(wish.queues);
+    if let Some(entries) = wish.ring_entries {
+        spec.ring_entries = entries;
+    }
     let binding = manager.load(spec)?;
     let mut fixture = Fixture { manager: manager.clone(), binding: Arc::clone(&binding), wish };
     let result = (case.check)(&mut fixture);

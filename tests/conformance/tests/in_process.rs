@@ -7,9 +7,6 @@ struct InProcess;
 
 pub(crate) fn options(wish: &Wish) -> Options {
     let mut profile = Profile { read_only: wish.read_only, queues: wish.queues, ..Profile::default() };
-    if let Some(entries) = wish.ring_entries {
-        profile.queue_size = entries;
-    }
     if wish.plain_ring {
         profile.event_idx = false;
         profile.indirect = false;
