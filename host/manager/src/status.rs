@@ -93,7 +93,7 @@ impl Binding {
             .stats()
             .into_iter()
             .filter(|core| core.entered > 0 || core.crossings_in > 0)
-            .map(|core| CoreCalls { core: core.core as u32, operations: core.entered, crossings: core.crossings_in })
+            .map(|core| CoreCalls { core: core.core, operations: core.entered, crossings: core.crossings_in })
             .collect();
         BindingStatus {
             name: self.name().to_owned(),

@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use tempfile::TempDir;
 
@@ -13,8 +15,8 @@ const GET_CONFIG: u32 = 24;
 const NEEDS_REPLY: u32 = 1 << 3;
 /// `VIRTIO_F_VERSION_1` and `VHOST_USER_F_PROTOCOL_FEATURES`.
 const MODERN: u64 = 1 << 32 | 1 << 30;
-/// `VIRTIO_NET_F_MRG_RXBUF`, `_STATUS` and `_CTRL_VQ` (virtio 1.2, section 5.1.3): no block device has them.
-const NET: u64 = 1 << 15 | 1 << 16 | 1 << 17;
+/// `VIRTIO_NET_F_MAC`, `_STATUS`, `_CTRL_RX` and `_GUEST_ANNOUNCE` (virtio 1.2, section 5.1.3): no block device has the last two.
+const NET: u64 = 1 << 5 | 1 << 16 | 1 << 18 | 1 << 21;
 /// `VHOST_USER_PROTOCOL_F_MQ`, `_REPLY_ACK` and `_CONFIG`.
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9;
 
@@ -29,6 +31,8 @@ pub enum Pretence {
     HangUp,
     /// Answers so many messages as a device would, and then closes the connection.
     DieAfter(u32),
+    /// Is a block device, as far as the set-up goes.
+    Block,
     /// Is a network device.
     Network,
     /// Is a device that has no configuration space, such as an entropy device.
@@ -36,7 +40,10 @@ pub enum Pretence {
 }
 
 /// A listening fake. Its thread ends with its connection.
-pub struct Fake(TempDir);
+pub struct Fake {
+    folder: TempDir,
+    messages: Arc<AtomicU32>,
+}
 
 impl Fake {
     /// Starts one.
@@ -44,13 +51,20 @@ impl Fake {
     pub fn start(pretence: Pretence) -> Fake {
         let folder = tempfile::tempdir().expect("a directory");
         let listener = UnixListener::bind(folder.path().join("fake.sock")).expect("a socket");
+        let messages = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&messages);
         std::thread::spawn(move || {
             if let Ok((stream, _)) = listener.accept() {
                 // The connection's end, whoever brings it about, is the fake's end.
-                let _ = pretend(pretence, stream);
+                let _ = pretend(pretence, stream, &count);
             }
         });
-        Fake(folder)
+        Fake { folder, messages }
+    }
+
+    /// How many messages it has taken.
+    pub fn messages(&self) -> u32 {
+        self.messages.load(Ordering::Acquire)
     }
 
     /// As `load --device` takes it.
@@ -60,42 +74,42 @@ impl Fake {
 
     /// The socket's path.
     pub fn path(&self) -> PathBuf {
-        self.0.path().join("fake.sock")
+        self.folder.path().join("fake.sock")
     }
 }
 
-fn pretend(pretence: Pretence, mut stream: UnixStream) -> std::io::Result<()> {
-    match pretence {
+fn pretend(pretence: Pretence, mut stream: UnixStream, messages: &AtomicU32) -> std::io::Result<()> {
+    let (limit, features, protocol) = match pretence {
         Pretence::Garbage => {
             let _ = stream.write_all(&[0xa5; 4096]);
-            swallow(stream)
+            return swallow(stream);
         }
-        Pretence::Silence => swallow(stream),
-        Pretence::HangUp => Ok(()),
-        Pretence::DieAfter(count) => (0..count).try_for_each(|_| answer(&mut stream, MODERN, PROTOCOL)),
-        Pretence::Network => serve(stream, MODERN | NET, PROTOCOL),
-        Pretence::Entropy => serve(stream, MODERN, PROTOCOL & !(1 << 9)),
+        Pretence::Silence => return swallow(stream),
+        Pretence::HangUp => return Ok(()),
+        Pretence::DieAfter(count) => (count, MODERN, PROTOCOL),
+        Pretence::Block => (u32::MAX, MODERN, PROTOCOL),
+        Pretence::Network => (u32::MAX, MODERN | NET, PROTOCOL),
+        Pretence::Entropy => (u32::MAX, MODERN, PROTOCOL & !(1 << 9)),
+    };
+    for _ in 0..limit {
+        answer(&mut stream, features, protocol, messages)?;
     }
+    Ok(())
 }
 
 fn swallow(mut stream: UnixStream) -> std::io::Result<()> {
     stream.read_to_end(&mut Vec::new()).map(|_| ())
 }
 
-fn serve(mut stream: UnixStream, features: u64, protocol: u64) -> std::io::Result<()> {
-    loop {
-        answer(&mut stream, features, protocol)?;
-    }
-}
-
 /// Takes one message and answers it if it wants an answer.
-fn answer(stream: &mut UnixStream, features: u64, protocol: u64) -> std::io::Result<()> {
+fn answer(stream: &mut UnixStream, features: u64, protocol: u64, messages: &AtomicU32) -> std::io::Result<()> {
     let mut header = [0; 12];
     stream.read_exact(&mut header)?;
     let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
     let (request, flags) = (word(0), word(4));
     let mut body = vec![0; word(8) as usize];
     stream.read_exact(&mut body)?;
+    messages.fetch_add(1, Ordering::AcqRel);
     let body = match request {
         GET_FEATURES => features.to_ne_bytes().to_vec(),
         GET_PROTOCOL_FEATURES => protocol.to_ne_bytes().to_vec(),

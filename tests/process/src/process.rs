@@ -123,7 +123,13 @@ impl Process {
     /// Waits until its standard output contains `text`.
     #[track_caller]
     pub fn wait_stdout(&self, text: &str) {
-        assert!(self.stdout.wait_for(text), "{}: no {text:?} on stdout, but: {}\n{}", self.name, self.stdout(), self.stderr());
+        assert!(
+            self.stdout.wait_for(text),
+            "{}: no {text:?} on stdout, but: {}\n{}",
+            self.name,
+            self.stdout(),
+            self.stderr()
+        );
     }
 
     /// Waits until its standard error contains `text`.

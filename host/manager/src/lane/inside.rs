@@ -193,7 +193,7 @@ impl Inside {
                             Stage::Parked
                         }
                         Err(AddError::Poisoned(fault)) => {
-                            self.device_fault = Some(fault.clone());
+                            self.device_fault = Some(fault);
                             self.fail(&[token], owner);
                             return Some(LaneFault::Device(fault));
                         }
@@ -241,7 +241,7 @@ impl Inside {
                 }
                 Ok(None) => break,
                 Err(broken) => {
-                    self.device_fault = Some(broken.clone());
+                    self.device_fault = Some(broken);
                     fault = Some(LaneFault::Device(broken));
                     break;
                 }

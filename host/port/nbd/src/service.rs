@@ -6,7 +6,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-pub(crate) use cofferdam_device::transfer;
+pub(crate) use cofferdam_manager::transfer;
 pub use cofferdam_manager::{
     Binding, BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec,
     HandleState, LeaseError, Notify, OpenError, Port, PortReport, SubmitError,

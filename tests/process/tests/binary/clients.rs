@@ -111,7 +111,10 @@ fn qemu_io_finds_its_patterns_again_after_fua_zeroes_and_discard() {
     daemon.unload("disk", &[]).assert_clean();
     let image = std::fs::read(qemu.image()).expect("the image");
     assert!(image[..1 << 16].iter().all(|byte| *byte == 0x5a), "a write is on the medium");
-    assert!(image[3 << 20..(3 << 20) + (1 << 16)].iter().all(|byte| *byte == 0xa5), "a write with FUA is on the medium");
+    assert!(
+        image[3 << 20..(3 << 20) + (1 << 16)].iter().all(|byte| *byte == 0xa5),
+        "a write with FUA is on the medium"
+    );
 }
 
 #[test]

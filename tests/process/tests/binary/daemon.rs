@@ -78,7 +78,8 @@ fn sigterm_ends_the_daemon_in_5_s_with_a_hung_device_and_a_client_that_never_rea
     let daemon = Daemon::start();
     let hung = Backend::sim(&["--memory", "16M", "--fault", "hang,op=write"]);
     let good = Backend::sim(&["--memory", "16M"]);
-    let (hung_port, good_port) = (daemon.serve(&hung.address(), "hung", &[]), daemon.serve(&good.address(), "good", &[]));
+    let (hung_port, good_port) =
+        (daemon.serve(&hung.address(), "hung", &[]), daemon.serve(&good.address(), "good", &[]));
     let mut stuck = Client::new(&hung_port);
     stuck.send_write(0, &[1; 4096]).expect("sent");
     let mut deaf = Client::new(&good_port);
@@ -115,7 +116,12 @@ fn a_killed_daemon_leaves_nothing_that_stops_the_next_one() {
 fn a_control_client_that_talks_garbage_harms_nobody() {
     let daemon = Daemon::start();
     let before = daemon.census();
-    for words in ["\0\u{1}garbage\r\n\r\n", "GET /v1/nothing HTTP/1.1\r\nhost: x\r\n\r\n", "POST /v1/bindings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\n{\"a\"", "POST /v1/bindings HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n"] {
+    for words in [
+        "\0\u{1}garbage\r\n\r\n",
+        "GET /v1/nothing HTTP/1.1\r\nhost: x\r\n\r\n",
+        "POST /v1/bindings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\n{\"a\"",
+        "POST /v1/bindings HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n",
+    ] {
         let mut stream = connect(&daemon.socket());
         stream.write_all(words.as_bytes()).expect("sent");
         stream.shutdown(std::net::Shutdown::Write).expect("half closed");

@@ -50,7 +50,8 @@ fn an_unload_that_meets_its_deadline_says_what_it_waits_for_and_stays_draining()
     }
     let so_far = Certificate::parse(error["so_far"].clone());
     assert_eq!((so_far.outcome(), so_far.number("requests_at_close")), ("draining", 1));
-    let plain = daemon.run(&["unload", "disk", "--deadline", "50ms"]).expect_error(4, &["still draining", "1 requests"]);
+    let plain =
+        daemon.run(&["unload", "disk", "--deadline", "50ms"]).expect_error(4, &["still draining", "1 requests"]);
     assert_eq!(plain.stdout, "");
 
     let table = daemon.run(&["ls"]).expect(0).stdout;
@@ -138,7 +139,8 @@ fn unload_of_what_is_not_there_ends_with_3_and_wrong_words_with_2() {
     daemon.run(&["inspect", "nothing"]).expect_error(3, &["no binding is called 'nothing'"]);
     daemon.run(&["inspect", "/no/such/file.wasm"]).expect_error(3, &["/no/such/file.wasm"]);
     daemon.run(&["unload", "nothing", "--deadline", "soon"]).expect_error(2, &["--deadline"]);
-    let wrong: [&[&str]; 6] = [&[], &["unload"], &["fly"], &["ls", "--colour"], &["load", "x.wasm"], &["load", "--device", "x"]];
+    let wrong: [&[&str]; 6] =
+        [&[], &["unload"], &["fly"], &["ls", "--colour"], &["load", "x.wasm"], &["load", "--device", "x"]];
     for arguments in wrong {
         daemon.run(arguments).expect_error(2, &["Usage"]);
     }
@@ -163,14 +165,22 @@ fn inspect_and_ls_show_a_binding_and_its_handles() {
     let mut client = Client::new(&socket);
     assert_eq!(client.write(0, &[1; 512]), 0);
     let shown = daemon.run(&["inspect", "disk", "--json"]).expect(0).json();
-    assert_eq!((&shown["state"], &shown["generation"], &shown["capacity_bytes"]), (&"serving".into(), &1.into(), &(16 << 20).into()));
+    assert_eq!(
+        (&shown["state"], &shown["generation"], &shown["capacity_bytes"]),
+        (&"serving".into(), &1.into(), &(16 << 20).into())
+    );
     assert_eq!(shown["handles"][0]["requests"], 1, "{shown}");
-    assert!(shown["calls"].as_array().is_some_and(|cores| cores.iter().any(|core| core["crossings"].as_u64() > Some(0))));
+    assert!(
+        shown["calls"].as_array().is_some_and(|cores| cores.iter().any(|core| core["crossings"].as_u64() > Some(0)))
+    );
     let table = daemon.run(&["ls"]).expect(0).stdout;
     for word in ["disk", "serving", "virtio-blk.wasm", &sim.address()] {
         assert!(table.contains(word), "{table}");
     }
     let file = daemon.run(&["inspect", &text(&programs::driver()), "--json"]).expect(0).json();
     assert_eq!(file["service"], "block", "{file}");
-    assert!(file["imports"].as_array().is_some_and(|imports| imports.iter().all(|import| import["kind"] == "capability")), "{file}");
+    assert!(
+        file["imports"].as_array().is_some_and(|imports| imports.iter().all(|import| import["kind"] == "capability")),
+        "{file}"
+    );
 }

@@ -60,9 +60,9 @@ fn write_and_flush(socket: &Path, blocks: usize) -> HashMap<usize, u64> {
     for round in 1.. {
         let first = (round as usize - 1) * DEPTH;
         let chosen: Vec<_> = (first..first + DEPTH).map(|block| block % blocks).collect();
-        let sent = chosen.iter().try_for_each(|block| {
-            client.send_write((block * BLOCK) as u64, &content(*block, round)).map(|_| ())
-        });
+        let sent = chosen
+            .iter()
+            .try_for_each(|block| client.send_write((block * BLOCK) as u64, &content(*block, round)).map(|_| ()));
         let answered = chosen.iter().all(|_| client.reply().is_ok_and(|reply| reply.error == 0));
         if sent.is_err() || !answered || client.call(Command::Flush, 0, 0).ok() != Some(Ok(Vec::new())) {
             break;
