@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use cofferdam_conformance::driver_path;
 use cofferdam_manager::{
     Binding, BlockFlags, BlockOp, BlockRequest, Cause, Config, Handle, HandleSpec, LoadSpec, Manager, Outcome,
-    UnloadOptions,
+    Residual, UnloadOptions,
 };
 use cofferdam_sim::{ConfigLie, Drive, Effect, Lie, Op, Options, Profile, Quiescence, Rule, Sim, When};
 
