@@ -27,7 +27,6 @@ fn main() -> anyhow::Result<()> {
     let component = std::fs::read(&driver).with_context(|| driver.clone())?;
     let binding = manager.load(LoadSpec::new(driver, component, Box::new(VhostUser::connect(&device)?)))?;
     let handle = binding.open(HandleSpec { label: "in-process".into(), ..HandleSpec::default() })?;
-    println!("{}: {} bytes", binding.name(), handle.geometry().capacity_bytes);
 
     // Write a pattern, make it durable, read it back: a batch at a time.
     for completion in
@@ -86,8 +85,7 @@ fn transfer(
 
 /// Submits everything and waits until everything is answered.
 fn answer(handle: &Handle, mut requests: Vec<BlockRequest>) -> anyhow::Result<Vec<Completion>> {
-    let wanted = requests.len();
-    let mut done = Vec::new();
+    let (wanted, mut done) = (requests.len(), Vec::new());
     handle.submit(&mut requests)?;
     while done.len() < wanted {
         ensure!(handle.wait(Duration::from_secs(5), &mut done) > 0, "the device does not answer");
