@@ -5,7 +5,7 @@
 //! | `GET /v1/bindings` | | list of [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `GET /v1/bindings/NAME` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings` | [`LoadBody`] | [`BindingStatus`](cofferdam_manager::BindingStatus) |
-//! | `POST /v1/bindings/NAME/unload` | [`UnloadBody`] | [`Certificate`](cofferdam_manager::Certificate) |
+//! | `POST /v1/bindings/NAME/unload` | [`UnloadBody`] | [`Certificate`] |
 //!
 //! Errors are an [`ErrorBody`] with status 400 (usage), 404 (no such thing), 409 (still draining) or 422 (failed).
 

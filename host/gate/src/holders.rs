@@ -21,7 +21,7 @@ mod off {
     use super::Holder;
 
     #[derive(Debug, Default)]
-    pub(crate) struct Holders;
+    pub(crate) struct Holders {}
 
     #[derive(Debug)]
     pub(crate) struct Tag;

@@ -153,7 +153,7 @@ impl Daemon {
     pub fn stop(mut self, bound: Duration) -> Ended {
         self.process.signal(Signal::TERM);
         let ended = self.process.end(bound).expect(0);
-        assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
+        ended.assert_no_panic();
         ended
     }
 }

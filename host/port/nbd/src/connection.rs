@@ -104,6 +104,14 @@ impl<S: Service> Connection<S> {
         }
     }
 
+    /// Ends it. What is left is its handle and how many answers are to come, if any are.
+    pub(crate) fn into_orphan(self) -> Option<(S::Disk, usize)> {
+        match self.phase {
+            Phase::Session(session) if session.in_flight > 0 => Some((session.disk, session.in_flight)),
+            _ => None,
+        }
+    }
+
     /// Nothing of it is under way and nothing is unsent.
     pub(crate) fn is_quiet(&self) -> bool {
         match &self.phase {

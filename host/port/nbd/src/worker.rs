@@ -53,6 +53,9 @@ pub(crate) struct Worker<S: Service> {
     ready: VecDeque<usize>,
     /// Those that may have something in flight.
     active: Vec<usize>,
+    /// What closed connections left with the device, and how many answers each waits for. They are polled like the others:
+    /// with no client left nobody else would do it, and what a dead client wrote stayed parked and its leases lent.
+    orphans: Vec<(S::Disk, usize)>,
     /// Those that wait for leases, in order.
     starved: VecDeque<usize>,
     /// A lease ended, so the first of them may try.
@@ -95,6 +98,7 @@ impl<S: Service> Worker<S> {
             free: Vec::new(),
             ready: VecDeque::new(),
             active: Vec::new(),
+            orphans: Vec::new(),
             starved: VecDeque::new(),
             released: false,
             counted: false,
@@ -243,6 +247,15 @@ impl<S: Service> Worker<S> {
                 self.enqueue(index);
             }
         }
+        let completions = &mut self.completions;
+        self.orphans.retain_mut(|(disk, in_flight)| {
+            found += disk.poll(arm, completions);
+            // Their leases end here.
+            let answered = completions.drain(..).count();
+            self.released |= answered > 0;
+            *in_flight = in_flight.saturating_sub(answered);
+            *in_flight > 0
+        });
         found
     }
 
@@ -467,7 +480,7 @@ impl<S: Service> Worker<S> {
     }
 
     /// Closes a connection: its socket, then its handle; what it has in flight is answered to nobody. Every lease it
-    /// holds ends here.
+    /// holds ends here, but for those that the device may still use: they and the handle end with the answers.
     fn close(&mut self, index: usize, end: &End) {
         let Some(connection) = self.connections.get_mut(index).and_then(Option::take) else { return };
         self.shared.closed(self.spec.lane, &connection.peer, end, !connection.is_quiet());
@@ -480,7 +493,7 @@ impl<S: Service> Worker<S> {
         self.ready.retain(|&other| other != index);
         self.active.retain(|&other| other != index);
         let _ = rustix::net::shutdown(connection.wire.socket(), rustix::net::Shutdown::Both);
-        drop(connection);
+        self.orphans.extend(connection.into_orphan());
         self.released = true;
         self.free.push(index);
     }
