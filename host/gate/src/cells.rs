@@ -92,8 +92,9 @@ impl<const COLUMNS: usize> Cells<COLUMNS> {
         unsafe { &*self.base.add(offset_bytes).cast::<AtomicU64>() }
     }
 
-    /// The address of the row of core 0.
+    /// The address of the row of core 0, for sections.
     #[inline]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "there are no sections"))]
     pub(crate) fn first_row(self) -> *const u8 {
         self.base
     }

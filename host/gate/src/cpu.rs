@@ -17,6 +17,7 @@ impl Row {
 }
 
 #[cfg(not(loom))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_imports, reason = "sections ask for the cores"))]
 pub(crate) use real::{cores, current, homeless, rows};
 
 #[cfg(not(loom))]

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use crate::process::{Process, Signal};
 use crate::programs;
+use crate::wait::until_true;
 
 /// A running device. Ends with its guard.
 pub struct Backend {
@@ -62,9 +63,16 @@ impl Backend {
         self.folder.path().join("disk.img")
     }
 
-    /// From here on it does nothing, and stays: a hung device.
+    /// When this returns it does nothing any more, and stays: a hung device.
+    #[track_caller]
     pub fn freeze(&self) {
         self.process.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.process.pid());
+        // The signal is only sent so far: every thread has to have met it.
+        until_true("the device is stopped", || {
+            let mut states = std::fs::read_dir(&tasks).into_iter().flatten().flatten().map(|task| state(&task.path()));
+            states.all(|state| state == Some('T'))
+        });
     }
 
     /// A frozen device goes on.
@@ -76,6 +84,12 @@ impl Backend {
     pub fn kill(&self) {
         self.process.signal(Signal::KILL);
     }
+}
+
+/// A thread's state (proc(5), `stat`): the letter behind the name, which ends at the last parenthesis.
+fn state(task: &Path) -> Option<char> {
+    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 /// A program that Debian's packages have; `cargo xtask test` installs them.

@@ -130,7 +130,18 @@ impl Daemon {
         });
     }
 
-    /// What the daemon holds.
+    /// Waits until a binding that serves has no client, nothing in flight and nothing lent.
+    #[track_caller]
+    pub fn wait_idle(&self, name: &str) {
+        until_true(&format!("'{name}' is idle"), || {
+            self.binding(name).is_some_and(|binding| {
+                let idle = binding["handles"].as_array().is_some_and(Vec::is_empty);
+                idle && binding["leased_bytes"] == 0 && binding["requests_in_flight"] == 0
+            })
+        });
+    }
+
+    /// What the daemon holds. Threads that it has just started may not have their names yet: let them do something first.
     pub fn census(&self) -> Census {
         Census::of(self.process.pid())
     }

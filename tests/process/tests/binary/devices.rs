@@ -98,6 +98,8 @@ fn a_device_that_dies_in_traffic_takes_its_binding_down_and_nothing_else() {
     let daemon = Daemon::start();
     let good = Backend::sim(&["--memory", "16M"]);
     let good_socket = daemon.serve(&good.address(), "good", &[]);
+    assert_eq!(Client::new(&good_socket).write(0, &[1; 512]), 0);
+    daemon.wait_idle("good");
     let before = daemon.census();
     let dying = Backend::sim(&["--memory", "16M", "--fault", "die@nth=20,op=write"]);
     let socket = daemon.serve(&dying.address(), "dying", &[]);
@@ -109,6 +111,7 @@ fn a_device_that_dies_in_traffic_takes_its_binding_down_and_nothing_else() {
     daemon.process.wait_stderr("outcome=Removed clean=true leaked_bytes=0");
     assert_eq!(Client::new(&good_socket).write(0, &[1; 512]), 0);
     drop(client);
+    daemon.wait_idle("good");
     daemon.wait_census(&before);
     daemon.stop(PATIENCE);
 }

@@ -96,8 +96,8 @@ fn beside_a_good_disk(hostile: impl FnOnce(&Daemon)) {
     let good = Backend::sim(&["--memory", "16M"]);
     let socket = daemon.serve(&good.address(), "good", &[]);
     let stop = AtomicBool::new(false);
-    let mut client = Client::new(&socket);
-    assert_eq!(client.write(0, &[1; 512]), 0);
+    assert_eq!(Client::new(&socket).write(0, &[1; 512]), 0);
+    daemon.wait_idle("good");
     let before = daemon.census();
     let rounds = std::thread::scope(|scope| {
         let traffic = scope.spawn(|| traffic(&socket, &stop));
@@ -111,9 +111,9 @@ fn beside_a_good_disk(hostile: impl FnOnce(&Daemon)) {
     });
     assert!(rounds > 100, "{rounds} rounds");
     assert_eq!(daemon.bindings().len(), 1);
+    daemon.wait_idle("good");
     daemon.wait_census(&before);
-    let certificate = daemon.unload("good", &[]);
-    certificate.assert_clean();
+    daemon.unload("good", &[]).assert_clean();
     daemon.stop(PATIENCE);
 }
 
@@ -177,7 +177,10 @@ fn a_guest_that_fails_in_traffic_takes_its_binding_down_by_itself_and_says_why()
             let log = daemon.process.stderr();
             let lines = || log.lines().filter(|line| line.contains(&format!("binding=\"{name}\"")));
             let fault = lines().find(|line| line.contains("binding failed"));
-            assert!(fault.is_some_and(|line| line.contains(reason)), "no {reason:?} in the reason of {name}: {fault:?}");
+            assert!(
+                fault.is_some_and(|line| line.contains(reason)),
+                "no {reason:?} in the reason of {name}: {fault:?}"
+            );
             let end = lines().find(|line| line.contains("outcome=Failed"));
             assert!(end.is_some_and(|line| line.contains("clean=true leaked_bytes=0")), "{name}: {end:?}");
         }

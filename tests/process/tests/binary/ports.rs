@@ -69,6 +69,8 @@ fn names_are_unique_and_harmless() {
     let (one, two) = (Backend::sim(&["--memory", "16M"]), Backend::sim(&["--memory", "16M"]));
     let driver = programs::driver();
     let socket = daemon.serve(&one.address(), "disk", &[]);
+    assert_eq!(Client::new(&socket).write(0, &[1; 512]), 0);
+    daemon.wait_idle("disk");
     let before = daemon.census();
     daemon.load(&driver, &two.address(), "disk", &[]).expect_error(1, &["'disk' exists already", "--name"]);
     for bad in ["", "a/b", "../x", ".hidden", "-x", "a b", "ä", "\n", &"x".repeat(65)] {

@@ -18,6 +18,8 @@ fn unload_during_fio_at_depth_32_leaves_nothing_and_fio_sees_errors_but_never_wr
     let daemon = Daemon::start();
     let qemu = Backend::qemu(64 << 20, 1);
     let socket = daemon.serve(&qemu.address(), "disk", &[]);
+    assert_eq!(Client::new(&socket).write(0, &[0; BLOCK]), 0);
+    daemon.wait_idle("disk");
     let before = daemon.census();
     let arguments = "--name=verify --ioengine=nbd --rw=randrw --bsrange=4k-64k --size=64M --time_based --runtime=60 --iodepth=32 \
                      --verify=crc32c --verify_fatal=1 --verify_backlog=64 --verify_state_save=0";

@@ -6,7 +6,7 @@ use std::path::Path;
 use cofferdam_process_tests::backend::Backend;
 use cofferdam_process_tests::host::Daemon;
 use cofferdam_process_tests::nbd::{Client, Command, EINVAL, ENOSPC, assert_closed, connect};
-use cofferdam_process_tests::wait::{PATIENCE, until_true};
+use cofferdam_process_tests::wait::PATIENCE;
 
 const SIZE: u64 = 16 << 20;
 
@@ -23,7 +23,9 @@ fn garbage_ends_its_own_connection_only() {
     let sim = Backend::sim(&["--memory", "16M"]);
     let socket = daemon.serve(&sim.address(), "disk", &[]);
     serves(&socket);
+    daemon.wait_idle("disk");
     let mut neighbour = Client::new(&socket);
+    assert_eq!(neighbour.write(0, &[1; 512]), 0);
     let before = daemon.census();
     let long_option = [&[0, 0, 0, 3][..], b"IHAVEOPT\0\0\0\x07\xff\xff\xff\xff"].concat();
     let greetings: [&[u8]; 5] = [
@@ -111,16 +113,7 @@ fn a_client_that_dies_in_the_middle_of_a_request_leaves_nothing() {
     let sim = Backend::sim(&["--memory", "16M", "--fault", "slow:1..4"]);
     let socket = daemon.serve(&sim.address(), "disk", &[]);
     serves(&socket);
-    let idle = |daemon: &Daemon| {
-        until_true("all of its handles and buffers are back", || {
-            let binding = daemon.binding("disk").expect("it serves");
-            eprintln!("{binding}");
-            binding["handles"] == serde_json::json!([])
-                && binding["leased_bytes"] == 0
-                && binding["requests_in_flight"] == 0
-        });
-    };
-    idle(&daemon);
+    daemon.wait_idle("disk");
     let before = daemon.census();
     for _ in 0..8 {
         let mut half_header = Client::new(&socket);
@@ -135,7 +128,7 @@ fn a_client_that_dies_in_the_middle_of_a_request_leaves_nothing() {
             in_flight.send(Command::Read, number * 65536, 65536).expect("sent");
         }
     }
-    idle(&daemon);
+    daemon.wait_idle("disk");
     daemon.wait_census(&before);
     serves(&socket);
     daemon.unload("disk", &[]).assert_clean();
