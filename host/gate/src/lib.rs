@@ -108,6 +108,11 @@
 //!   that comes later makes `close` panic, because there would be no safe way to go on.
 //! - Numbers of an open gate ([`Gate::operations`], [`Gate::stats`]) are true of no one moment.
 
+/// The README's example runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod cancel;
 mod cells;
 mod count;

@@ -166,6 +166,10 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
     drop_code(&mut parts);
     watch.remove(binding);
     let certificate = release(binding, &mut parts, memory_retired);
+    // The slot goes back for another binding; every handle keeps hearing that this gate is closed (G7). A gate that something never left is kept.
+    if binding.gate().retire().is_err() && !binding.pinned {
+        tracing::error!("something is still inside the gate");
+    }
     binding.set_state(BindingState::Detached);
     tracing::info!(outcome = ?certificate.outcome, clean = certificate.residual.is_zero(), leaked_bytes = certificate.leaked.bytes, "detached");
     Ok(binding.certificate.get_or_init(|| certificate).clone())

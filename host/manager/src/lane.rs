@@ -137,12 +137,14 @@ impl Lane {
         let lease = if arm { Some(self.inside.lock()) } else { self.inside.try_lock() };
         let Some(mut lease) = lease else { return 0 };
         let before = out.len();
-        let found = self.reap(&mut lease, arm, &mut Sink { me: Some(me), out });
-        let mine = out.len() - before;
-        let others = lease.wake_others(me);
-        debug_assert!(found >= mine);
+        lease.awake(&me.notify);
+        self.reap(&mut lease, arm, &mut Sink { me: Some(me), out });
         // Answers of handles with a notify of their own are not this poller's business.
-        mine + others
+        let found = out.len() - before + lease.wake_others(me);
+        if arm && found == 0 {
+            lease.asleep(&me.notify);
+        }
+        found
     }
 
     /// The ladder's poll: `None` while somebody else has the lease.
@@ -157,6 +159,8 @@ impl Lane {
         if arm {
             self.clear_call();
         }
+        // Whoever sleeps on the call descriptor was promised a notification: a poller that takes the answer it was set for has to set it again.
+        let arm = arm || inside.somebody_sleeps();
         let mut found = 0;
         loop {
             let (count, fault) = inside.reap_batch(sink);
@@ -246,6 +250,7 @@ impl Lane {
         let mut inside = self.inside.lock();
         inside.ring = None;
         inside.doorbell = None;
+        inside.forget_sleepers();
         if let Err(error) = cofferdam_device::hollow_out(self.call.as_fd()) {
             tracing::error!(%error, "the call descriptor stays open");
         }

@@ -19,6 +19,8 @@ use crate::manager::Shared;
 
 /// How long a binding that leaves by itself waits for its device before the drain is cut short.
 const SELF_DRAIN: Duration = Duration::from_secs(5);
+/// How long a look for a lost device may wait for a load or a ladder of its binding.
+const LOCK_BOUND: Duration = Duration::from_millis(20);
 /// The epoll key of the waker; bindings count from 1.
 const WAKER: u64 = 0;
 
@@ -121,8 +123,8 @@ fn look_for_faults(manager: &Arc<Shared>) {
 }
 
 fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>) {
-    // A load or a ladder that runs now looks by itself, and holds the lock meanwhile.
-    let Some(parts) = binding.parts.try_lock() else { return };
+    // A load that is about to end gives the lock up at once, and a look that it turned away would never come again; a ladder looks by itself.
+    let Some(parts) = binding.parts.try_lock_for(LOCK_BOUND) else { return };
     let lost = parts.transport.as_ref().is_some_and(|transport| transport.lock().is_lost());
     drop(parts);
     if lost && binding.state() == BindingState::Serving {

@@ -10,7 +10,7 @@ use cofferdam_device::{
     AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Direction, Doorbell, Expected, Outcome, Payload, SplitQueue,
     Status, Used,
 };
-use cofferdam_gate::Gate;
+use cofferdam_gate::{Gate, Notify};
 use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
 
 use super::Stop;
@@ -31,6 +31,8 @@ pub(super) struct Inside {
     pub(super) parked: VecDeque<ChainBuf>,
     pub(super) device_fault: Option<DeviceFault>,
     pub(super) driver_fault: bool,
+    /// Notifies of pollers that armed the ring, found nothing, and have not polled since: they may be asleep. As many as there are clients at the most.
+    sleepers: Vec<Arc<Notify>>,
     pub(super) scratch: Scratch,
 }
 
@@ -74,6 +76,7 @@ impl Inside {
             parked: VecDeque::new(),
             device_fault: None,
             driver_fault: false,
+            sleepers: Vec::new(),
             scratch: Scratch::default(),
         }
     }
@@ -362,6 +365,26 @@ impl Inside {
         {
             doorbell.ring();
         }
+    }
+
+    /// `notify`'s owner is here.
+    pub(super) fn awake(&mut self, notify: &Arc<Notify>) {
+        self.sleepers.retain(|sleeper| !Arc::ptr_eq(sleeper, notify));
+    }
+
+    /// `notify`'s owner is about to sleep on the call descriptor.
+    pub(super) fn asleep(&mut self, notify: &Arc<Notify>) {
+        // Of one that only the list still knows, the client is gone.
+        self.sleepers.retain(|sleeper| Arc::strong_count(sleeper) > 1);
+        self.sleepers.push(Arc::clone(notify));
+    }
+
+    pub(super) fn forget_sleepers(&mut self) {
+        self.sleepers.clear();
+    }
+
+    pub(super) fn somebody_sleeps(&self) -> bool {
+        !self.sleepers.is_empty()
     }
 
     pub(super) fn arm(&mut self) -> bool {

@@ -95,6 +95,23 @@ fn a_second_ctrl_c_forces_a_hung_device_and_says_what_was_retired() {
 }
 
 #[test]
+fn one_ctrl_c_gives_a_hung_device_5_s_and_no_more() {
+    let sim = Backend::sim(&["--memory", "16M", "--fault", "hang,op=write"]);
+    let mut run = Run::start(&sim, &["--json"]);
+    let mut client = Client::new(&run.socket);
+    client.send_write(0, &[1; 4096]).expect("sent");
+    client.send(Command::Read, 1, 1).expect("sent");
+    assert_eq!(client.reply().expect("an answer").error, EINVAL);
+    let begin = Instant::now();
+    run.process.signal(Signal::INT);
+    let ended = run.process.end(PATIENCE).expect(0);
+    assert!((5..8).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+    let certificate = certificate(&ended.stdout);
+    assert_eq!(certificate.outcome(), "forced");
+    assert!(certificate.leaked_bytes() > 0);
+}
+
+#[test]
 fn run_ends_by_itself_with_an_error_and_its_certificate_when_the_device_dies() {
     let sim = Backend::sim(&["--memory", "16M"]);
     let mut run = Run::start(&sim, &["--json"]);

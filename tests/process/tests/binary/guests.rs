@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use cofferdam_process_tests::backend::Backend;
 use cofferdam_process_tests::host::Daemon;
 use cofferdam_process_tests::nbd::{Client, Command};
+use cofferdam_process_tests::process::Ended;
 use cofferdam_process_tests::programs;
 use cofferdam_process_tests::wait::PATIENCE;
 
@@ -77,6 +78,12 @@ const TRAFFIC_FAILS: &[(&str, &str)] = &[
 const SERVES: &[&str] =
     &["well-behaved", "flood-log", "long-log-line", "rude-log-line", "flood-log-submit", "trap-config-changed"];
 
+/// Loads a hostile guest. Those that never end meet the ordinary deadline of a call; the others get time for what they do, which on a busy machine takes longer.
+fn load(daemon: &Daemon, name: &str, device: &str, port: &str) -> Ended {
+    let patience: &[&str] = if name.starts_with("loop-") { &[] } else { &["--call-deadline-ms", "10000"] };
+    daemon.load(&programs::test_driver(name), device, name, &[&["--port", port], patience].concat())
+}
+
 /// Reads and writes another disk of the same daemon until told to stop; every answer must be right. Answers how many there were.
 fn traffic(socket: &Path, stop: &AtomicBool) -> u64 {
     let mut client = Client::new(socket);
@@ -133,8 +140,7 @@ fn a_guest_that_fails_while_it_is_loaded_fails_the_load_with_its_reason_and_leav
         let sim = Backend::sim(&["--memory", "16M"]);
         for (name, reason) in LOAD_FAILS {
             let port = format!("nbd:{}", daemon.path("bad.nbd").display());
-            let ended = daemon.load(&programs::test_driver(name), &sim.address(), name, &["--port", &port]);
-            ended.expect_error(1, &["the driver", reason]);
+            load(daemon, name, &sim.address(), &port).expect_error(1, &["the driver", reason]);
             assert!(!daemon.path("bad.nbd").exists(), "{name}");
         }
         // The device has had them all and serves the good driver.
@@ -170,7 +176,7 @@ fn a_guest_that_fails_in_traffic_takes_its_binding_down_by_itself_and_says_why()
         for (name, reason) in TRAFFIC_FAILS {
             let socket = daemon.path(&format!("{name}.nbd"));
             let port = format!("nbd:{}", socket.display());
-            daemon.load(&programs::test_driver(name), &sim.address(), name, &["--port", &port]).expect(0);
+            load(daemon, name, &sim.address(), &port).expect(0);
             assert!(use_up(&socket).is_err(), "{name} served 128 rounds");
             daemon.wait_gone(name);
             assert!(!socket.exists(), "{name}");
@@ -197,7 +203,7 @@ fn a_guest_that_is_only_a_nuisance_serves_and_unloads() {
         for name in SERVES {
             let socket = daemon.path(&format!("{name}.nbd"));
             let port = format!("nbd:{}", socket.display());
-            daemon.load(&programs::test_driver(name), &sim.address(), name, &["--port", &port]).expect(0);
+            load(daemon, name, &sim.address(), &port).expect(0);
             assert_eq!(use_up(&socket), Ok(()), "{name}");
             daemon.unload(name, &[]).assert_clean();
         }

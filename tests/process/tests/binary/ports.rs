@@ -74,7 +74,7 @@ fn names_are_unique_and_harmless() {
     let before = daemon.census();
     daemon.load(&driver, &two.address(), "disk", &[]).expect_error(1, &["'disk' exists already", "--name"]);
     for bad in ["", "a/b", "../x", ".hidden", "-x", "a b", "ä", "\n", &"x".repeat(65)] {
-        daemon.load(&driver, &two.address(), &format!("{bad}"), &[]).expect_error(if bad == "-x" { 2 } else { 1 }, &[]);
+        daemon.load(&driver, &two.address(), bad, &[]).expect_error(if bad == "-x" { 2 } else { 1 }, &[]);
     }
     daemon.wait_census(&before);
     assert_eq!(Client::new(&socket).write(0, &[1; 512]), 0, "the first one serves on");

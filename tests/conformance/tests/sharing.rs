@@ -1,0 +1,114 @@
+//! Several clients on one lane.
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use cofferdam_conformance::driver_path;
+use cofferdam_manager::{
+    BlockFlags, BlockOp, BlockRequest, Config, Handle, HandleSpec, LoadSpec, Manager, UnloadOptions,
+};
+use cofferdam_sim::{Drive, Effect, Op, Options, Rule, Sim, When};
+
+fn one(handle: &Handle, op: BlockOp, offset: u64) -> anyhow::Result<Vec<BlockRequest>> {
+    let buffer = Some(handle.lease(4096)?);
+    Ok(vec![BlockRequest { user: 1, op, offset, length: 4096, flags: BlockFlags::default(), buffer }])
+}
+
+fn load(manager: &Manager, sim: &Sim) -> anyhow::Result<std::sync::Arc<cofferdam_manager::Binding>> {
+    let path = driver_path("virtio-blk.wasm");
+    let component =
+        std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build' first", path.display()))?;
+    Ok(manager.load(LoadSpec::new("virtio-blk.wasm", component, Box::new(sim.transport(Drive::Threads)?)))?)
+}
+
+/// A client that polls without asking for notifications takes the one that a sleeper has asked for, and goes away. The sleeper must still hear of its
+/// own answer.
+#[test]
+fn a_sleeper_is_woken_although_a_busy_poller_took_its_notification() -> anyhow::Result<()> {
+    let manager = Manager::new(Config { cache_dir: Some(driver_path("../test-cache")) })?;
+    let gate = Rule { effect: Effect::Gate, when: When::Always, op: Some(Op::Read), queue: None };
+    let sim = Sim::new(Options { rules: vec![gate], ..Options::default() })?;
+    let binding = load(&manager, &sim)?;
+    for round in 0..50 {
+        let sleeper = binding.open(HandleSpec::default())?;
+        let busy = binding.open(HandleSpec::default())?;
+        let (about_to_sleep, go) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let slept = scope.spawn(move || -> anyhow::Result<Duration> {
+                sleeper.submit(&mut one(&sleeper, BlockOp::Read, 0)?)?;
+                let mut done = Vec::new();
+                sleeper.poll(true, &mut done);
+                about_to_sleep.send(())?;
+                let before = Instant::now();
+                while done.is_empty() && before.elapsed() < Duration::from_secs(10) {
+                    sleeper.wait(Duration::from_secs(10), &mut done);
+                }
+                ensure!(done.len() == 1, "not woken");
+                Ok(before.elapsed())
+            });
+            go.recv()?;
+            busy.submit(&mut one(&busy, BlockOp::Write, 4096)?)?;
+            let mut done = Vec::new();
+            while done.is_empty() {
+                busy.poll(false, &mut done);
+            }
+            sim.open_gate(1);
+            let slept = slept.join().map_err(|_| anyhow::anyhow!("the sleeper panicked"))??;
+            ensure!(slept < Duration::from_secs(5), "round {round}: woken after {slept:?}");
+            Ok(())
+        })?;
+    }
+    ensure!(manager.unload_binding(&binding, &UnloadOptions::default())?.residual.is_zero());
+    Ok(())
+}
+
+/// Eight threads hammer one lane through handles of their own until the binding is taken from under them.
+#[test]
+fn an_unload_under_many_threads_answers_each_request_once() -> anyhow::Result<()> {
+    let manager = Manager::new(Config { cache_dir: Some(driver_path("../test-cache")) })?;
+    let sim = Sim::new(Options::default())?;
+    let binding = load(&manager, &sim)?;
+    let (started, wait_for_traffic) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let mut clients = Vec::new();
+        for thread in 0..8_u64 {
+            let (binding, started) = (&binding, started.clone());
+            clients.push(scope.spawn(move || -> anyhow::Result<u64> {
+                let handle = binding.open(HandleSpec::default())?;
+                let (mut admitted, mut answered, mut done) = (0_u64, 0_u64, Vec::new());
+                loop {
+                    let offset = (thread * 64 + admitted % 64) * 4096;
+                    let Ok(mut requests) = one(&handle, BlockOp::Write, offset) else { break };
+                    let over =
+                        handle.submit(&mut requests).is_err() && handle.state() != cofferdam_manager::HandleState::Open;
+                    admitted += u64::from(requests.is_empty());
+                    if over {
+                        break;
+                    }
+                    if admitted == 100 {
+                        let _ = started.send(());
+                    }
+                    handle.poll(admitted.is_multiple_of(3), &mut done);
+                    answered += done.drain(..).count() as u64;
+                }
+                let patience = Instant::now() + Duration::from_secs(10);
+                while answered < admitted && Instant::now() < patience {
+                    handle.poll(true, &mut done);
+                    answered += done.drain(..).count() as u64;
+                }
+                ensure!(answered == admitted, "thread {thread}: {admitted} admitted, {answered} answered");
+                Ok(answered)
+            }));
+        }
+        for _ in 0..8 {
+            wait_for_traffic.recv()?;
+        }
+        let certificate = manager.unload_binding(&binding, &UnloadOptions::default())?;
+        for client in clients {
+            client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        }
+        ensure!(certificate.residual.is_zero() && certificate.requests_failed == 0, "{certificate:?}");
+        Ok(())
+    })
+}
