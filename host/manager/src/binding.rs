@@ -99,7 +99,6 @@ pub struct Binding {
     /// Held by `load` while it builds and by the ladder while it takes apart; never on the data path.
     pub(crate) parts: Mutex<Parts>,
     handles: Mutex<Handles>,
-    handle_limit: usize,
     ports: Mutex<Ports>,
     pub(crate) certificate: OnceLock<Certificate>,
 }
@@ -122,6 +121,8 @@ impl Drop for Binding {
 
 impl Binding {
     pub(crate) fn new(name: String, driver: String, device: String, pinned: bool, handle_limit: usize) -> Binding {
+        let gate = if pinned { Gate::pinned() } else { Gate::new() };
+        gate.limit_handles(u32::try_from(handle_limit).unwrap_or(u32::MAX));
         Binding {
             name,
             driver,
@@ -129,13 +130,12 @@ impl Binding {
             pinned,
             generation: AtomicU64::new(1),
             created: Instant::now(),
-            gate: if pinned { Gate::pinned() } else { Gate::new() },
+            gate,
             state: AtomicU8::new(BindingState::Loading as u8),
             fault: OnceLock::new(),
             serving: OnceLock::new(),
             parts: Mutex::new(Parts::default()),
             handles: Mutex::new(Handles { open: BTreeMap::new(), next: 1, closed: false }),
-            handle_limit,
             ports: Mutex::new(Ports { attached: Vec::new(), closed: false }),
             certificate: OnceLock::new(),
         }
@@ -213,12 +213,8 @@ impl Binding {
         if handles.closed {
             return Err(OpenError::Revoked);
         }
-        if handles.open.len() >= self.handle_limit {
-            return Err(OpenError::TooMany(self.handle_limit));
-        }
         let id = handles.next;
-        let (handle, shared) = Handle::new(Arc::clone(self), Arc::clone(lane), id, spec)
-            .map_err(|_| OpenError::TooMany(handles.open.len()))?;
+        let (handle, shared) = Handle::new(Arc::clone(self), Arc::clone(lane), id, spec)?;
         handles.next += 1;
         handles.open.insert(id, shared);
         Ok(handle)
@@ -235,7 +231,9 @@ impl Binding {
             handles.closed = true;
             handles.open.values().cloned().collect()
         };
-        open.iter().filter(|handle| handle.revoke()).count() as u64
+        let revoked = self.gate.revoke_handles() as u64;
+        open.iter().for_each(|handle| handle.announce_revocation());
+        revoked
     }
 
     pub(crate) fn open_handles(&self) -> Vec<Arc<HandleShared>> {

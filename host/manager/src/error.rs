@@ -79,6 +79,9 @@ pub enum OpenError {
     /// The binding has as many handles as it may have.
     #[error("the binding has its limit of {0} handles open")]
     TooMany(usize),
+    /// The host has no descriptor for it.
+    #[error("the host cannot provide what the handle needs: {0}")]
+    Host(String),
     /// There is no such lane.
     #[error("the binding has {lanes} lanes, there is no lane {asked}")]
     NoSuchLane {

@@ -9,17 +9,18 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::Buffer;
-use cofferdam_gate::{Notify, Refused};
+pub use cofferdam_gate::HandleState;
+use cofferdam_gate::{Guard, HandleError, HandleRefused, Notify};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::binding::Binding;
 use crate::block::{BlockGeometry, BlockRequest, Completion};
-use crate::error::{LeaseError, SubmitError};
+use crate::error::{LeaseError, OpenError, SubmitError};
 use crate::lane::Lane;
 
 /// What a client says of itself when it opens a handle.
@@ -36,16 +37,8 @@ pub struct HandleSpec {
     pub notify: Option<Arc<Notify>>,
 }
 
-/// Whether a handle may operate now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HandleState {
-    /// Yes.
-    Open,
-    /// Not for the moment.
-    Held,
-    /// Never again.
-    Revoked,
-}
+/// Answers that a client may leave unfetched before nothing more of it is admitted.
+const BACKLOG: u32 = 4096;
 
 /// The part of a handle that the lane and the ladder know.
 pub(crate) struct HandleShared {
@@ -57,11 +50,11 @@ pub(crate) struct HandleShared {
     pub(crate) notify: Arc<Notify>,
     /// The notify is this handle's alone, so revocation may hang it up.
     own_notify: bool,
-    revoked: AtomicBool,
+    /// The right itself: admission, revocation and the count of this handle's operations are the gate's.
+    right: cofferdam_gate::Handle,
     pub(crate) in_flight: AtomicU32,
     pub(crate) requests: AtomicU64,
-    /// Answers that another thread reaped. Bounded by the lane's limit of requests in flight plus what the client leaves here, which
-    /// counts against [`Handle::submit`]'s own check.
+    /// Answers that another thread reaped, or of requests that were invalid. Bounded: [`BACKLOG`] of them and no more is admitted.
     answers: Mutex<Vec<Completion>>,
     /// Length of `answers`, so that the common poll takes no lock.
     waiting: AtomicU32,
@@ -86,19 +79,25 @@ impl HandleShared {
         count
     }
 
-    pub(crate) fn is_revoked(&self) -> bool {
-        self.revoked.load(Ordering::Acquire)
+    /// The one look that admits an operation (G1).
+    pub(crate) fn admit(&self) -> Result<Guard, HandleRefused> {
+        self.right.admit()
     }
 
-    /// Ends the handle's right to operate; true the first time.
-    pub(crate) fn revoke(&self) -> bool {
-        let first = !self.revoked.swap(true, Ordering::AcqRel);
-        if self.own_notify {
-            self.notify.hang_up();
-        } else {
+    /// Whether the client has left so many answers unfetched that nothing more is taken from it.
+    pub(crate) fn is_choked(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) >= BACKLOG
+    }
+
+    pub(crate) fn state(&self) -> HandleState {
+        self.right.state()
+    }
+
+    /// Tells the client that its right has ended. A notify of its own was hung up by the gate already.
+    pub(crate) fn announce_revocation(&self) {
+        if !self.own_notify {
             self.notify.signal();
         }
-        first
     }
 }
 
@@ -121,12 +120,17 @@ impl Handle {
         lane: Arc<Lane>,
         id: u64,
         spec: HandleSpec,
-    ) -> std::io::Result<(Handle, Arc<HandleShared>)> {
+    ) -> Result<(Handle, Arc<HandleShared>), OpenError> {
         let own_notify = spec.notify.is_none();
         let notify = match spec.notify {
             Some(notify) => notify,
-            None => Notify::new()?,
+            None => Notify::new().map_err(|error| OpenError::Host(error.to_string()))?,
         };
+        let right =
+            binding.gate().open_handle(own_notify.then(|| Arc::clone(&notify))).map_err(|error| match error {
+                HandleError::Full { capacity } => OpenError::TooMany(capacity as usize),
+                _ => OpenError::Revoked,
+            })?;
         let shared = Arc::new(HandleShared {
             id,
             label: spec.label,
@@ -135,7 +139,7 @@ impl Handle {
             opened: Instant::now(),
             notify,
             own_notify,
-            revoked: AtomicBool::new(false),
+            right,
             in_flight: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             answers: Mutex::new(Vec::new()),
@@ -156,14 +160,7 @@ impl Handle {
 
     /// Whether the handle may operate. Takes no lock.
     pub fn state(&self) -> HandleState {
-        if self.shared.is_revoked() {
-            return HandleState::Revoked;
-        }
-        match self.binding.gate().state() {
-            cofferdam_gate::State::Open => HandleState::Open,
-            cofferdam_gate::State::Held => HandleState::Held,
-            cofferdam_gate::State::Closed => HandleState::Revoked,
-        }
+        self.shared.state()
     }
 
     /// Borrows `bytes` of the binding's DMA memory. Dropping the buffer gives it back; after the binding is gone it reaches nothing.
@@ -171,7 +168,7 @@ impl Handle {
     /// # Errors
     /// [`LeaseError`]; `Exhausted` passes when something is answered and its buffer dropped.
     pub fn lease(&self, bytes: u32) -> Result<Buffer, LeaseError> {
-        if self.shared.is_revoked() {
+        if self.state() == HandleState::Revoked {
             return Err(LeaseError::Revoked);
         }
         self.lane.arena().lease(bytes).map_err(|error| LeaseError::from_arena(&error, bytes))
@@ -186,15 +183,15 @@ impl Handle {
         if requests.is_empty() {
             return Ok(());
         }
-        if self.shared.is_revoked() {
+        if self.state() == HandleState::Revoked {
             return Err(SubmitError::Revoked);
         }
         match self.lane.submit(&self.shared, requests) {
             Ok(()) => Ok(()),
             Err(crate::lane::Stop::Full) => Err(SubmitError::Full),
             Err(crate::lane::Stop::Gone) => Err(SubmitError::Revoked),
-            Err(crate::lane::Stop::Refused(Refused::Closed)) => Err(SubmitError::Revoked),
-            Err(crate::lane::Stop::Refused(Refused::Held)) => {
+            Err(crate::lane::Stop::Refused(HandleRefused::Revoked)) => Err(SubmitError::Revoked),
+            Err(crate::lane::Stop::Refused(HandleRefused::Held)) => {
                 self.binding.gate().register_held(&self.shared.notify);
                 Err(SubmitError::Held)
             }
@@ -249,7 +246,7 @@ impl Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         // Close is final and waits for nothing: what is in flight is answered into `answers`, which goes with the last reference.
-        self.shared.revoke();
+        self.shared.right.close();
         self.binding.forget_handle(self.shared.id);
         let mut rest = Vec::new();
         self.shared.take_answers(&mut rest);

@@ -366,7 +366,7 @@ fn release(binding: &Arc<Binding>, parts: &mut MutexGuard<'_, Parts>, memory_ret
     parts.marks = Marks::default();
     let residual = Residual {
         calls: binding.gate().crossings(),
-        handles: binding.open_handles().iter().filter(|handle| !handle.is_revoked()).count() as u64,
+        handles: binding.gate().handles() as u64,
         requests,
         buffers: if memory_retired { 0 } else { leased },
         dma_bytes,

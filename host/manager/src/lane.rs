@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use cofferdam_device::words::MAX_BATCH;
 use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
-use cofferdam_gate::{Gate, Notify, Refused};
+use cofferdam_gate::{HandleRefused, Notify};
 use cofferdam_runtime::BlockDriver;
 use parking_lot::Mutex;
 
@@ -34,7 +34,7 @@ use crate::ledger::Stage;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Stop {
     /// The gate said no.
-    Refused(Refused),
+    Refused(HandleRefused),
     /// The ledger is full.
     Full,
     /// Driver or device is at fault; the binding is about to leave.
@@ -63,7 +63,6 @@ impl LaneQueue {
 
 /// What a lane is made of.
 pub(crate) struct LaneParts {
-    pub(crate) gate: Gate,
     pub(crate) driver: Box<dyn BlockDriver>,
     pub(crate) queue: LaneQueue,
     pub(crate) arena: DmaArena,
@@ -75,7 +74,6 @@ pub(crate) struct LaneParts {
 
 /// See the module.
 pub(crate) struct Lane {
-    gate: Gate,
     geometry: BlockGeometry,
     arena: DmaArena,
     /// The queue's call descriptor, kept apart so that a sleeper needs no lease.
@@ -87,10 +85,10 @@ pub(crate) struct Lane {
 
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
-        let LaneParts { gate, driver, queue, arena, geometry, requests, binding, wake } = parts;
+        let LaneParts { driver, queue, arena, geometry, requests, binding, wake } = parts;
         let call = queue.events.call;
         let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests);
-        Lane { gate, geometry, arena, call, binding, wake, inside: Mutex::new(inside) }
+        Lane { geometry, arena, call, binding, wake, inside: Mutex::new(inside) }
     }
 
     pub(crate) fn geometry(&self) -> &BlockGeometry {
@@ -113,7 +111,7 @@ impl Lane {
         let mut result = Ok(());
         while taken < requests.len() && result.is_ok() {
             let batch = requests[taken..].iter_mut().take(MAX_BATCH);
-            let (count, stop) = inside.enter(&self.gate, &self.geometry, owner, batch);
+            let (count, stop) = inside.enter(&self.geometry, owner, batch);
             taken += count;
             if let Some(stop) = stop {
                 result = Err(stop);

@@ -154,7 +154,6 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         let setup = LaneSetup { features, state: attachment.state.clone(), queues: vec![plan.index] };
         driver.start(&setup).map_err(attach_error)?;
         let lane = Lane::new(LaneParts {
-            gate: *binding.gate(),
             driver: Box::new(driver),
             queue: LaneQueue::new(queue, events, plan.ordinary_response.clone()),
             arena: arena.clone(),

@@ -10,7 +10,7 @@ use cofferdam_device::{
     AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Direction, Doorbell, Expected, Outcome, Payload, SplitQueue,
     Status, Used,
 };
-use cofferdam_gate::{Gate, Notify};
+use cofferdam_gate::Notify;
 use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
 
 use super::Stop;
@@ -84,7 +84,6 @@ impl Inside {
     /// Admits up to 64 requests and enters them in the ledger; what is invalid is answered at once. Returns how many were taken, and why no more.
     pub(super) fn enter<'a>(
         &mut self,
-        gate: &Gate,
         geometry: &BlockGeometry,
         owner: &Arc<HandleShared>,
         requests: impl Iterator<Item = &'a mut BlockRequest>,
@@ -97,10 +96,10 @@ impl Inside {
             if self.driver_fault || self.device_fault.is_some() || self.driver.is_none() {
                 return (taken, Some(Stop::Gone));
             }
-            if self.ledger.is_full() {
+            if self.ledger.is_full() || owner.is_choked() {
                 return (taken, Some(Stop::Full));
             }
-            let guard = match gate.admit() {
+            let guard = match owner.admit() {
                 Ok(guard) => guard,
                 Err(refused) => return (taken, Some(Stop::Refused(refused))),
             };
