@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use cofferdam_bus_vhost_user::VhostUser;
+use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_conformance::{Bed, Device, Wish};
 
 struct SimBackend;
@@ -31,7 +31,7 @@ impl Bed for SimBackend {
             command.arg("--read-only");
         }
         let process = start(&mut command, &socket)?;
-        let transport = Box::new(VhostUser::connect(&address(&socket))?);
+        let transport = Box::new(connect(&socket)?);
         Ok(Some(Device { transport, keep: Box::new((process, directory)) }))
     }
 }
@@ -95,13 +95,21 @@ impl Bed for Qemu {
             wish.queues
         ));
         let process = start(&mut command, &socket)?;
-        let transport = Box::new(VhostUser::connect(&address(&socket))?);
+        let transport = Box::new(connect(&socket)?);
         Ok(Some(Device { transport, keep: Box::new((process, directory)) }))
     }
 }
 
-fn address(socket: &Path) -> String {
-    format!("vhost-user:{}", socket.display())
+/// A backend's socket file is there a moment before anybody listens on it.
+fn connect(socket: &Path) -> anyhow::Result<VhostUser> {
+    let address = format!("vhost-user:{}", socket.display());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match VhostUser::connect(&address) {
+            Err(ConnectError::NobodyListens(_)) if Instant::now() < deadline => std::thread::yield_now(),
+            result => return Ok(result?),
+        }
+    }
 }
 
 #[test]
