@@ -1,4 +1,4 @@
-//! `cargo xtask bench NAME`: the benches, each a program of the crate that it measures.
+//! `cargo xtask bench NAME`: the benches, each a program of the crate that it measures. Each prints a table and writes `target/bench/NAME.json`.
 
 use crate::{step, workspace};
 use anyhow::{Result, bail};
@@ -29,8 +29,16 @@ pub(crate) fn run(name: Option<&str>, arguments: &[String]) -> Result<()> {
         let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).collect();
         bail!("no bench is called {name:?}; there is {}", names.join(", "));
     };
+    let folder = workspace::root().join("target/bench");
+    std::fs::create_dir_all(&folder)?;
+    let json = folder.join(format!("{name}.json"));
     step::run(
         &format!("bench {name}: {}", bench.measures),
-        workspace::cargo().args(["bench", "-p", bench.package, "--bench", bench.target, "--"]).args(arguments),
-    )
+        workspace::cargo()
+            .args(["bench", "-p", bench.package, "--bench", bench.target, "--", "--json"])
+            .arg(&json)
+            .args(arguments),
+    )?;
+    println!("{}", json.display());
+    Ok(())
 }
