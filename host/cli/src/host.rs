@@ -170,7 +170,7 @@ pub(crate) fn unload(manager: &Manager, name: &str, options: &UnloadOptions) -> 
                 message: format!("'{name}': {message}; unload again to go on, or with --force"),
                 so_far: Some(so_far),
             },
-            UnloadError::Pinned(_) | UnloadError::Deferred => ErrorBody::failed(message),
+            UnloadError::Pinned(_) | UnloadError::Deferred | UnloadError::NoThread(_) => ErrorBody::failed(message),
         }
     })
 }

@@ -113,6 +113,12 @@ impl DmaArena {
         Ok(Buffer { arena: Arc::clone(shared), allocation, pages, len: bytes })
     }
 
+    /// Whether `buffer` is a lease of this very arena. Two arenas may use the same I/O addresses, so a buffer of another one must not reach this device.
+    #[must_use]
+    pub fn owns(&self, buffer: &Buffer) -> bool {
+        Arc::ptr_eq(&self.shared, &buffer.arena)
+    }
+
     /// Largest possible lease in bytes, when nothing else is leased. The allocator sorts free blocks into classes 12.5 % apart, so this may be that much below the
     /// region's length.
     #[must_use]

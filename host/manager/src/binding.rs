@@ -1,7 +1,7 @@
 //! One driver joined to one device.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -95,6 +95,10 @@ pub struct Binding {
     gate: Gate,
     state: AtomicU8,
     pub(crate) fault: OnceLock<LaneFault>,
+    /// The watch has a ladder under way for it.
+    pub(crate) leaving: AtomicBool,
+    /// Somebody asked for force while another run of the ladder was waiting.
+    pub(crate) force: AtomicBool,
     pub(crate) serving: OnceLock<Serving>,
     /// Held by `load` while it builds and by the ladder while it takes apart; never on the data path.
     pub(crate) parts: Mutex<Parts>,
@@ -133,6 +137,8 @@ impl Binding {
             gate,
             state: AtomicU8::new(BindingState::Loading as u8),
             fault: OnceLock::new(),
+            leaving: AtomicBool::new(false),
+            force: AtomicBool::new(false),
             serving: OnceLock::new(),
             parts: Mutex::new(Parts::default()),
             handles: Mutex::new(Handles { open: BTreeMap::new(), next: 1, closed: false }),

@@ -149,6 +149,9 @@ pub enum UnloadError {
     /// The module was loaded `--pinned`.
     #[error("'{0}' was loaded --pinned: it leaves only when the daemon stops")]
     Pinned(String),
+    /// Called from inside a call into this very driver, and the host has no thread to go on with. Nothing was done.
+    #[error("unload was asked for from inside a call into the driver, and no thread can be had for it: {0}")]
+    NoThread(String),
     /// Called from inside a call into this very driver: the teardown goes on in a thread of its own (G8).
     #[error("unload was asked for from inside a call into the driver; it goes on in the background")]
     Deferred,

@@ -9,7 +9,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::Buffer;
@@ -37,6 +37,9 @@ pub struct HandleSpec {
     pub notify: Option<Arc<Notify>>,
 }
 
+/// How long a client of a revoked handle sleeps between two looks for its last answers.
+const REVOKED_SLICE: Duration = Duration::from_millis(5);
+
 /// Answers that a client may leave unfetched before nothing more of it is admitted.
 const BACKLOG: u32 = 4096;
 
@@ -52,6 +55,8 @@ pub(crate) struct HandleShared {
     own_notify: bool,
     /// The right itself: admission, revocation and the count of this handle's operations are the gate's.
     right: cofferdam_gate::Handle,
+    /// The client is gone.
+    closed: AtomicBool,
     pub(crate) in_flight: AtomicU32,
     pub(crate) requests: AtomicU64,
     /// Answers that another thread reaped, or of requests that were invalid. Bounded: [`BACKLOG`] of them and no more is admitted.
@@ -63,6 +68,10 @@ pub(crate) struct HandleShared {
 impl HandleShared {
     /// Puts an answer where the handle's client will find it; the caller signals `notify` once per batch.
     pub(crate) fn deliver(&self, completion: Completion) {
+        if self.closed.load(Ordering::Acquire) {
+            // Nobody will fetch it: its buffer goes back now.
+            return;
+        }
         let mut answers = self.answers.lock();
         answers.push(completion);
         self.waiting.store(answers.len() as u32, Ordering::Release);
@@ -140,6 +149,7 @@ impl Handle {
             notify,
             own_notify,
             right,
+            closed: AtomicBool::new(false),
             in_flight: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             answers: Mutex::new(Vec::new()),
@@ -223,20 +233,24 @@ impl Handle {
 
     /// Polls, and sleeps for at most `timeout` if there is nothing yet. Returns what [`Handle::poll`] returned last; 0 after a time-out or at revocation.
     pub fn wait(&self, timeout: Duration, out: &mut Vec<Completion>) -> usize {
-        let deadline = Instant::now() + timeout;
+        let deadline = crate::ladder::after(Instant::now(), timeout);
         loop {
             let found = self.poll(true, out);
             let left = deadline.saturating_duration_since(Instant::now());
-            if found > 0 || left.is_zero() || self.shared.notify.is_hung_up() {
+            let revoked = self.state() == HandleState::Revoked;
+            if found > 0 || left.is_zero() || (revoked && self.in_flight() == 0) {
                 return found;
             }
-            let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            let device = self.device_fd();
-            let mut fds =
-                [PollFd::new(&device, PollFlags::IN), PollFd::from_borrowed_fd(self.shared.notify.fd(), PollFlags::IN)];
+            // Of a revoked handle the notify is readable for ever; the ladder brings the last answers, so look again soon.
+            let slice = if revoked { left.min(REVOKED_SLICE) } else { left };
+            let wait = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
+            let mut fds = vec![PollFd::from_borrowed_fd(self.device_fd(), PollFlags::IN)];
+            if !revoked {
+                fds.push(PollFd::from_borrowed_fd(self.shared.notify.fd(), PollFlags::IN));
+            }
             // EINTR and spurious returns lead to another look, bounded by the deadline.
             let _ = poll(&mut fds, Some(&wait));
-            if fds[1].revents().contains(PollFlags::IN) {
+            if !revoked {
                 self.shared.notify.clear();
             }
         }
@@ -247,6 +261,7 @@ impl Drop for Handle {
     fn drop(&mut self) {
         // Close is final and waits for nothing: what is in flight is answered into `answers`, which goes with the last reference.
         self.shared.right.close();
+        self.shared.closed.store(true, Ordering::Release);
         self.binding.forget_handle(self.shared.id);
         let mut rest = Vec::new();
         self.shared.take_answers(&mut rest);

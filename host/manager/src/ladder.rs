@@ -11,7 +11,9 @@
 //!
 //! If the device cannot be shown to be silent, everything it can reach is retired, its requests are answered to nobody, and the certificate says so (L1).
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Silence;
@@ -83,6 +85,8 @@ pub(crate) struct Progress {
     requests_at_close: u64,
     failed: u64,
     abandoned: u64,
+    /// The device could not be shown to be silent: what it can reach is retired.
+    unsilent: bool,
     leaked: Leaked,
     times: Vec<StageTime>,
 }
@@ -97,6 +101,13 @@ impl Progress {
         value
     }
 
+    /// Something worse than what the binding was leaving for has happened to it.
+    fn overtaken_by(&mut self, cause: Cause) {
+        if matches!(self.cause, Some(Cause::Unload | Cause::Shutdown)) {
+            self.cause = Some(cause);
+        }
+    }
+
     fn outcome(&self) -> Outcome {
         match self.cause {
             Some(Cause::Removed) => Outcome::Removed,
@@ -109,11 +120,30 @@ impl Progress {
     }
 }
 
+/// `start` and `wait` later; a wait that no clock can hold is a day.
+pub(crate) fn after(start: Instant, wait: Duration) -> Instant {
+    start.checked_add(wait).unwrap_or(start + Duration::from_secs(86_400))
+}
+
+/// A load or another run may be in progress: both are bounded, but this caller waits no longer than it said, and can be called off (L2).
+fn lock_parts<'a>(binding: &'a Binding, deadline: Instant, options: &UnloadOptions) -> Option<MutexGuard<'a, Parts>> {
+    loop {
+        if let Some(parts) = binding.parts.try_lock_until(deadline.min(Instant::now() + DRAIN_SLICE)) {
+            return Some(parts);
+        }
+        if Instant::now() >= deadline || options.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
+            return None;
+        }
+    }
+}
+
 enum Drained {
     /// Nothing is in flight.
     Empty,
     /// The device is gone: what is in flight cannot be completed.
     Lost,
+    /// The device broke its rings' rules: nothing that it says is believed any more.
+    Broken,
     /// A forced run's patience is over.
     Cut,
     /// The caller's patience is over.
@@ -123,13 +153,18 @@ enum Drained {
 /// Runs the ladder as far as it goes. On success the binding is detached and its certificate is the answer; a second run answers the same certificate.
 pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch) -> Result<Certificate, UnloadError> {
     let started = Instant::now();
-    let deadline = started + options.deadline;
-    // A load or another run may be in progress: both are bounded, but this caller waits no longer than it said (L2).
-    let Some(mut parts) = binding.parts.try_lock_until(deadline) else {
+    let deadline = after(started, options.deadline);
+    if options.force && options.cause == Cause::Unload {
+        // Heard by a run that is under way, too.
+        binding.force.store(true, Ordering::Release);
+    }
+    let Some(mut parts) = lock_parts(binding, deadline, options) else {
+        // A load that is still at it finds the gate closed and rolls back; nothing is ever admitted.
+        binding.gate().close();
         return Err(UnloadError::StillDraining {
             waited: started.elapsed(),
             waiting_for: "another load or unload of this binding is running".into(),
-            so_far: Box::new(draft(binding, &Progress::default(), Residual::default(), Outcome::Draining)),
+            so_far: Box::new(so_far(binding, &Progress::default())),
         });
     };
     if let Some(certificate) = binding.certificate.get() {
@@ -154,15 +189,20 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
         return Err(UnloadError::StillDraining {
             waited: started.elapsed(),
             waiting_for: waiting_for(binding, &parts),
-            so_far: Box::new(draft(binding, &parts.progress, Residual::default(), Outcome::Draining)),
+            so_far: Box::new(so_far(binding, &parts.progress)),
         });
+    }
+    match drained {
+        Drained::Lost => parts.progress.overtaken_by(Cause::Removed),
+        Drained::Broken => parts.progress.overtaken_by(Cause::Fault),
+        _ => {}
     }
     if !matches!(drained, Drained::Empty) {
         interrupt(binding, &mut parts);
     }
-    quiesce_and_answer(binding, &mut parts);
+    quiesce_and_answer(&mut parts);
     take_down_ports(binding, &mut parts);
-    let memory_retired = unmap(binding, &mut parts);
+    let memory_retired = unmap(&mut parts);
     drop_code(&mut parts);
     watch.remove(binding);
     let certificate = release(binding, &mut parts, memory_retired);
@@ -184,7 +224,9 @@ fn close_and_revoke(binding: &Arc<Binding>, parts: &mut Parts) {
     if !parts.progress.counted {
         parts.progress.counted = true;
         parts.progress.calls_at_close = binding.gate().crossings();
-        parts.progress.requests_at_close = binding.gate().operations();
+        // A pinned gate counts nothing; the ledgers do.
+        let ledgers: usize = parts.lanes.iter().filter_map(|lane| lane.in_ledger()).sum();
+        parts.progress.requests_at_close = binding.gate().operations().max(ledgers as u64);
     }
     parts.progress.handles_revoked += binding.revoke_handles();
     parts.progress.timed(Stage::Revoke, since, ());
@@ -193,51 +235,58 @@ fn close_and_revoke(binding: &Arc<Binding>, parts: &mut Parts) {
 /// Waits for operations and crossings, and reaps every vacant lane meanwhile, so that a client that stopped polling holds up nothing (L3).
 fn drain(binding: &Arc<Binding>, parts: &mut Parts, deadline: Instant, options: &UnloadOptions) -> Drained {
     let gate = *binding.gate();
-    let started = Instant::now();
     let wake = Notify::new().ok();
     if let Some(wake) = &wake {
         gate.wake_drain_with(wake);
     }
+    // An operator who forces wants an end; a binding that leaves by itself gives a healthy device all the time it has.
+    let patience = if options.cause == Cause::Unload { FORCED_DRAIN } else { options.deadline };
+    let mut forced_since = None;
     loop {
         if let Some(wake) = &wake {
             wake.clear();
         }
-        let mut busy_lanes = 0;
+        let (mut pending, mut vacant) = (0, Vec::with_capacity(parts.lanes.len()));
         for lane in &parts.lanes {
             match lane.try_reap() {
-                Some(_) => {}
-                None => busy_lanes += 1,
+                Some(left) => {
+                    pending += left;
+                    vacant.push(lane.device_fd());
+                }
+                None => pending += 1,
             }
         }
-        if gate.operations() == 0 && gate.crossings() == 0 {
+        let busy = vacant.len() < parts.lanes.len();
+        if pending == 0 && gate.operations() == 0 && gate.crossings() == 0 {
             return Drained::Empty;
         }
         if parts.transport.as_ref().is_some_and(|transport| transport.lock().is_lost()) {
             return Drained::Lost;
         }
-        let device_broken = parts.lanes.iter().any(|lane| lane.device_is_broken());
+        if parts.lanes.iter().any(|lane| lane.device_is_broken()) {
+            return Drained::Broken;
+        }
         let now = Instant::now();
-        let patience_over = now >= deadline || now.duration_since(started) >= FORCED_DRAIN || device_broken;
-        if parts.progress.forced && patience_over {
-            return Drained::Cut;
+        parts.progress.forced |= binding.force.load(Ordering::Acquire);
+        if parts.progress.forced {
+            let since = *forced_since.get_or_insert(now);
+            if now >= deadline || now.duration_since(since) >= patience {
+                return Drained::Cut;
+            }
         }
         if now >= deadline || options.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
             return Drained::GaveUp;
         }
-        let slice = if busy_lanes > 0 { Duration::from_millis(1) } else { DRAIN_SLICE };
-        sleep_until_something(parts, wake.as_deref(), slice.min(deadline - now));
+        let slice = if busy { Duration::from_millis(1) } else { DRAIN_SLICE };
+        sleep_until_something(&vacant, wake.as_deref(), slice.min(deadline - now));
     }
 }
 
-/// Sleeps until the last leaver, a device or the backend's end wakes it, at most `slice`.
-fn sleep_until_something(parts: &Parts, wake: Option<&Notify>, slice: Duration) {
-    let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(parts.lanes.len() + 1);
-    if let Some(wake) = wake {
-        fds.push(PollFd::from_borrowed_fd(wake.fd(), PollFlags::IN));
-    }
-    for lane in &parts.lanes {
-        fds.push(PollFd::from_borrowed_fd(lane.device_fd(), PollFlags::IN));
-    }
+/// Sleeps until the last leaver or a device wakes it, at most `slice`.
+fn sleep_until_something(devices: &[BorrowedFd<'_>], wake: Option<&Notify>, slice: Duration) {
+    let wake = wake.map(|wake| wake.fd());
+    let fds = devices.iter().copied().chain(wake);
+    let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
     let wait = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
     // EINTR only makes for an early look.
     let _ = poll(&mut fds, Some(&wait));
@@ -270,38 +319,65 @@ fn interrupt(binding: &Arc<Binding>, parts: &mut Parts) {
     if running > 0 {
         let bound = Instant::now() + INTERRUPT_BOUND;
         let _ = binding.gate().drain(cofferdam_gate::Drain::Crossings, Some(bound), &Cancel::new());
-        parts.progress.calls_interrupted += running;
     }
     parts.progress.timed(Stage::Interrupt, since, ());
 }
 
 /// L1: nothing is answered as failed, freed or reused before the device is silent.
-fn quiesce_and_answer(binding: &Arc<Binding>, parts: &mut Parts) {
+fn quiesce_and_answer(parts: &mut Parts) {
     let since = Instant::now();
-    let unanswered = parts.lanes.iter().map(|lane| lane.published()).sum();
-    let silence = match &parts.transport {
-        Some(transport) => transport.lock().quiesce(unanswered, since + QUIESCE_BOUND),
-        None => Silence::Confirmed,
-    };
+    // What the device was never given needs no silence; and nothing more is given to it.
+    let mut taken = true;
+    for lane in &parts.lanes {
+        match lane.withdraw() {
+            Some(withdrawn) => parts.progress.failed += withdrawn as u64,
+            None => taken = false,
+        }
+    }
+    let mut silence = silence_device(parts, after(since, QUIESCE_BOUND));
     parts.progress.timed(Stage::Quiesce, since, ());
 
     let since = Instant::now();
-    let confirmed = silence == Silence::Confirmed;
     for lane in &parts.lanes {
-        let LaneEnd { failed, abandoned } = lane.finish(confirmed);
-        parts.progress.failed += failed as u64;
-        parts.progress.abandoned += abandoned as u64;
+        match lane.finish(silence == Silence::Confirmed && taken) {
+            Some(LaneEnd { failed, abandoned, interrupted }) => {
+                parts.progress.failed += failed as u64;
+                parts.progress.abandoned += abandoned as u64;
+                parts.progress.calls_interrupted += interrupted as u64;
+            }
+            None => taken = false,
+        }
+    }
+    if !taken && silence == Silence::Confirmed {
+        silence = Silence::Unconfirmed { reason: "a lane did not become vacant".to_owned() };
     }
     if let Silence::Unconfirmed { reason } = silence {
         let abandoned = parts.progress.abandoned;
         tracing::warn!(reason, abandoned, "device not shown to be silent, its memory is retired");
+        parts.progress.unsilent = true;
         parts.progress.leaked.reason = match abandoned {
             0 => reason,
             _ => format!("{reason}; {abandoned} requests that the device may still act on were answered to nobody"),
         };
     }
-    let _ = binding;
     parts.progress.timed(Stage::Answer, since, ());
+}
+
+/// Asks for silence until `bound`, reaping between the attempts: a device that is merely slow ends with nothing unanswered.
+fn silence_device(parts: &Parts, bound: Instant) -> Silence {
+    let Some(transport) = &parts.transport else { return Silence::Confirmed };
+    loop {
+        let published: Option<usize> = parts.lanes.iter().map(|lane| lane.still_published()).sum();
+        let Some(unanswered) = published else {
+            return Silence::Unconfirmed { reason: "a lane did not become vacant".to_owned() };
+        };
+        // With nothing unanswered one attempt gets all the time there is.
+        let until = if unanswered == 0 { bound } else { bound.min(Instant::now() + DRAIN_SLICE) };
+        let silence = transport.lock().quiesce(unanswered, until);
+        if silence == Silence::Confirmed || Instant::now() >= bound || unanswered == 0 {
+            return silence;
+        }
+    }
 }
 
 fn take_down_ports(binding: &Arc<Binding>, parts: &mut Parts) {
@@ -315,9 +391,9 @@ fn take_down_ports(binding: &Arc<Binding>, parts: &mut Parts) {
 }
 
 /// Frees the DMA memory, or retires it if the device may still write there. Returns whether it was retired.
-fn unmap(binding: &Arc<Binding>, parts: &mut Parts) -> bool {
+fn unmap(parts: &mut Parts) -> bool {
     let since = Instant::now();
-    let retire = !parts.progress.leaked.reason.is_empty();
+    let retire = parts.progress.unsilent;
     for lane in &parts.lanes {
         lane.drop_rings();
     }
@@ -338,7 +414,6 @@ fn unmap(binding: &Arc<Binding>, parts: &mut Parts) -> bool {
             arena.revoke();
         }
     }
-    let _ = binding;
     parts.progress.timed(Stage::Unmap, since, retire)
 }
 
@@ -359,7 +434,9 @@ fn release(binding: &Arc<Binding>, parts: &mut MutexGuard<'_, Parts>, memory_ret
     parts.transport = None;
     let lanes = std::mem::take(&mut parts.lanes);
     let leased: u64 = lanes.iter().map(|lane| lane.arena().live_buffers()).max().unwrap_or(0);
-    let requests = lanes.iter().map(|lane| lane.in_ledger() as u64).sum::<u64>() + binding.gate().operations();
+    // A lane that cannot be looked into counts as one. An operation is in a ledger and in the gate: the larger number has them all.
+    let ledgers: u64 = lanes.iter().map(|lane| lane.in_ledger().map_or(1, |left| left as u64)).sum();
+    let requests = ledgers.max(binding.gate().operations());
     // What was retired on purpose is under `leaked`; its mappings and memfds are not looked for.
     let (mappings, dma_bytes) = if memory_retired { (0, 0) } else { parts.marks.mappings() };
     let fds = parts.marks.open_descriptors(!memory_retired);
@@ -376,6 +453,20 @@ fn release(binding: &Arc<Binding>, parts: &mut MutexGuard<'_, Parts>, memory_ret
     parts.progress.timed(Stage::Release, since, ());
     let outcome = parts.progress.outcome();
     draft(binding, &parts.progress, residual, outcome)
+}
+
+/// The certificate of a binding that has not ended, with what is there now.
+fn so_far(binding: &Binding, progress: &Progress) -> Certificate {
+    let arena = binding.serving.get().and_then(|serving| serving.lanes.first()).map(|lane| lane.arena());
+    let residual = Residual {
+        calls: binding.gate().crossings(),
+        handles: binding.gate().handles() as u64,
+        requests: binding.gate().operations(),
+        buffers: arena.map_or(0, |arena| arena.live_buffers()),
+        dma_bytes: arena.map_or(0, |arena| arena.region().len()),
+        ..Residual::default()
+    };
+    draft(binding, progress, residual, Outcome::Draining)
 }
 
 fn draft(binding: &Binding, progress: &Progress, residual: Residual, outcome: Outcome) -> Certificate {

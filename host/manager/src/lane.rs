@@ -14,6 +14,7 @@
 mod inside;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -21,7 +22,8 @@ use cofferdam_device::words::MAX_BATCH;
 use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
 use cofferdam_gate::{HandleRefused, Notify};
 use cofferdam_runtime::BlockDriver;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
+use rustix::io::ReadWriteFlags;
 
 use crate::binding::Binding;
 use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion};
@@ -29,6 +31,9 @@ use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::lane::inside::{Inside, Sink};
 use crate::ledger::Stage;
+
+/// Longest wait of the ladder for one lane's lease. The guest that holds it was interrupted before, or is about to meet its deadline.
+const LADDER_LEASE: Duration = Duration::from_millis(500);
 
 /// Why a submission stopped before its end.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +50,8 @@ pub(crate) enum Stop {
 pub(crate) struct LaneEnd {
     pub(crate) failed: usize,
     pub(crate) abandoned: usize,
+    /// Crossings that ended because the ladder interrupted them.
+    pub(crate) interrupted: usize,
 }
 
 /// A queue with its two notification channels.
@@ -111,7 +118,7 @@ impl Lane {
         let mut result = Ok(());
         while taken < requests.len() && result.is_ok() {
             let batch = requests[taken..].iter_mut().take(MAX_BATCH);
-            let (count, stop) = inside.enter(&self.geometry, owner, batch);
+            let (count, stop) = inside.enter(&self.geometry, &self.arena, owner, batch);
             taken += count;
             if let Some(stop) = stop {
                 result = Err(stop);
@@ -145,24 +152,22 @@ impl Lane {
         found
     }
 
-    /// The ladder's poll: `None` while somebody else has the lease.
+    /// The ladder's poll: what is still unanswered afterwards, or `None` while somebody else has the lease.
     pub(crate) fn try_reap(&self) -> Option<usize> {
         let mut lease = self.inside.try_lock()?;
-        let found = self.reap(&mut lease, true, &mut Sink { me: None, out: &mut Vec::new() });
+        self.reap(&mut lease, true, &mut Sink { me: None, out: &mut Vec::new() });
         lease.wake_all();
-        Some(found)
+        Some(lease.ledger.len())
     }
 
-    fn reap(&self, inside: &mut Inside, arm: bool, sink: &mut Sink<'_>) -> usize {
+    fn reap(&self, inside: &mut Inside, arm: bool, sink: &mut Sink<'_>) {
         if arm {
             self.clear_call();
         }
         // Whoever sleeps on the call descriptor was promised a notification: a poller that takes the answer it was set for has to set it again.
         let arm = arm || inside.somebody_sleeps();
-        let mut found = 0;
         loop {
             let (count, fault) = inside.reap_batch(sink);
-            found += count;
             if let Some(fault) = fault {
                 self.report(fault);
             }
@@ -174,15 +179,17 @@ impl Lane {
             }
             // Arming and looking again is one step (virtio 1.2, section 2.7.10): what came in between is reaped now, not slept on.
             if !(arm && inside.arm()) {
-                return found;
+                return;
             }
         }
     }
 
     /// Empties the call descriptor. Done before the ring is looked at, so a notification that comes later wakes again.
     fn clear_call(&self) {
+        // The open file is shared with the backend, which may make it a blocking one: only a read that says so itself is sure not to block.
         let mut count = [0; 8];
-        let _ = rustix::io::read(&self.call, &mut count);
+        let into = &mut [std::io::IoSliceMut::new(&mut count)];
+        let _ = rustix::io::preadv2(&self.call, into, u64::MAX, ReadWriteFlags::NOWAIT);
     }
 
     fn report(&self, fault: LaneFault) {
@@ -192,9 +199,25 @@ impl Lane {
         }
     }
 
-    /// Requests that the device has been given and has not used.
-    pub(crate) fn published(&self) -> usize {
-        self.inside.lock().ring.as_ref().map_or(0, |ring| usize::from(ring.in_flight()))
+    /// The lease for the ladder, which waits no longer than a guest that was interrupted may take.
+    fn lease_for_ladder(&self) -> Option<MutexGuard<'_, Inside>> {
+        self.inside.try_lock_for(LADDER_LEASE)
+    }
+
+    /// Takes back what the device was never given, and answers it as failed; how many that was. Nothing is published afterwards. `None` without the lease.
+    pub(crate) fn withdraw(&self) -> Option<usize> {
+        let mut lease = self.lease_for_ladder()?;
+        let withdrawn = lease.withdraw();
+        lease.wake_all();
+        Some(withdrawn)
+    }
+
+    /// Requests that the device has been given and has not used, after one more look at the ring; `None` without the lease.
+    pub(crate) fn still_published(&self) -> Option<usize> {
+        let mut lease = self.lease_for_ladder()?;
+        self.reap(&mut lease, true, &mut Sink { me: None, out: &mut Vec::new() });
+        lease.wake_all();
+        Some(lease.ring.as_ref().map_or(0, |ring| usize::from(ring.in_flight())))
     }
 
     /// Whether the device broke the ring's rules, so that waiting for it is pointless.
@@ -202,8 +225,9 @@ impl Lane {
         self.inside.try_lock().is_some_and(|inside| inside.device_fault.is_some())
     }
 
-    pub(crate) fn in_ledger(&self) -> usize {
-        self.inside.lock().ledger.len()
+    /// Requests that are not answered; `None` without the lease.
+    pub(crate) fn in_ledger(&self) -> Option<usize> {
+        self.lease_for_ladder().map(|inside| inside.ledger.len())
     }
 
     /// The request that has waited longest: its token, its age, how far it has come.
@@ -218,13 +242,13 @@ impl Lane {
     }
 
     /// Last look at the ring after the device was silenced; then everything that is left is failed, or abandoned if it was not (L1).
-    pub(crate) fn finish(&self, silent: bool) -> LaneEnd {
-        let mut lease = self.inside.lock();
+    /// `None` without the lease: then the lane's memory has to be retired as it is.
+    pub(crate) fn finish(&self, silent: bool) -> Option<LaneEnd> {
+        let mut lease = self.lease_for_ladder()?;
         let inside = &mut *lease;
         let mut nobody = Vec::new();
         let mut sink = Sink { me: None, out: &mut nobody };
         self.reap(inside, false, &mut sink);
-        inside.parked.clear();
         let (mut failed, mut abandoned) = (0, 0);
         for token in inside.ledger.tokens() {
             let published = inside.ledger.get_mut(token).is_some_and(|entry| entry.stage == Stage::Published);
@@ -236,19 +260,22 @@ impl Lane {
                 if let Some(buffer) = entry.buffer {
                     buffer.retire();
                 }
+                entry.owner.in_flight.fetch_sub(1, Ordering::Release);
                 abandoned += 1;
             }
         }
+        let interrupted = lease.interrupted;
         lease.wake_all();
-        LaneEnd { failed, abandoned }
+        Some(LaneEnd { failed, abandoned, interrupted })
     }
 
     /// Lets go of the ring's memory and of both notification channels. A client that still sleeps on the call descriptor's number is woken by its notify.
     pub(crate) fn drop_rings(&self) {
-        let mut inside = self.inside.lock();
-        inside.ring = None;
-        inside.doorbell = None;
-        inside.forget_sleepers();
+        if let Some(mut inside) = self.lease_for_ladder() {
+            inside.ring = None;
+            inside.doorbell = None;
+            inside.forget_sleepers();
+        }
         if let Err(error) = cofferdam_device::hollow_out(self.call.as_fd()) {
             tracing::error!(%error, "the call descriptor stays open");
         }
@@ -256,7 +283,8 @@ impl Lane {
 
     /// Drops the store. The lane is vacant: this takes its lease.
     pub(crate) fn drop_driver(&self) {
-        let driver = self.inside.lock().driver.take();
+        // G9: a store whose lane is not vacant stays.
+        let driver = self.lease_for_ladder().and_then(|mut inside| inside.driver.take());
         drop(driver);
     }
 }

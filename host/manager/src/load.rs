@@ -89,6 +89,9 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let transport = Arc::new(Mutex::new(transport));
     parts.transport = Some(Arc::clone(&transport));
     parts.marks = Marks::new(memory_name(binding.name()));
+    for fd in transport.lock().descriptors() {
+        parts.marks.note(fd);
+    }
 
     let module = runtime.load(&component)?;
     drop(component);
@@ -164,9 +167,6 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         });
         parts.lanes.push(Arc::new(lane));
     }
-    for fd in transport.lock().descriptors() {
-        parts.marks.note(fd);
-    }
     transport.lock().start().map_err(device_error)?;
     open_for_business(binding, &mut parts, geometry, watch, &transport)
 }
@@ -180,12 +180,17 @@ fn open_for_business(
     transport: &crate::device::SharedTransport,
 ) -> Result<(), LoadError> {
     let serving = Serving { lanes: parts.lanes.clone(), geometry };
+    // An unload that lost patience with this load has closed the gate: then there is nothing to serve.
+    if binding.gate().state() == cofferdam_gate::State::Closed {
+        return Err(LoadError::Host("the binding was unloaded while it was loading".into()));
+    }
+    // Before anybody can reach it: a fault that comes with the first request is looked for in bindings that serve.
+    binding.set_state(BindingState::Serving);
     if binding.serving.set(serving).is_err() {
         return Err(LoadError::Host("a binding was built twice".into()));
     }
-    binding.set_state(BindingState::Serving);
     if let Some(fd) = transport.lock().event_fd() {
-        watch.add(binding, fd).map_err(|e| LoadError::Host(e.to_string()))?;
+        watch.add(binding, transport, fd).map_err(|e| LoadError::Host(e.to_string()))?;
     }
     Ok(())
 }
@@ -255,5 +260,6 @@ fn check_plan(
 /// A name for memfds that no other binding of this process has.
 fn memory_name(binding: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(1);
-    format!("cofferdam-{binding}-{}", NEXT.fetch_add(1, Ordering::Relaxed))
+    // The number comes first: a binding may be called like the end of another one's memory.
+    format!("cofferdam-{}-{binding}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

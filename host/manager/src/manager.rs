@@ -37,9 +37,9 @@ pub(crate) struct Shared {
 /// When the last clone is dropped, what is still bound leaves by the ladder with a bound of five seconds.
 #[derive(Clone)]
 pub struct Manager {
-    shared: Arc<Shared>,
-    /// Counts the clones in users' hands; bindings and threads hold `shared` alone.
+    /// Counts the clones in users' hands; bindings and threads hold `shared` alone. Before `shared`, so that the last clone's end still finds it.
     _users: Arc<LastUser>,
+    shared: Arc<Shared>,
 }
 
 struct LastUser(Weak<Shared>);
@@ -98,13 +98,20 @@ impl Manager {
                 Err(_) => {}
             }
         };
-        let result = if shared.stopping.load(Ordering::Acquire) {
+        let result = if shared.stopping.load(Ordering::SeqCst) {
             drop(spec);
             Err(LoadError::ShuttingDown)
         } else {
             load::build(&binding, &shared.runtime, &shared.watch, spec)
         };
         match result {
+            // A shutdown that took its picture of the bindings before this one was in it leaves it to us. Partner: `shutdown` sets the flag, then takes the picture;
+            // this was registered before the flag is looked at again.
+            Ok(()) if shared.stopping.load(Ordering::SeqCst) => {
+                let options = UnloadOptions { cause: Cause::Shutdown, force: true, ..UnloadOptions::default() };
+                let _ = shared.leave(&binding, &options);
+                Err(LoadError::ShuttingDown)
+            }
             Ok(()) => {
                 tracing::info!(
                     binding = binding.name(),
@@ -146,8 +153,10 @@ impl Manager {
         if cofferdam_gate::in_crossing() {
             let (shared, binding, options) = (Arc::clone(&self.shared), Arc::clone(binding), options.clone());
             let deferred = std::thread::Builder::new().name("cofferdam-ladder".into());
-            let _ = deferred.spawn(move || shared.leave(&binding, &options));
-            return Err(UnloadError::Deferred);
+            return match deferred.spawn(move || shared.leave(&binding, &options)) {
+                Ok(_) => Err(UnloadError::Deferred),
+                Err(error) => Err(UnloadError::NoThread(error.to_string())),
+            };
         }
         self.shared.leave(binding, options)
     }
@@ -186,8 +195,8 @@ impl Shared {
     }
 
     fn shutdown(&self, bound: Duration) -> Vec<Certificate> {
-        self.stopping.store(true, Ordering::Release);
-        let deadline = Instant::now() + bound;
+        self.stopping.store(true, Ordering::SeqCst);
+        let deadline = ladder::after(Instant::now(), bound);
         let bindings: Vec<_> = self.registry.snapshot().values().cloned().collect();
         let certificates = std::thread::scope(|scope| {
             let leaving: Vec<_> =

@@ -39,7 +39,11 @@ impl Marks {
             return (0, 0);
         }
         let needle = format!("/memfd:{}-", self.memory);
-        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let Ok(maps) = fs::read_to_string("/proc/self/maps") else {
+            // What cannot be looked up is not known to be gone.
+            tracing::error!("/proc/self/maps cannot be read");
+            return (1, 0);
+        };
         let found = maps.lines().filter(|line| line.contains(&needle)).map(mapped_bytes);
         found.fold((0, 0), |(count, sum), bytes| (count + 1, sum + bytes))
     }
@@ -48,7 +52,10 @@ impl Marks {
     pub(crate) fn open_descriptors(&self, with_memory: bool) -> u64 {
         let is_witness = |number: &str| self.witnesses.iter().any(|witness| witness.as_raw_fd().to_string() == number);
         let needle = format!("/memfd:{}-", self.memory);
-        let Ok(entries) = fs::read_dir("/proc/self/fd") else { return 0 };
+        let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+            tracing::error!("/proc/self/fd cannot be read");
+            return 1;
+        };
         entries
             .flatten()
             .filter(|entry| {

@@ -9,11 +9,13 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use cofferdam_device::transport::Transport;
 use cofferdam_gate::Notify;
 use parking_lot::Mutex;
 use rustix::event::epoll;
 
 use crate::binding::{Binding, BindingState};
+use crate::device::SharedTransport;
 use crate::ladder::{Cause, UnloadOptions};
 use crate::manager::Shared;
 
@@ -24,14 +26,23 @@ const LOCK_BOUND: Duration = Duration::from_millis(20);
 /// The epoll key of the waker; bindings count from 1.
 const WAKER: u64 = 0;
 
+/// One binding that is looked after.
+struct Watched {
+    binding: Weak<Binding>,
+    /// Its device, asked without the binding's own lock, so that a load or a ladder that holds it hides nothing.
+    transport: Weak<Mutex<Box<dyn Transport>>>,
+    /// Our own duplicate of the device's event descriptor.
+    fd: OwnedFd,
+}
+
 /// The part that bindings and lanes hold.
 pub(crate) struct Watch {
     epoll: OwnedFd,
     wake: Arc<Notify>,
     stop: AtomicBool,
     next: AtomicU64,
-    /// By epoll key: the binding, and our own duplicate of its transport's event descriptor.
-    watched: Mutex<HashMap<u64, (Weak<Binding>, OwnedFd)>>,
+    /// By epoll key.
+    watched: Mutex<HashMap<u64, Watched>>,
 }
 
 impl Watch {
@@ -54,23 +65,29 @@ impl Watch {
     }
 
     /// Looks at the binding's transport whenever `fd` has something new. Edge-triggered: a descriptor that stays readable costs one look.
-    pub(crate) fn add(&self, binding: &Arc<Binding>, fd: BorrowedFd<'_>) -> std::io::Result<()> {
+    pub(crate) fn add(
+        &self,
+        binding: &Arc<Binding>,
+        transport: &SharedTransport,
+        fd: BorrowedFd<'_>,
+    ) -> std::io::Result<()> {
         let own = fd.try_clone_to_owned()?;
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::HUP | epoll::EventFlags::ET;
         let mut watched = self.watched.lock();
         epoll::add(&self.epoll, &own, epoll::EventData::new_u64(key), flags)?;
-        watched.insert(key, (Arc::downgrade(binding), own));
+        let (binding, transport) = (Arc::downgrade(binding), Arc::downgrade(transport));
+        watched.insert(key, Watched { binding, transport, fd: own });
         Ok(())
     }
 
     /// Forgets the binding and closes the duplicates made for it, before what is left of it is looked up.
     pub(crate) fn remove(&self, binding: &Arc<Binding>) {
         let target = Arc::downgrade(binding);
-        self.watched.lock().retain(|_, (watched, fd)| {
-            let stays = !watched.ptr_eq(&target);
+        self.watched.lock().retain(|_, watched| {
+            let stays = !watched.binding.ptr_eq(&target);
             if !stays {
-                let _ = epoll::delete(&self.epoll, &*fd);
+                let _ = epoll::delete(&self.epoll, &watched.fd);
             }
             stays
         });
@@ -82,8 +99,10 @@ impl Watch {
         self.wake.signal();
     }
 
-    fn binding_of(&self, key: u64) -> Option<Arc<Binding>> {
-        self.watched.lock().get(&key).and_then(|(binding, _)| binding.upgrade())
+    fn of(&self, key: u64) -> Option<(Arc<Binding>, SharedTransport)> {
+        let watched = self.watched.lock();
+        let watched = watched.get(&key)?;
+        Some((watched.binding.upgrade()?, watched.transport.upgrade()?))
     }
 }
 
@@ -103,8 +122,8 @@ pub(crate) fn spawn(watch: Arc<Watch>, manager: Weak<Shared>) -> std::io::Result
                         look_for_faults(&manager);
                     }
                     key => {
-                        if let Some(binding) = watch.binding_of(key) {
-                            look_for_loss(&manager, &binding);
+                        if let Some((binding, transport)) = watch.of(key) {
+                            look_for_loss(&manager, &binding, &transport);
                         }
                     }
                 }
@@ -115,36 +134,45 @@ pub(crate) fn spawn(watch: Arc<Watch>, manager: Weak<Shared>) -> std::io::Result
 
 fn look_for_faults(manager: &Arc<Shared>) {
     for binding in manager.registry.snapshot().values() {
-        if binding.fault.get().is_some() && binding.state() == BindingState::Serving {
-            tracing::warn!(binding = binding.name(), fault = %binding.fault.get().map(ToString::to_string).unwrap_or_default(), "binding failed");
+        if let Some(fault) = binding.fault.get().filter(|_| may_leave(binding)) {
+            tracing::warn!(binding = binding.name(), %fault, "binding failed");
             leave(manager, binding, Cause::Fault);
         }
     }
 }
 
-fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>) {
-    // A load that is about to end gives the lock up at once, and a look that it turned away would never come again; a ladder looks by itself.
-    let Some(parts) = binding.parts.try_lock_for(LOCK_BOUND) else { return };
-    let lost = parts.transport.as_ref().is_some_and(|transport| transport.lock().is_lost());
-    drop(parts);
-    if lost && binding.state() == BindingState::Serving {
+fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &SharedTransport) {
+    // Held for long only by a quiesce, which finds out by itself.
+    let lost = transport.try_lock_for(LOCK_BOUND).is_some_and(|mut transport| transport.is_lost());
+    if lost && may_leave(binding) {
         tracing::warn!(binding = binding.name(), device = binding.device(), "device lost");
         leave(manager, binding, Cause::Removed);
     }
 }
 
-/// Takes the binding down the ladder on a thread of its own.
+/// A load that fails rolls back by itself; of what is draining, somebody may have given up waiting (L4).
+fn may_leave(binding: &Binding) -> bool {
+    matches!(binding.state(), BindingState::Serving | BindingState::Draining)
+}
+
+/// Takes the binding down the ladder on a thread of its own, one at a time.
 fn leave(manager: &Arc<Shared>, binding: &Arc<Binding>, cause: Cause) {
+    if binding.leaving.swap(true, Ordering::AcqRel) {
+        return;
+    }
     let (manager, binding) = (Arc::clone(manager), Arc::clone(binding));
-    binding.set_state(BindingState::Draining);
-    let name = binding.name().to_owned();
+    let again = Arc::clone(&binding);
     let ladder = move || {
         let options = UnloadOptions { deadline: SELF_DRAIN, force: true, cancel: None, cause };
         if let Err(error) = manager.leave(&binding, &options) {
             tracing::error!(binding = binding.name(), error = %error, "binding could not leave");
         }
+        binding.leaving.store(false, Ordering::Release);
     };
     if let Err(error) = std::thread::Builder::new().name("cofferdam-ladder".into()).spawn(ladder) {
-        tracing::error!(binding = name, error = %error, "no thread for the ladder; unload it by hand");
+        again.leaving.store(false, Ordering::Release);
+        // No new operation at least; the rest is for whoever unloads it.
+        again.gate().close();
+        tracing::error!(binding = again.name(), error = %error, "no thread for the ladder; unload it by hand");
     }
 }

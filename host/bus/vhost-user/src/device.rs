@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cofferdam_device::{DmaRegion, Doorbell, QueueEvents, QueueSetup, Silence, Transport, TransportError};
-use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use vhost::vhost_user::message::{
     FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserMemory, VhostUserMemoryRegion,
     VhostUserProtocolFeatures, VhostUserU64, VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringAddrFlags,
@@ -473,8 +473,12 @@ struct Kick(OwnedFd);
 
 impl Doorbell for Kick {
     fn ring(&self) {
-        // The only failure left is a counter at its maximum, and then the backend is being woken anyway.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        // The open file is shared with the backend, which may make it a blocking one and fill its counter: a write would then sleep. A counter that is not full takes one more
+        // without sleeping, and one that is full wakes the backend anyway.
+        let mut room = [PollFd::new(&self.0, PollFlags::OUT)];
+        if poll(&mut room, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0) {
+            let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        }
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{
-    AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Direction, Doorbell, Expected, Outcome, Payload, SplitQueue,
-    Status, Used,
+    AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Direction, DmaArena, Doorbell, Expected, Outcome, Payload,
+    SplitQueue, Status, Used,
 };
 use cofferdam_gate::Notify;
 use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
@@ -33,6 +33,10 @@ pub(super) struct Inside {
     pub(super) driver_fault: bool,
     /// Notifies of pollers that armed the ring, found nothing, and have not polled since: they may be asleep. As many as there are clients at the most.
     sleepers: Vec<Arc<Notify>>,
+    /// Crossings that ended by the kill switch.
+    pub(super) interrupted: usize,
+    /// The ladder has begun to silence the device: nothing more is published.
+    withdrawn: bool,
     pub(super) scratch: Scratch,
 }
 
@@ -77,6 +81,8 @@ impl Inside {
             device_fault: None,
             driver_fault: false,
             sleepers: Vec::new(),
+            interrupted: 0,
+            withdrawn: false,
             scratch: Scratch::default(),
         }
     }
@@ -85,6 +91,7 @@ impl Inside {
     pub(super) fn enter<'a>(
         &mut self,
         geometry: &BlockGeometry,
+        arena: &DmaArena,
         owner: &Arc<HandleShared>,
         requests: impl Iterator<Item = &'a mut BlockRequest>,
     ) -> (usize, Option<Stop>) {
@@ -106,7 +113,9 @@ impl Inside {
             taken += 1;
             owner.requests.fetch_add(1, Ordering::Relaxed);
             let buffer = request.buffer.take();
-            if let Err(error) = geometry.check(request.op, request.offset, request.length, buffer.as_ref()) {
+            let foreign = buffer.as_ref().is_some_and(|buffer| !arena.owns(buffer));
+            let checked = geometry.check(request.op, request.offset, request.length, buffer.as_ref());
+            if let Err(error) = if foreign { Err(BlockError::Invalid) } else { checked } {
                 owner.deliver(Completion { user: request.user, result: Err(error), buffer });
                 note_owner(&mut self.scratch.to_wake, owner);
                 continue;
@@ -154,23 +163,36 @@ impl Inside {
             Some(driver) => driver.submit(&self.scratch.requests, &mut self.scratch.chains),
             None => return None,
         };
-        let checked = called.map_err(|error| guest_fault(error, "submit")).and_then(|()| {
+        let called = called.map_err(|error| guest_fault(error, "submit"));
+        self.note_interruption(&called);
+        let checked = called.and_then(|()| {
             let Scratch { batch, chains, expected, .. } = &mut self.scratch;
             batch.parse(chains, expected, &[self.index]).map_err(|error| layout_fault(&error))
         });
         let mut batch = std::mem::take(&mut self.scratch.batch);
         let fault = match checked {
-            Ok(()) => self.place(&batch, owner),
+            Ok(()) => {
+                let fault = self.place(&batch, owner);
+                if fault.is_some() {
+                    // What comes after the faulty chain was not placed: nobody else would answer it.
+                    self.fail_given(owner);
+                }
+                fault
+            }
             Err(fault) => {
                 self.driver_fault = true;
-                let given: Vec<u32> = self.scratch.expected.iter().map(|expected| expected.token).collect();
-                self.fail(&given, owner);
+                self.fail_given(owner);
                 Some(LaneFault::Guest(fault))
             }
         };
         batch.clear();
         self.scratch.batch = batch;
         fault
+    }
+
+    fn note_interruption(&mut self, called: &Result<(), GuestFault>) {
+        let killed = called.as_ref().is_err_and(|fault| fault.kind == FaultKind::Killed);
+        self.interrupted += usize::from(killed);
     }
 
     /// Puts checked chains on the ring, in the driver's order and behind those that already wait for room.
@@ -186,6 +208,10 @@ impl Inside {
                     let token = chain.token();
                     let added = match (&mut self.ring, self.parked.is_empty()) {
                         (Some(ring), true) => ring.add(&chain),
+                        // It would wait for a room that there can never be.
+                        (Some(ring), false) if chain.segment_count() > ring.config().size => {
+                            Err(AddError::TooLong { segments: chain.segment_count(), size: ring.config().size })
+                        }
                         _ => Err(AddError::NoRoom { needed: chain.segment_count(), free: 0 }),
                     };
                     let stage = match added {
@@ -213,6 +239,17 @@ impl Inside {
             }
         }
         None
+    }
+
+    /// Fails what is left of the batch that was just given to the driver.
+    fn fail_given(&mut self, owner: &Arc<HandleShared>) {
+        let expected = std::mem::take(&mut self.scratch.expected);
+        for request in &expected {
+            if self.ledger.get_mut(request.token).is_some_and(|entry| entry.stage == Stage::Given) {
+                self.fail(&[request.token], owner);
+            }
+        }
+        self.scratch.expected = expected;
     }
 
     /// Fails requests that the device was never given.
@@ -287,6 +324,7 @@ impl Inside {
                 return None;
             }
         };
+        self.note_interruption(&called);
         let checked = called.and_then(|()| {
             let Scratch { answers, tokens, verdicts, .. } = &mut self.scratch;
             words::parse_answers(answers, tokens, verdicts).map_err(|error| GuestFault::layout(error.to_string()))
@@ -342,6 +380,9 @@ impl Inside {
     /// Moves parked chains to the ring while there is room; how many.
     pub(super) fn unpark(&mut self) -> usize {
         let mut moved = 0;
+        if self.withdrawn {
+            return moved;
+        }
         while let (Some(parked), Some(ring)) = (self.parked.front(), &mut self.ring) {
             let chain = parked.chain();
             if ring.add(&chain).is_err() {
@@ -357,9 +398,24 @@ impl Inside {
         moved
     }
 
+    /// Answers everything that the device was never given as failed. Nothing is published from here on.
+    pub(super) fn withdraw(&mut self) -> usize {
+        self.withdrawn = true;
+        self.parked.clear();
+        let mut nobody = Vec::new();
+        let mut withdrawn = 0;
+        for token in self.ledger.tokens() {
+            if self.ledger.get_mut(token).is_some_and(|entry| entry.stage != Stage::Published) {
+                self.answer(token, Err(BlockError::Revoked), &mut Sink { me: None, out: &mut nobody });
+                withdrawn += 1;
+            }
+        }
+        withdrawn
+    }
+
     /// Makes what was added visible, and tells the device if it wants to be told.
     pub(super) fn ring_doorbell(&mut self) {
-        if let (Some(ring), Some(doorbell)) = (&mut self.ring, &self.doorbell)
+        if let (Some(ring), Some(doorbell), false) = (&mut self.ring, &self.doorbell, self.withdrawn)
             && ring.publish()
         {
             doorbell.ring();

@@ -1,0 +1,341 @@
+//! What must hold when bindings leave in unusual company.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
+use cofferdam_device::{DmaRegion, TransportError};
+use cofferdam_manager::{
+    Binding, BindingState, BlockError, BlockOp, BlockRequest, Buffer, Cause, Completion, Config, Handle, HandleSpec,
+    LoadError, LoadSpec, Manager, Outcome, UnloadError, UnloadOptions,
+};
+use cofferdam_sim::{Drive, Effect, Lie, Options, Rule, Sim, Storage};
+
+fn driver(name: &str) -> Vec<u8> {
+    let path = format!("{}/../../target/drivers/{name}", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}; run 'cargo xtask build' first"))
+}
+
+fn manager() -> Manager {
+    let cache = format!("{}/../../target/test-cache", env!("CARGO_MANIFEST_DIR"));
+    Manager::new(Config { cache_dir: Some(cache.into()) }).unwrap()
+}
+
+fn sim(rules: Vec<Rule>) -> Sim {
+    Sim::new(Options { storage: Storage::Memory(16 << 20), rules, ..Options::default() }).unwrap()
+}
+
+/// Every request takes the device about this many milliseconds.
+fn slow(ticks: u64) -> Vec<Rule> {
+    vec![Rule::always(Effect::Slow { from: ticks, below: ticks + 1 })]
+}
+
+fn spec(sim: &Sim, name: &str) -> LoadSpec {
+    let transport = Box::new(sim.transport(Drive::Threads).unwrap());
+    LoadSpec { name: Some(name.into()), ..LoadSpec::new("virtio-blk.wasm", driver("virtio-blk.wasm"), transport) }
+}
+
+fn request(user: u64, op: BlockOp, offset: u64, buffer: Option<Buffer>) -> BlockRequest {
+    let length = buffer.as_ref().map_or(0, Buffer::len);
+    BlockRequest { user, op, offset, length, flags: Default::default(), buffer }
+}
+
+fn start(handle: &Handle, op: BlockOp, offset: u64) {
+    let buffer = handle.lease(4096).unwrap();
+    handle.submit(&mut vec![request(offset, op, offset, Some(buffer))]).unwrap();
+}
+
+fn answers(handle: &Handle, count: usize) -> Vec<Completion> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut out = Vec::new();
+    while out.len() < count && Instant::now() < deadline {
+        handle.poll(true, &mut out);
+        std::thread::yield_now();
+    }
+    out
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(4);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}: not within 4 s");
+        std::thread::yield_now();
+    }
+}
+
+fn gate() -> Vec<Rule> {
+    vec![Rule::always(Effect::Gate)]
+}
+
+fn options(millis: u64) -> UnloadOptions {
+    UnloadOptions { deadline: Duration::from_millis(millis), ..UnloadOptions::default() }
+}
+
+/// Says that it has come, and waits to be sent on.
+type Pause = (Sender<()>, Arc<Mutex<Receiver<()>>>);
+
+/// The sim with a hook.
+struct Wrapped {
+    inner: Box<dyn Transport>,
+    in_map: Option<Pause>,
+    blocking_call: bool,
+}
+
+impl Transport for Wrapped {
+    fn address(&self) -> &str {
+        self.inner.address()
+    }
+    fn device_type(&self) -> Option<u32> {
+        self.inner.device_type()
+    }
+    fn offered_features(&self) -> u64 {
+        self.inner.offered_features()
+    }
+    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
+        self.inner.negotiate(features)
+    }
+    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
+        self.inner.read_config(offset, into)
+    }
+    fn max_queues(&self) -> u16 {
+        self.inner.max_queues()
+    }
+    fn max_queue_size(&self, index: u16) -> u16 {
+        self.inner.max_queue_size(index)
+    }
+    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        if let Some((entered, go)) = self.in_map.take() {
+            let _ = entered.send(());
+            let _ = go.lock().unwrap().recv();
+        }
+        self.inner.map(region)
+    }
+    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+        let events = self.inner.setup_queue(setup)?;
+        if self.blocking_call {
+            // What a backend can do to the descriptor it was sent: the flags are shared.
+            rustix::fs::fcntl_setfl(events.call.as_fd(), rustix::fs::OFlags::empty()).unwrap();
+        }
+        Ok(events)
+    }
+    fn start(&mut self) -> Result<(), TransportError> {
+        self.inner.start()
+    }
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.event_fd()
+    }
+    fn is_lost(&mut self) -> bool {
+        self.inner.is_lost()
+    }
+    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
+        self.inner.quiesce(unanswered, deadline)
+    }
+    fn release(&mut self) {
+        self.inner.release();
+    }
+}
+
+fn paused_load(sim: &Sim, manager: &Manager) -> (Sender<()>, std::thread::JoinHandle<Result<Arc<Binding>, LoadError>>) {
+    let (entered, is_in) = channel();
+    let (go, gone) = channel();
+    let mut spec = spec(sim, "slow");
+    let inner = spec.transport;
+    spec.transport =
+        Box::new(Wrapped { inner, in_map: Some((entered, Arc::new(Mutex::new(gone)))), blocking_call: false });
+    let manager = manager.clone();
+    let loading = std::thread::spawn(move || manager.load(spec));
+    is_in.recv().unwrap();
+    (go, loading)
+}
+
+#[test]
+fn dropping_the_last_manager_takes_its_bindings_down() {
+    let sim = sim(Vec::new());
+    let manager = manager();
+    let binding = manager.load(spec(&sim, "dropped")).unwrap();
+    drop(manager);
+    assert!(binding.certificate().is_some(), "still {:?}", binding.state());
+}
+
+#[test]
+fn a_buffer_of_another_binding_is_refused() {
+    let (one, two) = (sim(Vec::new()), sim(Vec::new()));
+    let manager = manager();
+    let a = manager.load(spec(&one, "one")).unwrap();
+    let b = manager.load(spec(&two, "two")).unwrap();
+    let (a, b) = (a.open(HandleSpec::default()).unwrap(), b.open(HandleSpec::default()).unwrap());
+    let foreign = a.lease(4096).unwrap();
+    let victim = b.lease(4096).unwrap();
+    victim.write_at(0, b"secret of another client").unwrap();
+    b.submit(&mut vec![request(1, BlockOp::Read, 0, Some(foreign))]).unwrap();
+    let answer = answers(&b, 1).remove(0);
+    let mut now = [0; 6];
+    victim.read_at(0, &mut now).unwrap();
+    assert_eq!(
+        (answer.result, &now),
+        (Err(BlockError::Invalid), b"secret"),
+        "the device was sent into somebody else's lease"
+    );
+}
+
+#[test]
+fn a_pinned_binding_drains_too() {
+    let sim = sim(slow(100));
+    let manager = manager();
+    let binding = manager.load(LoadSpec { pinned: true, ..spec(&sim, "pinned") }).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    start(&handle, BlockOp::Write, 0);
+    let stop = UnloadOptions { cause: Cause::Shutdown, ..options(5000) };
+    let (other, leaving) = (manager.clone(), Arc::clone(&binding));
+    let unload = std::thread::spawn(move || other.unload_binding(&leaving, &stop));
+    until("draining", || binding.state() != BindingState::Serving);
+    let certificate = unload.join().unwrap().unwrap();
+    assert_eq!(answers(&handle, 1)[0].result, Ok(()), "{certificate:?}");
+}
+
+#[test]
+fn a_backend_cannot_make_the_call_descriptor_block_the_host() {
+    let sim = sim(Vec::new());
+    let manager = manager();
+    let mut spec = spec(&sim, "blocking");
+    let inner = spec.transport;
+    spec.transport = Box::new(Wrapped { inner, in_map: None, blocking_call: true });
+    let binding = manager.load(spec).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    let (done, is_done) = channel();
+    std::thread::spawn(move || {
+        handle.poll(true, &mut Vec::new());
+        let _ = done.send(());
+    });
+    let polled = is_done.recv_timeout(Duration::from_secs(2));
+    let (left, is_left) = channel();
+    std::thread::spawn(move || {
+        let result = manager.unload_binding(&binding, &UnloadOptions { force: true, ..options(500) });
+        let _ = left.send(result.is_ok());
+        std::mem::forget((manager, binding));
+    });
+    let unloaded = is_left.recv_timeout(Duration::from_secs(4));
+    assert!(polled.is_ok() && unloaded.is_ok(), "poll {polled:?}, forced unload of 500 ms after 4 s: {unloaded:?}");
+}
+
+#[test]
+fn force_cuts_an_unload_short_that_is_running() {
+    let sim = sim(gate());
+    let manager = manager();
+    let binding = manager.load(spec(&sim, "forced")).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    start(&handle, BlockOp::Write, 0);
+    let (other, leaving) = (manager.clone(), Arc::clone(&binding));
+    let polite = std::thread::spawn(move || other.unload_binding(&leaving, &options(4000)).map_err(|e| e.to_string()));
+    until("draining", || binding.state() == BindingState::Draining);
+    let forced = manager.unload_binding(&binding, &UnloadOptions { force: true, ..options(1500) });
+    let polite = polite.join().unwrap();
+    let forced = forced.map_err(|error| error.to_string());
+    let _ = manager.unload_binding(&binding, &UnloadOptions { force: true, ..options(1500) });
+    assert!(forced.is_ok(), "forced: {forced:?}; polite: {polite:?}");
+}
+
+#[test]
+fn a_device_lost_after_an_unload_gave_up_ends_the_binding() {
+    let sim = sim(gate());
+    let manager = manager();
+    let binding = manager.load(spec(&sim, "given-up")).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    start(&handle, BlockOp::Write, 0);
+    let gave_up = manager.unload_binding(&binding, &options(50));
+    assert!(matches!(gave_up, Err(UnloadError::StillDraining { .. })));
+    sim.die();
+    until("leaves by itself", || binding.certificate().is_some());
+}
+
+#[test]
+fn a_device_lost_during_an_unload_is_what_the_certificate_says() {
+    let sim = sim(gate());
+    let manager = manager();
+    let binding = manager.load(spec(&sim, "lost")).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    start(&handle, BlockOp::Write, 0);
+    let (other, leaving) = (manager.clone(), Arc::clone(&binding));
+    let unload = std::thread::spawn(move || other.unload_binding(&leaving, &options(4000)));
+    until("draining", || binding.state() == BindingState::Draining);
+    sim.die();
+    let certificate = unload.join().unwrap().unwrap();
+    assert_eq!((certificate.outcome, certificate.requests_failed), (Outcome::Removed, 1));
+}
+
+#[test]
+fn a_device_that_lies_while_an_unload_drains_does_not_hold_it_up() {
+    let sim = sim(vec![Rule::always(Effect::Gate), Rule::always(Effect::Lie(Lie::NAMES[0].1))]);
+    let manager = manager();
+    let binding = manager.load(spec(&sim, "lies")).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    for number in 0..4 {
+        start(&handle, BlockOp::Write, number * 4096);
+    }
+    let (other, leaving) = (manager.clone(), Arc::clone(&binding));
+    let unload = std::thread::spawn(move || other.unload_binding(&leaving, &options(3000)).map_err(|e| e.to_string()));
+    until("draining", || binding.state() == BindingState::Draining);
+    sim.open_gate(4);
+    let result = unload.join().unwrap();
+    let fault = binding.status().fault;
+    let _ = manager.unload_binding(&binding, &UnloadOptions { force: true, ..options(1500) });
+    assert!(result.is_ok(), "{result:?}, fault {fault:?}");
+}
+
+#[test]
+fn a_name_that_continues_another_name_is_not_its_rest() {
+    let (one, two) = (sim(Vec::new()), sim(Vec::new()));
+    let manager = manager();
+    manager.load(spec(&one, "prefix")).unwrap();
+    manager.load(spec(&two, "prefix-rings")).unwrap();
+    let certificate = manager.unload("prefix", &UnloadOptions::default()).unwrap();
+    assert!(certificate.residual.is_zero(), "counted the other one's memory: {:?}", certificate.residual);
+}
+
+#[test]
+fn a_load_that_ends_after_the_shutdown_does_not_serve() {
+    let sim = sim(Vec::new());
+    let manager = manager();
+    let (go, loading) = paused_load(&sim, &manager);
+    manager.shutdown(Duration::from_millis(200));
+    go.send(()).unwrap();
+    let loaded = loading.join().unwrap();
+    assert!(loaded.is_err(), "{:?} after shutdown", loaded.map(|binding| binding.state()));
+}
+
+#[test]
+fn an_unload_during_a_load_sticks() {
+    let sim = sim(Vec::new());
+    let manager = manager();
+    let (go, loading) = paused_load(&sim, &manager);
+    let gave_up = manager.unload("slow", &options(50));
+    assert!(matches!(gave_up, Err(UnloadError::StillDraining { .. })));
+    go.send(()).unwrap();
+    let loaded = loading.join().unwrap();
+    let opened = loaded.as_ref().map(|binding| binding.open(HandleSpec::default()).is_ok());
+    assert!(!matches!(opened, Ok(true)), "admits after 'still draining: admits nothing any more'");
+}
+
+#[test]
+fn a_driver_that_traps_leaves_the_device_time_to_answer() {
+    // Well below the five seconds that a binding gives its device when it leaves by itself.
+    let sim = sim(slow(400));
+    let manager = manager();
+    let mut spec = spec(&sim, "trapped");
+    spec.component = driver("test/trap-at-100.wasm");
+    let binding = manager.load(spec).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    let mut sent = 0;
+    while binding.status().fault.is_none() && sent < 120 {
+        let buffer = handle.lease(4096).unwrap();
+        let _ = handle.submit(&mut vec![request(sent, BlockOp::Write, sent * 4096, Some(buffer))]);
+        sent += 1;
+    }
+    until("draining", || binding.state() != BindingState::Serving);
+    until("detached", || binding.certificate().is_some());
+    let lost =
+        answers(&handle, sent as usize).iter().filter(|answer| answer.result == Err(BlockError::Revoked)).count();
+    assert_eq!(lost, 0, "of {sent}: {:?}", binding.certificate());
+}
