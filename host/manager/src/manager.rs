@@ -1,5 +1,6 @@
 //! The host as a library: what the command line and the examples drive.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -30,7 +31,12 @@ pub(crate) struct Shared {
     watch: Arc<Watch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
     stopping: AtomicBool,
+    /// Certificates of bindings that left by themselves, until somebody asks; the oldest go first.
+    untold: Mutex<VecDeque<Certificate>>,
 }
+
+/// Certificates that wait to be asked for.
+const UNTOLD: usize = 64;
 
 /// Loads drivers, keeps bindings, unloads them. Cheap to clone; every clone is the same manager.
 ///
@@ -66,6 +72,7 @@ impl Manager {
             watch: Arc::clone(&watch),
             watcher: Mutex::new(None),
             stopping: AtomicBool::new(false),
+            untold: Mutex::new(VecDeque::new()),
         });
         *shared.watcher.lock() = Some(watch::spawn(watch, Arc::downgrade(&shared))?);
         let users = Arc::new(LastUser(Arc::downgrade(&shared)));
@@ -132,12 +139,15 @@ impl Manager {
         }
     }
 
-    /// Takes a binding down the ladder (DESIGN section 7).
+    /// Takes a binding down the ladder (DESIGN section 7). Of a binding that has left by itself (its device went away, its driver failed) it is the first to ask
+    /// who gets the certificate.
     ///
     /// # Errors
     /// [`UnloadError`]; after `StillDraining` the binding admits nothing any more, and another unload goes on from there.
     pub fn unload(&self, name: &str, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
-        let binding = self.get(name).ok_or_else(|| UnloadError::NoSuchBinding(name.to_owned()))?;
+        let Some(binding) = self.get(name) else {
+            return self.shared.told(name).ok_or_else(|| UnloadError::NoSuchBinding(name.to_owned()));
+        };
         self.unload_binding(&binding, options)
     }
 
@@ -188,6 +198,22 @@ impl Manager {
 }
 
 impl Shared {
+    /// Keeps the certificate of a binding that nobody has unloaded.
+    pub(crate) fn remember(&self, certificate: Certificate) {
+        let mut untold = self.untold.lock();
+        if untold.len() >= UNTOLD {
+            untold.pop_front();
+        }
+        untold.push_back(certificate);
+    }
+
+    /// The newest certificate under this name, once.
+    fn told(&self, name: &str) -> Option<Certificate> {
+        let mut untold = self.untold.lock();
+        let place = untold.iter().rposition(|certificate| certificate.name == name)?;
+        untold.remove(place)
+    }
+
     pub(crate) fn leave(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
         let certificate = ladder::run(binding, options, &self.watch)?;
         self.registry.remove(binding);

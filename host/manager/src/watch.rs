@@ -164,8 +164,9 @@ fn leave(manager: &Arc<Shared>, binding: &Arc<Binding>, cause: Cause) {
     let again = Arc::clone(&binding);
     let ladder = move || {
         let options = UnloadOptions { deadline: SELF_DRAIN, force: true, cancel: None, cause };
-        if let Err(error) = manager.leave(&binding, &options) {
-            tracing::error!(binding = binding.name(), error = %error, "binding could not leave");
+        match manager.leave(&binding, &options) {
+            Ok(certificate) => manager.remember(certificate),
+            Err(error) => tracing::error!(binding = binding.name(), error = %error, "binding could not leave"),
         }
         binding.leaving.store(false, Ordering::Release);
     };
