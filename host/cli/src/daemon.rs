@@ -23,6 +23,8 @@ use crate::{host, signals};
 
 /// The whole of a stop, whatever happens.
 const STOP: Duration = Duration::from_millis(4500);
+/// When the process ends whatever is left.
+const LAST_RESORT: Duration = Duration::from_millis(4900);
 /// Longest control document, in bytes.
 const BODY_LIMIT_BYTES: usize = 64 << 10;
 /// Control connections served at once.
@@ -61,6 +63,7 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
     })?;
     tracing::info!("daemon stopping");
     let _ = std::fs::remove_file(&path);
+    end_in_any_case();
     for certificate in manager.shutdown(STOP) {
         let clean = certificate.residual.is_zero();
         tracing::info!(binding = certificate.name, outcome = ?certificate.outcome, clean, leaked_bytes = certificate.leaked.bytes, "unloaded");
@@ -68,6 +71,20 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
     // A control call that still waits is told by the closing of its connection; it may not keep the process.
     runtime.shutdown_timeout(Duration::from_millis(100));
     Ok(())
+}
+
+/// Everything on the ladder has a bound; should the sum of them be too long for once, the process still ends in time. Its memory outlives it where a device may reach it:
+/// a vhost-user backend has its own mappings.
+fn end_in_any_case() {
+    let last_resort = std::thread::Builder::new().name("cofferdam-last-resort".into());
+    let ended = last_resort.spawn(|| {
+        std::thread::sleep(LAST_RESORT);
+        tracing::error!("bindings could not leave in time, ending without them");
+        std::process::exit(1);
+    });
+    if let Err(error) = ended {
+        tracing::warn!(%error, "no thread for the last resort");
+    }
 }
 
 /// The lock that makes this daemon the only one on its socket; the kernel lets go of it when the process ends, however that happens.

@@ -113,6 +113,13 @@ pub(crate) fn module(path: &str, info: &ModuleInfo) {
     for import in &info.imports {
         line(&format!("    {:<45} {}", import.name, import_kind(import.kind)));
     }
+    let limits = GuestLimits::default();
+    line(&format!(
+        "  limits    {} of memory, {} ms a call, {} log lines a second (load --help to set them)",
+        bytes(limits.memory_bytes as u64),
+        limits.call_deadline_ms,
+        limits.log_lines_per_s
+    ));
     line("  gives");
     for export in &info.exports {
         line(&format!("    {export}"));

@@ -64,6 +64,8 @@ impl Manager {
     /// # Errors
     /// [`ManagerError`] when the host has no memory, thread or descriptor for it.
     pub fn new(config: Config) -> Result<Manager, ManagerError> {
+        let (mechanism, reason) = (cofferdam_gate::mechanism(), cofferdam_gate::mechanism_reason());
+        tracing::info!(mechanism = mechanism.as_str(), reason, "calls are counted");
         let runtime = Runtime::new(RuntimeConfig { cache_dir: config.cache_dir, ..RuntimeConfig::default() })?;
         let watch = Arc::new(Watch::new()?);
         let shared = Arc::new(Shared {
@@ -181,7 +183,7 @@ impl Manager {
         self.shared.registry.snapshot().values().cloned().collect()
     }
 
-    /// Takes every binding down, all at once, within `bound`: first politely, at half of it by force. Later loads are refused.
+    /// Takes every binding down, all at once, within `bound`: first politely, then by force. Later loads are refused.
     pub fn shutdown(&self, bound: Duration) -> Vec<Certificate> {
         self.shared.shutdown(bound)
     }
@@ -239,13 +241,14 @@ impl Shared {
     }
 
     fn leave_at_shutdown(&self, binding: &Arc<Binding>, deadline: Instant) -> Option<Certificate> {
-        let half = deadline.saturating_duration_since(Instant::now()) / 2;
-        let polite = UnloadOptions { deadline: half, force: false, cancel: None, cause: Cause::Shutdown };
+        // After the drain come interruption, silence and ports, each with a bound of its own: they need half of the time.
+        let wait = deadline.saturating_duration_since(Instant::now()) * 3 / 10;
+        let polite = UnloadOptions { deadline: wait, force: false, cancel: None, cause: Cause::Shutdown };
         if let Ok(certificate) = self.leave(binding, &polite) {
             return Some(certificate);
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let forced = UnloadOptions { deadline: left / 2, force: true, cancel: None, cause: Cause::Shutdown };
+        let forced = UnloadOptions { deadline: left / 3, force: true, cancel: None, cause: Cause::Shutdown };
         self.leave(binding, &forced).ok()
     }
 }
