@@ -105,6 +105,8 @@ pub struct Binding {
     handles: Mutex<Handles>,
     ports: Mutex<Ports>,
     pub(crate) certificate: OnceLock<Certificate>,
+    /// Closed handles with requests in flight, and their lanes. At most as many as there are requests.
+    orphans: Mutex<Vec<(Arc<HandleShared>, Arc<Lane>)>>,
 }
 
 impl std::fmt::Debug for Binding {
@@ -144,6 +146,7 @@ impl Binding {
             handles: Mutex::new(Handles { open: BTreeMap::new(), next: 1, closed: false }),
             ports: Mutex::new(Ports { attached: Vec::new(), closed: false }),
             certificate: OnceLock::new(),
+            orphans: Mutex::new(Vec::new()),
         }
     }
 
@@ -240,6 +243,26 @@ impl Binding {
         let revoked = self.gate.revoke_handles() as u64;
         open.iter().for_each(|handle| handle.announce_revocation());
         revoked
+    }
+
+    /// Looks after what a closed handle has in flight, for the watching thread to reap.
+    pub(crate) fn adopt_orphan(&self, handle: &Arc<HandleShared>, lane: &Arc<Lane>) {
+        self.orphans.lock().push((Arc::clone(handle), Arc::clone(lane)));
+    }
+
+    /// Reaps for closed handles; whether any has something in flight still.
+    pub(crate) fn reap_orphans(&self) -> bool {
+        let mut orphans = self.orphans.lock();
+        // Of a binding that has ended nothing is left to reap.
+        let over = self.state() == BindingState::Detached;
+        orphans.retain(|(handle, lane)| {
+            let waits = |handle: &HandleShared| handle.in_flight.load(Ordering::Acquire) > 0;
+            if !over && waits(handle) {
+                lane.try_reap();
+            }
+            !over && waits(handle)
+        });
+        !orphans.is_empty()
     }
 
     pub(crate) fn open_handles(&self) -> Vec<Arc<HandleShared>> {

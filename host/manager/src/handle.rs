@@ -265,5 +265,10 @@ impl Drop for Handle {
         self.binding.forget_handle(self.shared.id);
         let mut rest = Vec::new();
         self.shared.take_answers(&mut rest);
+        if self.in_flight() > 0 {
+            // Nobody may be left to look at the device for what is still on it.
+            self.binding.adopt_orphan(&self.shared, &self.lane);
+            self.lane.wake_watch();
+        }
     }
 }

@@ -192,6 +192,11 @@ impl Lane {
         let _ = rustix::io::preadv2(&self.call, into, u64::MAX, ReadWriteFlags::NOWAIT);
     }
 
+    /// Has the watching thread look at its bindings.
+    pub(crate) fn wake_watch(&self) {
+        self.wake.signal();
+    }
+
     fn report(&self, fault: LaneFault) {
         if let Some(binding) = self.binding.upgrade() {
             let _ = binding.fault.set(fault);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use cofferdam_device::transport::Transport;
 use cofferdam_gate::Notify;
 use parking_lot::Mutex;
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 
 use crate::binding::{Binding, BindingState};
 use crate::device::SharedTransport;
@@ -23,6 +23,8 @@ use crate::manager::Shared;
 const SELF_DRAIN: Duration = Duration::from_secs(5);
 /// How long a look for a lost device may wait for a load or a ladder of its binding.
 const LOCK_BOUND: Duration = Duration::from_millis(20);
+/// How often the devices of closed handles are looked at. Only while there are any.
+const ORPHAN_LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 /// The epoll key of the waker; bindings count from 1.
 const WAKER: u64 = 0;
 
@@ -110,10 +112,12 @@ impl Watch {
 pub(crate) fn spawn(watch: Arc<Watch>, manager: Weak<Shared>) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("cofferdam-watch".into()).spawn(move || {
         let mut events = Vec::with_capacity(32);
+        let mut orphans = false;
         while !watch.stop.load(Ordering::Acquire) {
             events.clear();
             // An error here is EINTR; the loop looks again.
-            let _ = epoll::wait(&watch.epoll, rustix::buffer::spare_capacity(&mut events), None);
+            let soon = orphans.then_some(&ORPHAN_LOOK);
+            let _ = epoll::wait(&watch.epoll, rustix::buffer::spare_capacity(&mut events), soon);
             let Some(manager) = manager.upgrade() else { return };
             for event in &events {
                 match event.data.u64() {
@@ -128,6 +132,7 @@ pub(crate) fn spawn(watch: Arc<Watch>, manager: Weak<Shared>) -> std::io::Result
                     }
                 }
             }
+            orphans = manager.registry.snapshot().values().filter(|binding| binding.reap_orphans()).count() > 0;
         }
     })
 }

@@ -112,3 +112,24 @@ fn an_unload_under_many_threads_answers_each_request_once() -> anyhow::Result<()
         Ok(())
     })
 }
+
+/// A client that goes away with requests in flight leaves nobody behind who polls: its buffers come back all the same.
+#[test]
+fn what_a_closed_handle_had_in_flight_is_answered_without_any_client() -> anyhow::Result<()> {
+    let manager = Manager::new(Config { cache_dir: Some(driver_path("../test-cache")) })?;
+    let gate = Rule { effect: Effect::Gate, when: When::Always, op: None, queue: None };
+    let sim = Sim::new(Options { rules: vec![gate], ..Options::default() })?;
+    let binding = load(&manager, &sim)?;
+    let handle = binding.open(HandleSpec::default())?;
+    handle.submit(&mut one(&handle, BlockOp::Write, 0)?)?;
+    drop(handle);
+    ensure!(binding.status().requests_in_flight == 1, "{:?}", binding.status());
+    sim.open_gate(1);
+    let patience = Instant::now() + Duration::from_secs(10);
+    while binding.status().requests_in_flight > 0 || binding.status().leased_bytes > 0 {
+        ensure!(Instant::now() < patience, "{:?}", binding.status());
+        std::thread::yield_now();
+    }
+    ensure!(manager.unload_binding(&binding, &UnloadOptions::default())?.residual.is_zero());
+    Ok(())
+}
