@@ -13,11 +13,35 @@ use parking_lot::Mutex;
 use crate::block::BlockGeometry;
 use crate::certificate::Certificate;
 use crate::device::SharedTransport;
-use crate::error::{LaneFault, OpenError};
+use crate::error::{LaneFault, OpenError, PortError, RevokeError};
+use crate::events::{EventKind, EventLog};
 use crate::handle::{Handle, HandleShared, HandleSpec};
 use crate::ladder::Progress;
 use crate::lane::Lane;
+use crate::ports::{Gone, Port, PortReport, Ports};
 use crate::residue::Marks;
+
+/// Longest sleep between two looks for the last answers of a handle that is being revoked.
+const REVOKE_SLICE: Duration = Duration::from_millis(5);
+
+/// What came of revoking one handle.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RevokeReport {
+    /// The binding.
+    pub binding: String,
+    /// The handle's number.
+    pub handle: u64,
+    /// The port, or `in-process`.
+    pub port: String,
+    /// Who is at the other end.
+    pub peer: String,
+    /// Its requests in flight when it was revoked.
+    pub requests_at_revoke: u64,
+    /// Those that are not answered yet.
+    pub requests_left: u64,
+    /// How long it took, in microseconds.
+    pub micros: u64,
+}
 
 /// Where a binding is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -32,25 +56,6 @@ pub enum BindingState {
     Draining = 2,
     /// Over.
     Detached = 3,
-}
-
-/// Makes a binding's service reachable from outside.
-pub trait Port: Send {
-    /// The address as an operator writes it, `nbd:/run/disk.sock`.
-    fn address(&self) -> String;
-
-    /// Stops accepting, lets what was answered go out for at most `grace`, then severs its clients. When this returns, every thread of the port has ended, every
-    /// handle is closed and every buffer is given back. Bounded by `grace` and a little.
-    fn shutdown(self: Box<Self>, grace: Duration) -> PortReport;
-}
-
-/// What a port says when it has gone.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PortReport {
-    /// Connections that were open when it was told to go.
-    pub connections: u64,
-    /// Of those, how many had to be severed with answers unsent.
-    pub severed: u64,
 }
 
 /// What the ladder takes apart. Filled by `load` step by step, so that a failure half-way leaves by the same steps.
@@ -79,11 +84,6 @@ struct Handles {
     closed: bool,
 }
 
-struct Ports {
-    attached: Vec<Box<dyn Port>>,
-    closed: bool,
-}
-
 /// One driver joined to one device; made by [`crate::Manager::load`].
 pub struct Binding {
     name: String,
@@ -103,7 +103,8 @@ pub struct Binding {
     /// Held by `load` while it builds and by the ladder while it takes apart; never on the data path.
     pub(crate) parts: Mutex<Parts>,
     handles: Mutex<Handles>,
-    ports: Mutex<Ports>,
+    ports: Ports,
+    events: Arc<EventLog>,
     pub(crate) certificate: OnceLock<Certificate>,
     /// Closed handles with requests in flight, and their lanes. At most as many as there are requests.
     orphans: Mutex<Vec<(Arc<HandleShared>, Arc<Lane>)>>,
@@ -126,7 +127,15 @@ impl Drop for Binding {
 }
 
 impl Binding {
-    pub(crate) fn new(name: String, driver: String, device: String, pinned: bool, handle_limit: usize) -> Binding {
+    /// `events` is the manager's log, `handle_limit` the most handles that may be open at once.
+    pub(crate) fn new(
+        name: String,
+        driver: String,
+        device: String,
+        pinned: bool,
+        handle_limit: usize,
+        events: Arc<EventLog>,
+    ) -> Binding {
         let gate = if pinned { Gate::pinned() } else { Gate::new() };
         gate.limit_handles(u32::try_from(handle_limit).unwrap_or(u32::MAX));
         Binding {
@@ -144,7 +153,8 @@ impl Binding {
             serving: OnceLock::new(),
             parts: Mutex::new(Parts::default()),
             handles: Mutex::new(Handles { open: BTreeMap::new(), next: 1, closed: false }),
-            ports: Mutex::new(Ports { attached: Vec::new(), closed: false }),
+            ports: Ports::default(),
+            events,
             certificate: OnceLock::new(),
             orphans: Mutex::new(Vec::new()),
         }
@@ -274,22 +284,86 @@ impl Binding {
     /// # Errors
     /// The port back, if the binding is leaving already; the caller shuts it down.
     pub fn attach_port(&self, port: Box<dyn Port>) -> Result<(), Box<dyn Port>> {
-        let mut ports = self.ports.lock();
-        if ports.closed {
-            return Err(port);
-        }
-        ports.attached.push(port);
+        let address = port.address();
+        self.ports.attach(port)?;
+        self.record(EventKind::PortAttached { port: address });
         Ok(())
+    }
+
+    /// Takes one port down: it stops accepting, what was answered goes out within 100 ms, then its clients are severed. The binding serves on (L6).
+    ///
+    /// # Errors
+    /// [`PortError`]; a port that did not end within its bound of about a second is not attached any more either.
+    pub fn detach_port(&self, address: &str) -> Result<PortReport, PortError> {
+        let gone = self.ports.detach(address)?;
+        self.record_detached(&gone);
+        gone.report.ok_or(PortError::LeftBehind(gone.address))
     }
 
     /// Addresses of the ports that are attached.
     pub fn ports(&self) -> Vec<String> {
-        self.ports.lock().attached.iter().map(|port| port.address()).collect()
+        self.ports.addresses()
     }
 
-    pub(crate) fn take_ports(&self) -> Vec<Box<dyn Port>> {
-        let mut ports = self.ports.lock();
-        ports.closed = true;
-        std::mem::take(&mut ports.attached)
+    /// The ladder's: refuses new ports and takes all down. Bounded, and idempotent.
+    pub(crate) fn take_down_ports(&self) {
+        for gone in self.ports.take_down() {
+            self.record_detached(&gone);
+        }
+    }
+
+    fn record_detached(&self, gone: &Gone) {
+        let PortReport { connections, severed } = gone.report.clone().unwrap_or_default();
+        let port = gone.address.clone();
+        tracing::info!(binding = self.name, port, connections, severed, "port detached");
+        self.record(EventKind::PortDetached { port, connections, severed, ended: gone.report.is_some() });
+    }
+
+    /// Writes into the manager's log.
+    pub(crate) fn record(&self, what: EventKind) {
+        self.events.record(&self.name, self.generation(), what);
+    }
+
+    /// Revokes one handle while the others are served on, and waits until what it had in flight is answered. Waking, refusing and hanging up happen at once; only the
+    /// last part waits, for `deadline` at most.
+    ///
+    /// # Errors
+    /// [`RevokeError`]; after `StillDraining` the handle is revoked all the same.
+    pub fn revoke_handle(&self, id: u64, deadline: Duration) -> Result<RevokeReport, RevokeError> {
+        let started = Instant::now();
+        let handle = self.handles.lock().open.get(&id).cloned();
+        let handle = handle.ok_or(RevokeError::NoSuchHandle { binding: self.name.clone(), handle: id })?;
+        let requests_at_revoke = u64::from(handle.in_flight.load(Ordering::Acquire));
+        if handle.revoke() {
+            tracing::info!(binding = self.name, handle = id, port = handle.label, peer = handle.peer, "handle revoked");
+            let (port, peer) = (handle.label.clone(), handle.peer.clone());
+            self.record(EventKind::HandleRevoked { handle: id, port, peer });
+        }
+        let lane = self.serving.get().and_then(|serving| serving.lanes.get(handle.lane));
+        let until = crate::ladder::after(started, deadline);
+        loop {
+            // Its client may have stopped polling: then nobody else would (L3).
+            if let Some(lane) = lane {
+                lane.try_reap();
+            }
+            let requests_left = u64::from(handle.in_flight.load(Ordering::Acquire));
+            let report = RevokeReport {
+                binding: self.name.clone(),
+                handle: id,
+                port: handle.label.clone(),
+                peer: handle.peer.clone(),
+                requests_at_revoke,
+                requests_left,
+                micros: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            };
+            if requests_left == 0 {
+                return Ok(report);
+            }
+            let now = Instant::now();
+            if now >= until {
+                return Err(RevokeError::StillDraining(report));
+            }
+            handle.drain(until.min(now + REVOKE_SLICE));
+        }
     }
 }

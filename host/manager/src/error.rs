@@ -167,3 +167,36 @@ pub(crate) enum LaneFault {
     #[error("device fault: {0}")]
     Device(DeviceFault),
 }
+
+/// A port was not detached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PortError {
+    /// No attached port has this address.
+    #[error("no port '{0}' is attached (see 'cofferdam inspect NAME')")]
+    NoSuchPort(String),
+    /// The binding is leaving, and its ports with it.
+    #[error("the binding is leaving and takes its ports down itself")]
+    Leaving,
+    /// The port's threads did not end within about a second. It serves nobody any more.
+    #[error("the port '{0}' did not end in time and was left behind")]
+    LeftBehind(String),
+}
+
+/// A handle was not revoked, or not everything of it is answered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RevokeError {
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+    /// The binding has no such handle, or not any more.
+    #[error("'{binding}' has no handle {handle} (see 'cofferdam handles {binding}')")]
+    NoSuchHandle {
+        /// The binding.
+        binding: String,
+        /// The number.
+        handle: u64,
+    },
+    /// The handle is revoked, but the device has not answered all of its requests in the time given.
+    #[error("the handle is revoked; {} of its requests are still with the device", .0.requests_left)]
+    StillDraining(crate::binding::RevokeReport),
+}

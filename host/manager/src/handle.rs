@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::Buffer;
 pub use cofferdam_gate::HandleState;
-use cofferdam_gate::{Guard, HandleError, HandleRefused, Notify};
+use cofferdam_gate::{Cancel, Guard, HandleError, HandleRefused, Notify};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -100,6 +100,18 @@ impl HandleShared {
 
     pub(crate) fn state(&self) -> HandleState {
         self.right.state()
+    }
+
+    /// Ends this handle's right alone; whether this call did it. The client is told.
+    pub(crate) fn revoke(&self) -> bool {
+        let did = self.right.revoke();
+        self.announce_revocation();
+        did
+    }
+
+    /// Waits until what was admitted through this handle is answered, at most until `deadline`.
+    pub(crate) fn drain(&self, deadline: Instant) {
+        let _ = self.right.drain(Some(deadline), &Cancel::new());
     }
 
     /// Tells the client that its right has ended. A notify of its own was hung up by the gate already.

@@ -28,8 +28,6 @@ use crate::lane::LaneEnd;
 use crate::residue::Marks;
 use crate::watch::Watch;
 
-/// How long ports may take to send what was answered (DESIGN section 5).
-pub(crate) const PORT_GRACE: Duration = Duration::from_millis(100);
 /// How long a forced run waits for a healthy device before it cuts the drain short.
 const FORCED_DRAIN: Duration = Duration::from_millis(100);
 /// How long an interrupted guest may take to be out of its crossing: a few epoch ticks.
@@ -382,11 +380,7 @@ fn silence_device(parts: &Parts, bound: Instant) -> Silence {
 
 fn take_down_ports(binding: &Arc<Binding>, parts: &mut Parts) {
     let since = Instant::now();
-    for port in binding.take_ports() {
-        let address = port.address();
-        let report = port.shutdown(PORT_GRACE);
-        tracing::info!(port = address, connections = report.connections, severed = report.severed, "port detached");
-    }
+    binding.take_down_ports();
     parts.progress.timed(Stage::Ports, since, ());
 }
 

@@ -9,6 +9,8 @@
 //! ledger     what was admitted and is not answered yet
 //! handle     a client's revocable right to operate
 //! device     the capability a driver sees during attach, over a bus's transport
+//! ports      what makes the service reachable, attached and detached on their own
+//! events     what happened, in order
 //! residue    looks up what a binding left behind, for the certificate
 //! watch      the thread that notices lost devices and faulty drivers
 //! ```
@@ -21,25 +23,29 @@ mod block;
 mod certificate;
 mod device;
 mod error;
+mod events;
 mod handle;
 mod ladder;
 mod lane;
 mod ledger;
 mod load;
 mod manager;
+mod ports;
 mod registry;
 mod residue;
 mod status;
 mod watch;
 
-pub use binding::{Binding, BindingState, Port, PortReport};
+pub use binding::{Binding, BindingState, RevokeReport};
 pub use block::{BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Completion};
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
-pub use error::{LeaseError, LoadError, ManagerError, OpenError, SubmitError, UnloadError};
+pub use error::{LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError};
+pub use events::{EventKind, EventReader, EventRecord};
 pub use handle::{Handle, HandleSpec, HandleState};
 pub use ladder::{Cause, UnloadOptions};
 pub use load::LoadSpec;
 pub use manager::{Config, Manager};
+pub use ports::{Port, PortReport};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 
 pub use cofferdam_device::Buffer;

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use cofferdam_runtime::{Runtime, RuntimeConfig};
 use parking_lot::Mutex;
 
-use crate::binding::Binding;
+use crate::binding::{Binding, RevokeReport};
 use crate::certificate::Certificate;
-use crate::error::{LoadError, ManagerError, UnloadError};
+use crate::error::{LoadError, ManagerError, RevokeError, UnloadError};
+use crate::events::{EventLog, EventReader};
 use crate::ladder::{self, Cause, UnloadOptions};
 use crate::load::{self, LoadSpec};
+use crate::ports::Within;
 use crate::registry::Registry;
 use crate::watch::{self, Watch};
 
@@ -33,6 +35,15 @@ pub(crate) struct Shared {
     stopping: AtomicBool,
     /// Certificates of bindings that left by themselves, until somebody asks; the oldest go first.
     untold: Mutex<VecDeque<Certificate>>,
+    events: Arc<EventLog>,
+}
+
+/// How long the bindings of a manager that nobody holds any more may take to leave.
+const LAST_USER: Duration = Duration::from_secs(5);
+
+/// Whether a wait for a teardown on this thread could be a wait for itself (G8): it is inside a crossing, or does a part of a teardown.
+fn must_defer() -> bool {
+    cofferdam_gate::in_crossing() || Within::is_any()
 }
 
 /// Certificates that wait to be asked for.
@@ -52,8 +63,15 @@ struct LastUser(Weak<Shared>);
 
 impl Drop for LastUser {
     fn drop(&mut self) {
-        if let Some(shared) = self.0.upgrade() {
-            shared.shutdown(Duration::from_secs(5));
+        let Some(shared) = self.0.upgrade() else { return };
+        if !must_defer() {
+            shared.shutdown(LAST_USER);
+            return;
+        }
+        // Dropped by a driver's call or by a teardown: to wait here would be to wait for ourselves.
+        let ladder = std::thread::Builder::new().name("cofferdam-ladder".into());
+        if let Err(error) = ladder.spawn(move || shared.shutdown(LAST_USER)) {
+            tracing::error!(%error, "no thread to take the last bindings down on");
         }
     }
 }
@@ -75,6 +93,7 @@ impl Manager {
             watcher: Mutex::new(None),
             stopping: AtomicBool::new(false),
             untold: Mutex::new(VecDeque::new()),
+            events: EventLog::new(),
         });
         *shared.watcher.lock() = Some(watch::spawn(watch, Arc::downgrade(&shared))?);
         let users = Arc::new(LastUser(Arc::downgrade(&shared)));
@@ -98,8 +117,14 @@ impl Manager {
                 Some(name) => check_name(name)?.to_owned(),
                 None => self.free_name(&spec.driver),
             };
-            let binding =
-                Arc::new(Binding::new(name, spec.driver.clone(), device.clone(), spec.pinned, spec.handle_limit));
+            let binding = Arc::new(Binding::new(
+                name,
+                spec.driver.clone(),
+                device.clone(),
+                spec.pinned,
+                spec.handle_limit,
+                Arc::clone(&shared.events),
+            ));
             match shared.registry.insert(Arc::clone(&binding)) {
                 Ok(()) => break binding,
                 Err(taken) if spec.name.is_some() => return Err(LoadError::NameTaken(taken.name().to_owned())),
@@ -161,8 +186,7 @@ impl Manager {
         if binding.pinned && options.cause == Cause::Unload {
             return Err(UnloadError::Pinned(binding.name().to_owned()));
         }
-        // G8: a thread inside a crossing would wait for itself.
-        if cofferdam_gate::in_crossing() {
+        if must_defer() {
             let (shared, binding, options) = (Arc::clone(&self.shared), Arc::clone(binding), options.clone());
             let deferred = std::thread::Builder::new().name("cofferdam-ladder".into());
             return match deferred.spawn(move || shared.leave(&binding, &options)) {
@@ -171,6 +195,20 @@ impl Manager {
             };
         }
         self.shared.leave(binding, options)
+    }
+
+    /// Revokes one handle: see [`Binding::revoke_handle`].
+    ///
+    /// # Errors
+    /// [`RevokeError`].
+    pub fn revoke(&self, name: &str, handle: u64, deadline: Duration) -> Result<RevokeReport, RevokeError> {
+        let binding = self.get(name).ok_or_else(|| RevokeError::NoSuchBinding(name.to_owned()))?;
+        binding.revoke_handle(handle, deadline)
+    }
+
+    /// What happened, from record `from` on, or from the oldest that is kept.
+    pub fn events(&self, from: Option<u64>) -> EventReader {
+        EventReader::new(&self.shared.events, from)
     }
 
     /// The binding of this name.
