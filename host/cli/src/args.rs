@@ -5,20 +5,12 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-const AFTER_HELP: &str = "\
-Exit codes: 0 done, 1 failed, 2 usage, 3 no such thing, 4 deadline passed and still draining.
-Data goes to stdout, diagnostics to stderr. COFFERDAM_LOG sets the log filter (default: info for daemon and run, warn otherwise).
-
-Examples:
-  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
-  cofferdam daemon &
-  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --name disk0
-  cofferdam ls
-  cofferdam unload disk0 --deadline 5s";
+use crate::control::LONGEST_REVOKE;
+use crate::help;
 
 /// Device drivers as WebAssembly components: loaded, bound to real devices, and taken out safely while they are in use.
 #[derive(Parser)]
-#[command(name = "cofferdam", version, after_help = AFTER_HELP, disable_help_subcommand = true)]
+#[command(name = "cofferdam", version, after_help = help::ALL, disable_help_subcommand = true)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -29,18 +21,43 @@ pub(crate) enum Command {
     /// Load a driver, serve it, and unload it on Ctrl-C, all in one foreground process without a daemon.
     ///
     /// The first Ctrl-C (or SIGTERM) unloads; a second one forces. The certificate is printed to stdout.
+    #[command(after_help = help::RUN)]
     Run(RunArgs),
     /// Serve bindings until SIGTERM; every other command is its client.
+    #[command(after_help = help::DAEMON)]
     Daemon(DaemonArgs),
     /// Join a driver and a device in the daemon.
+    #[command(after_help = help::LOAD)]
     Load(LoadArgs),
     /// List bindings: state, driver, device, handles, requests in flight, calls per core.
+    ///
+    /// A binding that has left is listed as long as memory of it is retired, which is until the daemon ends.
+    #[command(after_help = help::LS)]
     Ls(LsArgs),
     /// Show what a driver asks for (a file), or what a binding is doing (a name).
+    #[command(after_help = help::INSPECT)]
     Inspect(InspectArgs),
+    /// List who holds a binding: its handles with port, peer, lane, age and requests.
+    #[command(after_help = help::HANDLES)]
+    Handles(NameArgs),
+    /// Take one handle away from its client, while the others are served on.
+    ///
+    /// The client is told at once; the command waits until what the handle had in flight is answered, at most for the deadline.
+    #[command(after_help = help::REVOKE)]
+    Revoke(RevokeArgs),
+    /// Explain what a binding does or waits for, or how it ended.
+    #[command(after_help = help::WHY)]
+    Why(NameArgs),
+    /// Show what happened, in order: every change of a binding's state with its cause.
+    #[command(after_help = help::EVENTS)]
+    Events(EventsArgs),
+    /// Serve a binding at one more address, or at one less.
+    #[command(after_help = help::PORT, disable_help_subcommand = true)]
+    Port(PortArgs),
     /// Take a binding out while it is in use, and print the certificate of what was revoked, drained and left.
     ///
     /// With the deadline passed the exit code is 4, the binding admits nothing any more and stays `draining`; unload again to go on.
+    #[command(after_help = help::UNLOAD)]
     Unload(UnloadArgs),
 }
 
@@ -152,9 +169,85 @@ pub(crate) struct UnloadArgs {
     /// Interrupt the driver and cut the wait short. What the device may still write is retired, not freed.
     #[arg(long)]
     pub(crate) force: bool,
+    /// While it waits, and when it gives up, say on stderr what it waits for.
+    #[arg(long)]
+    pub(crate) explain: bool,
     #[command(flatten)]
     pub(crate) socket: SocketArg,
     /// Print the certificate as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What `handles` and `why` ask for.
+#[derive(Args)]
+pub(crate) struct NameArgs {
+    /// The binding.
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct RevokeArgs {
+    /// The binding.
+    pub(crate) name: String,
+    /// The handle's number, as `handles` shows it.
+    pub(crate) handle: u64,
+    /// How long to wait for what it has in flight, at most a minute: 500ms, 5s.
+    #[arg(long, default_value = "5s", value_parser = parse_short_duration)]
+    pub(crate) deadline: Duration,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct EventsArgs {
+    /// Go on with what happens from now on, until Ctrl-C or the daemon's end.
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// Begin with this number [default: the oldest that is kept].
+    #[arg(long, value_name = "SEQ")]
+    pub(crate) since: Option<u64>,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print one JSON document a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct PortArgs {
+    #[command(subcommand)]
+    pub(crate) command: PortCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PortCommand {
+    /// Serve a binding at one more address.
+    #[command(after_help = help::PORT)]
+    Attach(PortChangeArgs),
+    /// Stop serving a binding at an address. Its clients there are severed, the binding and its other ports serve on.
+    #[command(after_help = help::PORT)]
+    Detach(PortChangeArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct PortChangeArgs {
+    /// The binding.
+    pub(crate) name: String,
+    /// The address: nbd:/path.sock, nbd:127.0.0.1:10809
+    #[arg(value_name = "PORT")]
+    pub(crate) port: String,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -171,6 +264,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         _ => return Err(format!("unknown unit '{unit}': ms, s or m")),
     };
     millis.filter(|millis| *millis <= 86_400_000).map(Duration::from_millis).ok_or_else(|| "at most a day".to_owned())
+}
+
+/// The same, up to a minute.
+fn parse_short_duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text)
+        .and_then(|duration| if duration <= LONGEST_REVOKE { Ok(duration) } else { Err("at most a minute".to_owned()) })
 }
 
 /// Ring sizes are powers of two up to 32,768 (virtio 1.2, section 2.7).
@@ -194,6 +293,23 @@ mod tests {
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
         for bad in ["", "s", "5h", "-1s", "99999999999999999999s", "2000m"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_revoke_waits_for_a_minute_at_most() {
+        assert_eq!(parse_short_duration("1m"), Ok(Duration::from_secs(60)));
+        assert!(parse_short_duration("61s").is_err());
+    }
+
+    #[test]
+    fn every_command_has_examples_and_exit_codes() {
+        use clap::CommandFactory;
+        for command in Cli::command().get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            for part in ["Exit codes: 0 ", "Examples:\n  cofferdam "] {
+                assert!(help.contains(part), "{}: no {part:?}", command.get_name());
+            }
         }
     }
 

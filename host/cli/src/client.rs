@@ -3,30 +3,26 @@
 use std::path::Path;
 use std::time::Duration;
 
-use cofferdam_manager::{BindingStatus, Certificate};
-use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
-use hyper::{Method, Request};
-use hyper_util::rt::TokioIo;
+use cofferdam_manager::{BindingStatus, Explanation, HandleStatus, RevokeReport};
+use hyper::Method;
 use serde::de::DeserializeOwned;
 
-use crate::args::{InspectArgs, LoadArgs, LsArgs, UnloadArgs};
-use crate::control::{ErrorBody, ErrorCode, UnloadBody};
-use crate::daemon::socket_path;
+use crate::args::{InspectArgs, LoadArgs, LsArgs, NameArgs, PortArgs, PortChangeArgs, PortCommand, RevokeArgs};
+use crate::control::{ErrorBody, PortBody, PortChange, RevokeBody};
+use crate::link::Link;
 use crate::{host, show, signals};
 
 /// After this much waiting a person is told what is going on.
-const PROGRESS: Duration = Duration::from_secs(2);
+pub(crate) const PROGRESS: Duration = Duration::from_secs(2);
+/// How long the daemon may take for a call that waits for nothing, and how much longer than its deadline for one that waits.
+pub(crate) const ANSWER: Duration = Duration::from_secs(30);
+/// How long it may take to load: a large driver is compiled once.
+const LOAD: Duration = Duration::from_secs(600);
 
 pub(crate) fn load(args: LoadArgs) -> Result<(), ErrorBody> {
     let body = host::load_body(&args.bind, args.pinned)?;
-    let binding: BindingStatus = call(
-        args.socket.socket.as_deref(),
-        Method::POST,
-        "/v1/bindings",
-        Some(&body),
-        "loading (a new driver is compiled once)",
-    )?;
+    let call = Call { doing: "loading (a new driver is compiled once)", bound: LOAD };
+    let binding: BindingStatus = call.make(args.socket.socket.as_deref(), Method::POST, "/v1/bindings", Some(&body))?;
     if args.json {
         show::json(&binding)
     } else {
@@ -36,12 +32,11 @@ pub(crate) fn load(args: LoadArgs) -> Result<(), ErrorBody> {
 }
 
 pub(crate) fn ls(args: LsArgs) -> Result<(), ErrorBody> {
-    let all: Vec<BindingStatus> =
-        call(args.socket.socket.as_deref(), Method::GET, "/v1/bindings", None::<&()>, "listing")?;
+    let all: Vec<BindingStatus> = get(args.socket.socket.as_deref(), "/v1/bindings")?;
     if args.json {
         show::json(&all)
     } else {
-        show::table(&all)
+        show::bindings(&all)
     }
     Ok(())
 }
@@ -61,8 +56,7 @@ pub(crate) fn inspect(args: InspectArgs) -> Result<(), ErrorBody> {
         }
         return Ok(());
     }
-    let url = format!("/v1/bindings/{}", url_segment(&args.what)?);
-    let binding: BindingStatus = call(args.socket.socket.as_deref(), Method::GET, &url, None::<&()>, "asking")?;
+    let binding: BindingStatus = get(args.socket.socket.as_deref(), &url(&args.what, "")?)?;
     if args.json {
         show::json(&binding)
     } else {
@@ -71,81 +65,107 @@ pub(crate) fn inspect(args: InspectArgs) -> Result<(), ErrorBody> {
     Ok(())
 }
 
-pub(crate) fn unload(args: UnloadArgs) -> Result<(), ErrorBody> {
-    let url = format!("/v1/bindings/{}/unload", url_segment(&args.name)?);
-    let deadline_ms = u64::try_from(args.deadline.as_millis()).unwrap_or(u64::MAX);
-    let body = UnloadBody { deadline_ms, force: args.force };
-    let certificate: Certificate = call(args.socket.socket.as_deref(), Method::POST, &url, Some(&body), "draining")?;
+pub(crate) fn handles(args: NameArgs) -> Result<(), ErrorBody> {
+    let handles: Vec<HandleStatus> = get(args.socket.socket.as_deref(), &url(&args.name, "/handles")?)?;
     if args.json {
-        show::json(&certificate)
+        show::json(&handles)
     } else {
-        show::certificate(&certificate)
+        show::handles(&args.name, &handles)
     }
     Ok(())
 }
 
-/// A binding's name as a part of a path. What could not be a name cannot be a binding either.
-fn url_segment(name: &str) -> Result<&str, ErrorBody> {
-    if !name.is_empty()
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
-        && !name.starts_with('.')
-    {
-        return Ok(name);
+pub(crate) fn why(args: NameArgs) -> Result<(), ErrorBody> {
+    let explanation: Explanation = get(args.socket.socket.as_deref(), &url(&args.name, "/why")?)?;
+    if args.json {
+        show::json(&explanation)
+    } else {
+        show::explanation(&explanation)
     }
-    Err(ErrorBody::new(ErrorCode::NoSuchThing, format!("no binding is called '{name}'")))
+    Ok(())
 }
 
-fn call<B: serde::Serialize, T: DeserializeOwned>(
-    socket: Option<&Path>,
-    method: Method,
-    url: &str,
-    body: Option<&B>,
-    doing: &str,
-) -> Result<T, ErrorBody> {
-    let path = socket_path(socket);
-    let body = match body {
-        Some(body) => serde_json::to_vec(body).map_err(ErrorBody::failed)?,
-        None => Vec::new(),
+pub(crate) fn revoke(args: RevokeArgs) -> Result<(), ErrorBody> {
+    let url = url(&args.name, &format!("/handles/{}/revoke", args.handle))?;
+    let body = RevokeBody { deadline_ms: millis(args.deadline) };
+    let call = Call { doing: "waiting for what the handle has in flight", bound: args.deadline + ANSWER };
+    let report: RevokeReport = call.make(args.socket.socket.as_deref(), Method::POST, &url, Some(&body))?;
+    if args.json {
+        show::json(&report)
+    } else {
+        show::revoked(&report)
+    }
+    Ok(())
+}
+
+pub(crate) fn port(args: PortArgs) -> Result<(), ErrorBody> {
+    let change = |args: &PortChangeArgs, url: &str, doing: &'static str| -> Result<PortChange, ErrorBody> {
+        let body = PortBody { port: args.port.clone() };
+        Call { doing, bound: ANSWER }.make(args.socket.socket.as_deref(), Method::POST, url, Some(&body))
     };
-    let runtime = signals::runtime()?;
-    let (status, bytes) = runtime.block_on(async {
-        let exchange = exchange(&path, method, url, body);
-        tokio::pin!(exchange);
-        loop {
-            tokio::select! {
-                result = &mut exchange => return result,
-                () = tokio::time::sleep(PROGRESS) => tracing::warn!("{doing}..."),
-            }
+    let (args, change) = match args.command {
+        PortCommand::Attach(args) => {
+            let done = change(&args, &url(&args.name, "/ports/attach")?, "attaching")?;
+            (args, done)
         }
-    })?;
-    if (200..300).contains(&status) {
-        return serde_json::from_slice(&bytes)
-            .map_err(|error| ErrorBody::failed(format!("the daemon answered something else: {error}")));
+        PortCommand::Detach(args) => {
+            let done = change(&args, &url(&args.name, "/ports/detach")?, "detaching")?;
+            (args, done)
+        }
+    };
+    if args.json {
+        show::json(&change)
+    } else {
+        show::port(&change)
     }
-    Err(serde_json::from_slice(&bytes).unwrap_or_else(|_| {
-        ErrorBody::failed(format!("the daemon answered {status}: {}", String::from_utf8_lossy(&bytes)))
-    }))
+    Ok(())
 }
 
-async fn exchange(path: &Path, method: Method, url: &str, body: Vec<u8>) -> Result<(u16, Bytes), ErrorBody> {
-    let stream = tokio::net::UnixStream::connect(path).await.map_err(|error| {
-        ErrorBody::failed(format!(
-            "cannot reach the daemon on {}: {error}; start one with 'cofferdam daemon', or say --socket",
-            path.display()
-        ))
-    })?;
-    let lost = |error: hyper::Error| ErrorBody::failed(format!("the daemon on {} went away: {error}", path.display()));
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
-    tokio::spawn(connection);
-    let request = Request::builder()
-        .method(method)
-        .uri(url)
-        .header("host", "cofferdam")
-        .header("content-type", "application/json")
-        .body(Full::new(Bytes::from(body)))
-        .map_err(ErrorBody::failed)?;
-    let response = sender.send_request(request).await.map_err(lost)?;
-    let status = response.status().as_u16();
-    let bytes = response.into_body().collect().await.map_err(lost)?.to_bytes();
-    Ok((status, bytes))
+/// A part of what is said of a binding, as a path. What could not be a name cannot be a binding either.
+pub(crate) fn url(name: &str, rest: &str) -> Result<String, ErrorBody> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(good) {
+        return Err(ErrorBody::no_such_thing(format!("no binding is called '{name}'")));
+    }
+    Ok(format!("/v1/bindings/{name}{rest}"))
+}
+
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn get<T: DeserializeOwned>(socket: Option<&Path>, url: &str) -> Result<T, ErrorBody> {
+    Call { doing: "asking the daemon", bound: ANSWER }.make(socket, Method::GET, url, None::<&()>)
+}
+
+/// A call that nothing interrupts but its bound, with a word to a person who waits.
+struct Call {
+    doing: &'static str,
+    bound: Duration,
+}
+
+impl Call {
+    fn make<T: DeserializeOwned>(
+        &self,
+        socket: Option<&Path>,
+        method: Method,
+        url: &str,
+        body: Option<&impl serde::Serialize>,
+    ) -> Result<T, ErrorBody> {
+        let link = Link::new(socket);
+        signals::runtime()?.block_on(async {
+            tokio::select! {
+                result = link.call(method, url, body, self.bound) => result,
+                never = progress(self.doing) => match never {},
+            }
+        })
+    }
+}
+
+/// Says every two seconds what is being done; never ends.
+pub(crate) async fn progress(doing: &str) -> std::convert::Infallible {
+    loop {
+        tokio::time::sleep(PROGRESS).await;
+        tracing::warn!("{doing}...");
+    }
 }

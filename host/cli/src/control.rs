@@ -2,15 +2,31 @@
 //!
 //! | method and path | document in | document out |
 //! | --- | --- | --- |
-//! | `GET /v1/bindings` | | list of [`BindingStatus`](cofferdam_manager::BindingStatus) |
+//! | `GET /v1/bindings` | | list of [`BindingStatus`](cofferdam_manager::BindingStatus), those that left memory behind among them |
 //! | `GET /v1/bindings/NAME` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings` | [`LoadBody`] | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings/NAME/unload` | [`UnloadBody`] | [`Certificate`] |
+//! | `GET /v1/bindings/NAME/why` | | [`Explanation`], also of a binding that left |
+//! | `GET /v1/bindings/NAME/handles` | | list of [`HandleStatus`](cofferdam_manager::HandleStatus) |
+//! | `POST /v1/bindings/NAME/handles/ID/revoke` | [`RevokeBody`] | [`RevokeReport`] |
+//! | `POST /v1/bindings/NAME/ports/attach` | [`PortBody`] | [`PortChange`] |
+//! | `POST /v1/bindings/NAME/ports/detach` | [`PortBody`] | [`PortChange`] |
+//! | `GET /v1/events?since=SEQ&follow=BOOL` | | [`EventRecord`](cofferdam_manager::EventRecord)s, one a line (`application/x-ndjson`) |
 //!
 //! Errors are an [`ErrorBody`] with status 400 (usage), 404 (no such thing), 409 (still draining) or 422 (failed).
+//!
+//! An unload ends with its client: when the connection closes, the wait does, and the binding stays `draining`. An unload with `force` goes through in any case;
+//! so do all other calls, each within its bound.
 
-use cofferdam_manager::Certificate;
+use std::time::Duration;
+
+use cofferdam_manager::{Certificate, Explanation, RevokeReport};
 use serde::{Deserialize, Serialize};
+
+/// Longest wait of an unload.
+pub(crate) const LONGEST_UNLOAD: Duration = Duration::from_secs(86_400);
+/// Longest wait of a revocation: it goes on without its client.
+pub(crate) const LONGEST_REVOKE: Duration = Duration::from_secs(60);
 
 /// A load. Paths are absolute: they are opened by the daemon.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,6 +56,39 @@ pub(crate) struct LoadBody {
 pub(crate) struct UnloadBody {
     pub(crate) deadline_ms: u64,
     pub(crate) force: bool,
+    /// Answer a deadline that passed with the explanation.
+    #[serde(default)]
+    pub(crate) explain: bool,
+}
+
+/// A revocation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RevokeBody {
+    pub(crate) deadline_ms: u64,
+}
+
+/// A port to attach or detach.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PortBody {
+    pub(crate) port: String,
+}
+
+/// What became of a port, and what serves now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct PortChange {
+    pub(crate) binding: String,
+    /// The address, with the real port where port 0 was asked for.
+    pub(crate) port: String,
+    /// Of a detached one: connections that were open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) connections: Option<u64>,
+    /// Of those, how many were severed with answers unsent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) severed: Option<u64>,
+    /// All ports of the binding, now.
+    pub(crate) ports: Vec<String>,
 }
 
 /// Why it was not done.
@@ -48,9 +97,9 @@ pub(crate) struct UnloadBody {
 pub(crate) enum ErrorCode {
     /// The call's words are off.
     Usage,
-    /// No such binding, driver file or path.
+    /// No such binding, handle, port, driver file or path.
     NoSuchThing,
-    /// The deadline passed; unload again to go on.
+    /// The wait is over, what was waited for is not: unload again to go on.
     StillDraining,
     /// Anything else.
     Failed,
@@ -85,11 +134,25 @@ pub(crate) struct ErrorBody {
     /// With `still-draining`: what is known so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) so_far: Option<Box<Certificate>>,
+    /// With `still-draining` of an unload that was to explain itself: who holds what.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) explanation: Option<Box<Explanation>>,
+    /// With `still-draining` of a revocation: what was revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) revoked: Option<Box<RevokeReport>>,
 }
 
 impl ErrorBody {
     pub(crate) fn new(code: ErrorCode, message: impl Into<String>) -> ErrorBody {
-        ErrorBody { code, message: message.into(), so_far: None }
+        ErrorBody { code, message: message.into(), so_far: None, explanation: None, revoked: None }
+    }
+
+    pub(crate) fn usage(message: impl std::fmt::Display) -> ErrorBody {
+        ErrorBody::new(ErrorCode::Usage, message.to_string())
+    }
+
+    pub(crate) fn no_such_thing(message: impl std::fmt::Display) -> ErrorBody {
+        ErrorBody::new(ErrorCode::NoSuchThing, message.to_string())
     }
 
     pub(crate) fn failed(message: impl std::fmt::Display) -> ErrorBody {

@@ -7,28 +7,28 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use axum::extract::{Path as UrlPath, Request, State};
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
-use cofferdam_manager::{Cause, Manager, UnloadOptions};
+use axum::Router;
+use axum::extract::Request;
+use axum::response::Response;
 use hyper_util::rt::TokioIo;
 use rustix::fs::FlockOperation;
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::args::DaemonArgs;
-use crate::control::{ErrorBody, ErrorCode, LoadBody, UnloadBody};
-use crate::{host, signals};
+use crate::control::ErrorBody;
+use crate::follow::Followers;
+use crate::{api, host, signals};
 
 /// The whole of a stop, whatever happens.
 const STOP: Duration = Duration::from_millis(4500);
 /// When the process ends whatever is left.
 const LAST_RESORT: Duration = Duration::from_millis(4900);
-/// Longest control document, in bytes.
-const BODY_LIMIT_BYTES: usize = 64 << 10;
+/// How long those who follow the events may take to hear of the last ones.
+const LAST_EVENTS: Duration = Duration::from_millis(200);
 /// Control connections served at once.
 const CONNECTIONS: usize = 64;
+/// What may wait in one connection for a client that does not read, beside the document itself, in bytes.
+const CONNECTION_BUFFER_BYTES: usize = 32 << 10;
 /// How long a control client may take to say what it wants.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -51,6 +51,8 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
     let _lock = lock(&path)?;
     let manager = host::manager()?;
     let runtime = signals::runtime()?;
+    let followers = Followers::new();
+    let router = api::router(manager.clone(), std::sync::Arc::clone(&followers));
     runtime.block_on(async {
         let mut stop = signals::StopSignals::catch()?;
         let listener = listen(&path)?;
@@ -58,7 +60,7 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
         crate::show::line(&format!("cofferdam daemon on {}", path.display()));
         tokio::select! {
             () = stop.next() => Ok(()),
-            result = serve(listener, manager.clone()) => result,
+            result = serve(listener, router) => result,
         }
     })?;
     tracing::info!("daemon stopping");
@@ -68,6 +70,7 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
         let clean = certificate.residual.is_zero();
         tracing::info!(binding = certificate.name, outcome = ?certificate.outcome, clean, leaked_bytes = certificate.leaked.bytes, "unloaded");
     }
+    followers.finish(LAST_EVENTS);
     // A control call that still waits is told by the closing of its connection; it may not keep the process.
     runtime.shutdown_timeout(Duration::from_millis(100));
     Ok(())
@@ -134,9 +137,8 @@ fn listen(path: &Path) -> Result<UnixListener, ErrorBody> {
     Ok(listener)
 }
 
-async fn serve(listener: UnixListener, manager: Manager) -> Result<(), ErrorBody> {
+async fn serve(listener: UnixListener, router: Router) -> Result<(), ErrorBody> {
     let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
-    let router = router(manager);
     loop {
         let Ok(slot) = std::sync::Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
         let stream = match listener.accept().await {
@@ -161,6 +163,7 @@ async fn serve(listener: UnixListener, manager: Manager) -> Result<(), ErrorBody
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(hyper_util::rt::TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
+                .max_buf_size(CONNECTION_BUFFER_BYTES)
                 .serve_connection(TokioIo::new(stream), service);
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "control connection ended");
@@ -188,68 +191,4 @@ fn may_speak(stream: &UnixStream) -> bool {
         }
         Err(_) => false,
     }
-}
-
-fn router(manager: Manager) -> Router {
-    Router::new()
-        .route("/v1/bindings", get(list).post(load))
-        .route("/v1/bindings/{name}", get(one))
-        .route("/v1/bindings/{name}/unload", post(unload))
-        .fallback(async || {
-            answer_error(ErrorBody::new(ErrorCode::NoSuchThing, "no such call; is the client of another version?"))
-        })
-        .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT_BYTES))
-        .with_state(manager)
-}
-
-async fn list(State(manager): State<Manager>) -> Response {
-    let all: Vec<_> = manager.bindings().iter().map(|binding| binding.status()).collect();
-    Json(all).into_response()
-}
-
-async fn one(State(manager): State<Manager>, UrlPath(name): UrlPath<String>) -> Response {
-    match manager.get(&name) {
-        Some(binding) => Json(binding.status()).into_response(),
-        None => answer_error(ErrorBody::new(
-            ErrorCode::NoSuchThing,
-            format!("no binding is called '{name}' (see 'cofferdam ls')"),
-        )),
-    }
-}
-
-async fn load(State(manager): State<Manager>, Json(body): Json<LoadBody>) -> Response {
-    answer(blocking(move || host::load(&manager, &body).map(|binding| binding.status())).await)
-}
-
-async fn unload(
-    State(manager): State<Manager>,
-    UrlPath(name): UrlPath<String>,
-    Json(body): Json<UnloadBody>,
-) -> Response {
-    let options = UnloadOptions {
-        deadline: Duration::from_millis(body.deadline_ms),
-        force: body.force,
-        cancel: None,
-        cause: Cause::Unload,
-    };
-    answer(blocking(move || host::unload(&manager, &name, &options)).await)
-}
-
-/// Loads and unloads block (within their bounds), so they run where that is allowed. A client that goes away does not stop them.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static,
-) -> Result<T, ErrorBody> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(ErrorBody::failed(error)))
-}
-
-fn answer<T: serde::Serialize>(result: Result<T, ErrorBody>) -> Response {
-    match result {
-        Ok(document) => Json(document).into_response(),
-        Err(error) => answer_error(error),
-    }
-}
-
-fn answer_error(error: ErrorBody) -> Response {
-    let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    (status, Json(error)).into_response()
 }

@@ -6,16 +6,18 @@ use std::time::Duration;
 
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, Cause, Certificate, Config, Grants, GuestLimits, LoadSpec, Manager, Port, Transport, UnloadError,
-    UnloadOptions,
+    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Phase,
+    Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
 };
 use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 
 use crate::args::BindArgs;
-use crate::control::{ErrorBody, ErrorCode, LoadBody};
+use crate::control::{ErrorBody, ErrorCode, LoadBody, PortChange};
 
 /// Largest component file that is read, in bytes.
 const COMPONENT_LIMIT_BYTES: u64 = 256 << 20;
+/// Ports that one binding may have: each costs a thread per lane and a socket.
+const PORTS: usize = 16;
 /// How long a load that fails after the binding serves (a port that cannot listen) waits for its way back.
 const ROLLBACK: Duration = Duration::from_secs(5);
 
@@ -108,6 +110,13 @@ impl PortAddress {
         }
     }
 
+    /// The address in the one way that ports say theirs.
+    fn canonical(&self) -> String {
+        match self {
+            PortAddress::Nbd(address) => address.to_string(),
+        }
+    }
+
     /// Makes a port of a binding that serves already.
     fn open(&self, binding: &Arc<Binding>) -> Result<Box<dyn Port>, ErrorBody> {
         match self {
@@ -122,6 +131,9 @@ impl PortAddress {
 /// Everything of a load: component, device, binding, ports. Bounded; on error nothing is left.
 pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, ErrorBody> {
     let ports = body.ports.iter().map(|port| PortAddress::parse(port)).collect::<Result<Vec<_>, _>>()?;
+    if ports.len() > PORTS {
+        return Err(ErrorBody::usage(format!("a binding has at most {PORTS} ports")));
+    }
     let usage = |error: &dyn std::fmt::Display| ErrorBody::new(ErrorCode::Usage, error.to_string());
     let mut grants = Grants::default();
     for allow in &body.allow {
@@ -147,10 +159,7 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     spec.handle_limit = body.handles as usize;
     let binding = manager.load(spec).map_err(ErrorBody::failed)?;
     for port in &ports {
-        let attached = port.open(&binding).and_then(|port| {
-            binding.attach_port(port).map_err(|_| ErrorBody::failed("the binding left while it was loaded"))
-        });
-        if let Err(error) = attached {
+        if let Err(error) = open_port(&binding, port) {
             let back = UnloadOptions { deadline: ROLLBACK, force: true, cancel: None, cause: Cause::LoadFailed };
             let _ = manager.unload_binding(&binding, &back);
             return Err(error);
@@ -159,17 +168,113 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     Ok(binding)
 }
 
+/// Opens a port and gives it to the binding; the answer is its real address.
+fn open_port(binding: &Arc<Binding>, address: &PortAddress) -> Result<String, ErrorBody> {
+    let port = address.open(binding)?;
+    let real = port.address();
+    // A port that comes back goes by its drop, at once: nobody can have been served.
+    binding.attach_port(port).map_err(|_| leaving(binding.name()))?;
+    Ok(real)
+}
+
+fn leaving(name: &str) -> ErrorBody {
+    ErrorBody::failed(format!("'{name}' is leaving and takes its ports down itself"))
+}
+
+/// The binding of this name, or the error that says there is none.
+pub(crate) fn find(manager: &Manager, name: &str) -> Result<Arc<Binding>, ErrorBody> {
+    let none = || ErrorBody::no_such_thing(format!("no binding is called '{name}' (see 'cofferdam ls')"));
+    manager.get(name).ok_or_else(none)
+}
+
+/// One more port for a binding that serves.
+pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<PortChange, ErrorBody> {
+    let address = PortAddress::parse(port)?;
+    let binding = find(manager, name)?;
+    if binding.phase() != Phase::Serving {
+        return Err(leaving(name));
+    }
+    let ports = binding.ports();
+    if ports.contains(&address.canonical()) {
+        return Err(ErrorBody::failed(format!("'{name}' is served at '{port}' already")));
+    }
+    if ports.len() >= PORTS {
+        return Err(ErrorBody::failed(format!("'{name}' has {PORTS} ports, more are not possible; detach one")));
+    }
+    let port = open_port(&binding, &address)?;
+    Ok(PortChange { binding: name.to_owned(), port, connections: None, severed: None, ports: binding.ports() })
+}
+
+/// One port less; the binding serves on.
+pub(crate) fn detach_port(manager: &Manager, name: &str, port: &str) -> Result<PortChange, ErrorBody> {
+    let port = PortAddress::parse(port)?.canonical();
+    let binding = find(manager, name)?;
+    let report = binding.detach_port(&port).map_err(|error| match error {
+        PortError::NoSuchPort(_) => {
+            let ports = binding.ports();
+            let there =
+                if ports.is_empty() { "it has none".to_owned() } else { format!("it has {}", ports.join(", ")) };
+            ErrorBody::no_such_thing(format!("'{name}' has no port '{port}'; {there}"))
+        }
+        PortError::Leaving => leaving(name),
+        PortError::LeftBehind(_) => ErrorBody::failed(error),
+    })?;
+    let (connections, severed) = (Some(report.connections), Some(report.severed));
+    Ok(PortChange { binding: name.to_owned(), port, connections, severed, ports: binding.ports() })
+}
+
+/// Who holds a binding.
+pub(crate) fn handles(manager: &Manager, name: &str) -> Result<Vec<HandleStatus>, ErrorBody> {
+    Ok(find(manager, name)?.status().handles)
+}
+
+/// Why a binding is where it is; also of one that has left.
+pub(crate) fn why(manager: &Manager, name: &str) -> Result<Explanation, ErrorBody> {
+    let none =
+        || ErrorBody::no_such_thing(format!("no binding is called '{name}', and none of the last that left was"));
+    manager.why(name).ok_or_else(none)
+}
+
+/// Takes one handle away; blocks for at most `deadline`.
+pub(crate) fn revoke(
+    manager: &Manager,
+    name: &str,
+    handle: u64,
+    deadline: Duration,
+) -> Result<RevokeReport, ErrorBody> {
+    manager.revoke(name, handle, deadline).map_err(|error| match error {
+        RevokeError::NoSuchBinding(_) | RevokeError::NoSuchHandle { .. } => ErrorBody::no_such_thing(error),
+        RevokeError::StillDraining(report) => {
+            let RevokeReport { port, peer, requests_left, .. } = &report;
+            let requests = if *requests_left == 1 { "1 request of it is" } else { &format!("{requests_left} requests of it are") };
+            let message = format!(
+                "handle {handle} of '{name}' ({port}, {peer}) is revoked, but {requests} still with the device (see 'cofferdam why {name}')"
+            );
+            ErrorBody { revoked: Some(Box::new(report)), ..ErrorBody::new(ErrorCode::StillDraining, message) }
+        }
+    })
+}
+
 /// An unload, with its errors as the control API says them.
-pub(crate) fn unload(manager: &Manager, name: &str, options: &UnloadOptions) -> Result<Certificate, ErrorBody> {
+pub(crate) fn unload(
+    manager: &Manager,
+    name: &str,
+    options: &UnloadOptions,
+    explain: bool,
+) -> Result<Certificate, ErrorBody> {
     manager.unload(name, options).map_err(|error| {
         let message = error.to_string();
         match error {
             UnloadError::NoSuchBinding(_) => ErrorBody::new(ErrorCode::NoSuchThing, message),
-            UnloadError::StillDraining { so_far, .. } => ErrorBody {
-                code: ErrorCode::StillDraining,
-                message: format!("'{name}': {message}; unload again to go on, or with --force"),
-                so_far: Some(so_far),
-            },
+            UnloadError::StillDraining { waited, waiting_for, so_far } => {
+                let explanation = if explain { why(manager, name).ok().map(Box::new) } else { None };
+                // The explanation says what is waited for, in more words.
+                let what = if explanation.is_some() { String::new() } else { format!(": {waiting_for}") };
+                let message = format!(
+                    "'{name}' is still draining after {waited:.1?}{what}; unload again to go on, or with --force"
+                );
+                ErrorBody { so_far: Some(so_far), explanation, ..ErrorBody::new(ErrorCode::StillDraining, message) }
+            }
             UnloadError::Pinned(_) | UnloadError::Deferred | UnloadError::NoThread(_) => ErrorBody::failed(message),
         }
     })

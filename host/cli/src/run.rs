@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cofferdam_manager::{BindingState, Cause, UnloadOptions};
+use cofferdam_manager::{Cause, Phase, UnloadOptions};
 
 use crate::args::RunArgs;
 use crate::control::ErrorBody;
@@ -36,7 +36,7 @@ pub(crate) fn run(args: RunArgs) -> Result<(), ErrorBody> {
             tokio::select! {
                 () = stop.next() => return false,
                 () = tokio::time::sleep(LOOK) => {
-                    if binding.state() != BindingState::Serving {
+                    if binding.phase() != Phase::Serving {
                         return true;
                     }
                 }

@@ -1,14 +1,37 @@
 //! What people read. Everything here goes to stdout and is data; a stdout that is closed ends nothing.
+//!
+//! Drivers, devices and clients have a say in some of these texts, so no control character of theirs reaches a terminal. JSON is another matter: its reader unpacks it.
 
-use std::fmt::Write as _;
+mod event;
+mod explanation;
+mod table;
+
 use std::io::Write as _;
 
 use cofferdam_manager::{
-    BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, Stage,
+    BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport, Stage,
 };
 
+use crate::control::PortChange;
+
+pub(crate) use event::event;
+pub(crate) use explanation::{explanation, explanation_lines, fingerprint};
+
 pub(crate) fn line(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
+    let _ = writeln!(std::io::stdout().lock(), "{}", harmless(text));
+}
+
+fn print(lines: &[String]) {
+    lines.iter().for_each(|text| line(text));
+}
+
+/// The text with control characters written out.
+pub(crate) fn harmless(text: &str) -> std::borrow::Cow<'_, str> {
+    if !text.chars().any(char::is_control) {
+        return text.into();
+    }
+    let write_out = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(write_out).collect::<String>().into()
 }
 
 pub(crate) fn json<T: serde::Serialize + ?Sized>(document: &T) {
@@ -27,26 +50,19 @@ pub(crate) fn serving(binding: &BindingStatus) {
         binding.device,
         count(binding.lanes as u64, "lane")
     ));
-    for port in &binding.ports {
-        line(&format!("  reachable at {port}"));
-    }
+    reachable(&binding.ports);
 }
 
-pub(crate) fn table(bindings: &[BindingStatus]) {
+pub(crate) fn bindings(bindings: &[BindingStatus]) {
     if bindings.is_empty() {
         line("no bindings");
         return;
     }
-    let mut rows = vec![
-        ["NAME", "STATE", "DRIVER", "DEVICE", "GEN", "AGE", "HANDLES", "IN FLIGHT", "CALLS PER CORE"]
-            .map(str::to_owned),
-    ];
-    for binding in bindings {
+    let row = |binding: &BindingStatus| {
         let calls: Vec<String> = binding.calls.iter().map(|core| format!("{}:{}", core.core, core.crossings)).collect();
-        let state = if binding.pinned { format!("{} (pinned)", binding.state) } else { binding.state.clone() };
-        rows.push([
+        [
             binding.name.clone(),
-            state,
+            state(binding),
             binding.driver.clone(),
             binding.device.clone(),
             binding.generation.to_string(),
@@ -54,22 +70,78 @@ pub(crate) fn table(bindings: &[BindingStatus]) {
             binding.handles.len().to_string(),
             binding.requests_in_flight.to_string(),
             if calls.is_empty() { "-".into() } else { calls.join(" ") },
-        ]);
+        ]
+    };
+    let head = ["NAME", "STATE", "DRIVER", "DEVICE", "GEN", "AGE", "HANDLES", "IN FLIGHT", "CALLS PER CORE"];
+    print(&table::lines("", head, bindings.iter().map(row)));
+}
+
+/// `serving`, `serving (pinned)`, `draining (waiting, unload)`.
+fn state(binding: &BindingStatus) -> String {
+    let stage = (binding.stage != binding.state).then(|| binding.stage.clone());
+    let retired = (binding.retired_bytes > 0).then(|| format!("{} retired", bytes(binding.retired_bytes)));
+    let notes = [stage, binding.cause.clone(), binding.pinned.then(|| "pinned".to_owned()), retired];
+    let notes: Vec<String> = notes.into_iter().flatten().collect();
+    if notes.is_empty() { binding.state.clone() } else { format!("{} ({})", binding.state, notes.join(", ")) }
+}
+
+pub(crate) fn handles(binding: &str, handles: &[HandleStatus]) {
+    if handles.is_empty() {
+        line(&format!("{binding} has no handles"));
+        return;
     }
-    let widths: Vec<usize> = (0..rows[0].len())
-        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
-        .collect();
-    for row in &rows {
-        let mut text = String::new();
-        for (cell, width) in row.iter().zip(&widths) {
-            let _ = write!(text, "{cell:<width$}  ");
-        }
-        line(text.trim_end());
+    print(&handle_lines("", handles));
+}
+
+fn handle_lines(indent: &str, handles: &[HandleStatus]) -> Vec<String> {
+    let row = |handle: &HandleStatus| {
+        [
+            handle.id.to_string(),
+            handle.port.clone(),
+            handle.peer.clone(),
+            handle.lane.to_string(),
+            age(handle.age_seconds),
+            handle.in_flight.to_string(),
+            handle.requests.to_string(),
+        ]
+    };
+    let head = ["ID", "PORT", "PEER", "LANE", "AGE", "IN FLIGHT", "REQUESTS"];
+    table::lines(indent, head, handles.iter().map(row))
+}
+
+pub(crate) fn revoked(report: &RevokeReport) {
+    let RevokeReport { binding, handle, port, peer, .. } = report;
+    line(&format!("handle {handle} of {binding} is revoked ({port}, {peer})"));
+    line(&format!(
+        "  {} in flight, all answered after {}",
+        count(report.requests_at_revoke, "request"),
+        micros(report.micros)
+    ));
+}
+
+pub(crate) fn port(change: &PortChange) {
+    let PortChange { binding, port, .. } = change;
+    match (change.connections, change.severed) {
+        (Some(connections), Some(severed)) => line(&format!(
+            "{binding}: detached {port} ({}, {severed} severed with answers unsent)",
+            count(connections, "connection")
+        )),
+        _ => line(&format!("{binding}: attached {port}")),
+    }
+    reachable(&change.ports);
+}
+
+fn reachable(ports: &[String]) {
+    for port in ports {
+        line(&format!("  reachable at {port}"));
+    }
+    if ports.is_empty() {
+        line("  reachable at no address (see 'cofferdam port attach')");
     }
 }
 
 pub(crate) fn binding(binding: &BindingStatus) {
-    line(&format!("{} ({})", binding.name, binding.state));
+    line(&format!("{} ({})", binding.name, state(binding)));
     line(&format!("  driver      {} (generation {})", binding.driver, binding.generation));
     line(&format!("  device      {} ({})", binding.device, bytes(binding.capacity_bytes)));
     line(&format!("  age         {}", age(binding.age_seconds)));
@@ -222,6 +294,14 @@ fn count(number: u64, what: &str) -> String {
 
 fn micros(micros: u64) -> String {
     if micros >= 1000 { format!("{:.1} ms", micros as f64 / 1000.0) } else { format!("{micros} us") }
+}
+
+fn millis(millis: u64) -> String {
+    match millis {
+        0..=999 => format!("{millis} ms"),
+        1000..=119_999 => format!("{:.1} s", millis as f64 / 1000.0),
+        _ => age(millis / 1000),
+    }
 }
 
 fn age(seconds: u64) -> String {

@@ -4,12 +4,12 @@
 //! back to the allocator, because nearly all traffic asks for the same few sizes again and again, and what was used last is warm in the cache.
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
 use offset_allocator::{Allocation, Allocator};
 use parking_lot::Mutex;
 
+use crate::buffer::{Buffer, Origin};
 use crate::dma::{DmaRegion, PAGE_BYTES};
 use crate::error::{ArenaError, RegionError};
 
@@ -110,13 +110,15 @@ impl DmaArena {
         state.leased_pages += u64::from(pages);
         state.leased_buffers += 1;
         drop(state);
-        Ok(Buffer { arena: Arc::clone(shared), allocation, pages, len: bytes })
+        let lease = Lease { arena: Arc::clone(shared), allocation, pages };
+        let start = lease.start();
+        Ok(Buffer::new(Origin::Lease(lease), start, bytes))
     }
 
     /// Whether `buffer` is a lease of this very arena. Two arenas may use the same I/O addresses, so a buffer of another one must not reach this device.
     #[must_use]
     pub fn owns(&self, buffer: &Buffer) -> bool {
-        Arc::ptr_eq(&self.shared, &buffer.arena)
+        matches!(buffer.origin(), Origin::Lease(lease) if Arc::ptr_eq(&self.shared, &lease.arena))
     }
 
     /// Largest possible lease in bytes, when nothing else is leased. The allocator sorts free blocks into classes 12.5 % apart, so this may be that much below the
@@ -182,99 +184,30 @@ impl fmt::Debug for DmaArena {
     }
 }
 
-/// A lease of DMA memory: given back when dropped. The memory is shared with the device, so it is only ever copied in and out
-/// (or handed to the kernel, see [`crate::transfer`]).
-pub struct Buffer {
+/// The arena's half of a [`Buffer`]: what goes back when it is dropped.
+pub(crate) struct Lease {
     arena: Arc<Shared>,
     allocation: Allocation<u32>,
     pages: u32,
-    len: u32,
 }
 
-impl Buffer {
-    /// I/O address of the first byte, a multiple of 4096.
-    #[must_use]
-    pub fn iova(&self) -> u64 {
-        self.arena.region.iova() + self.start()
+impl Lease {
+    /// The region that the lease is in.
+    pub(crate) fn region(&self) -> &Arc<DmaRegion> {
+        &self.arena.region
     }
 
-    /// Bytes, as they were asked for.
-    #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "a lease has at least one byte")]
-    pub fn len(&self) -> u32 {
-        self.len
-    }
-
-    /// Copies `from` to `offset`.
-    ///
-    /// # Errors
-    /// [`RegionError::OutOfRange`], and nothing is written.
-    pub fn write_at(&self, offset: u32, from: &[u8]) -> Result<(), RegionError> {
-        let place = self.place(offset, from.len())?;
-        self.arena.region.write_at(place, from)
-    }
-
-    /// Copies from `offset` into all of `into`.
-    ///
-    /// # Errors
-    /// [`RegionError::OutOfRange`], and nothing is read.
-    pub fn read_at(&self, offset: u32, into: &mut [u8]) -> Result<(), RegionError> {
-        let place = self.place(offset, into.len())?;
-        self.arena.region.read_at(place, into)
-    }
-
-    /// Sets `bytes` bytes at `offset` to `value`.
-    ///
-    /// # Errors
-    /// [`RegionError::OutOfRange`], and nothing is written.
-    pub fn fill(&self, offset: u32, bytes: u32, value: u8) -> Result<(), RegionError> {
-        let place = self.place(offset, bytes as usize)?;
-        self.arena.region.fill(place, u64::from(bytes), value)
-    }
-
-    /// Never gives the lease back, because the device may still write there (DESIGN L1). It stays counted.
-    pub fn retire(self) {
-        std::mem::forget(self);
-    }
-
-    /// Where `range` of the buffer is mapped, and its length, if it is inside.
-    pub(crate) fn host_range(&self, range: &Range<u32>) -> Option<(*mut u8, usize)> {
-        if range.start > range.end || range.end > self.len || self.arena.region.is_revoked() {
-            return None;
-        }
-        let start = usize::try_from(self.start()).ok()? + range.start as usize;
-        // Inside the mapping, since the lease is; `wrapping_add` only spares an unsafe block.
-        Some((self.arena.region.host_address().wrapping_add(start), (range.end - range.start) as usize))
-    }
-
+    /// Where the lease begins in its region.
     fn start(&self) -> u64 {
         u64::from(self.allocation.offset) * PAGE_BYTES
     }
-
-    /// The offset in the region of `bytes` bytes at `offset`, if they are inside this lease.
-    fn place(&self, offset: u32, bytes: usize) -> Result<u64, RegionError> {
-        if offset > self.len || bytes > (self.len - offset) as usize {
-            return Err(RegionError::OutOfRange {
-                offset: u64::from(offset),
-                bytes: bytes as u64,
-                region_bytes: u64::from(self.len),
-            });
-        }
-        Ok(self.start() + u64::from(offset))
-    }
 }
 
-impl Drop for Buffer {
+impl Drop for Lease {
     fn drop(&mut self) {
         let mut state = self.arena.state.lock();
         state.leased_pages -= u64::from(self.pages);
         state.leased_buffers -= 1;
         state.give_back(self.pages, self.allocation);
-    }
-}
-
-impl fmt::Debug for Buffer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffer").field("iova", &format_args!("{:#x}", self.iova())).field("len", &self.len).finish()
     }
 }

@@ -24,6 +24,8 @@ pub struct DmaRegion {
     file: OwnedFd,
     iova: u64,
     revoked: AtomicBool,
+    /// `revoke` has succeeded.
+    gone: AtomicBool,
 }
 
 impl DmaRegion {
@@ -52,7 +54,7 @@ impl DmaRegion {
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(io("fcntl(F_ADD_SEALS)"))?;
         let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
-        Ok(Self { mapping, file, iova, revoked: AtomicBool::new(false) })
+        Ok(Self { mapping, file, iova, revoked: AtomicBool::new(false), gone: AtomicBool::new(false) })
     }
 
     /// The I/O address of the first byte.
@@ -137,19 +139,41 @@ impl DmaRegion {
         Ok(())
     }
 
+    /// Another descriptor of the memfd, to be given to the client whose region this is. The seals are the file's, so its holder can write what is in the region, and
+    /// can neither resize it nor unseal it.
+    ///
+    /// # Errors
+    /// [`RegionError::Revoked`], or [`RegionError::Io`] when the process may have no more descriptors.
+    pub fn duplicate(&self) -> Result<OwnedFd, RegionError> {
+        let duplicate = || rustix::io::fcntl_dupfd_cloexec(&self.file, 0);
+        if self.is_revoked() {
+            return Err(RegionError::Revoked);
+        }
+        let fd =
+            duplicate().map_err(|source| RegionError::Io { what: "fcntl(F_DUPFD_CLOEXEC)", source: source.into() })?;
+        // Revoked meanwhile: it may be the memory or `/dev/null`, and is nobody's in either case.
+        if self.is_revoked() { Err(RegionError::Revoked) } else { Ok(fd) }
+    }
+
     /// Takes the memory away from whoever still holds the region: its pages are freed, its descriptor is closed, and every access answers
-    /// [`RegionError::Revoked`]. The device must not reach it any more (DESIGN L1). Idempotent. If the system refuses, the memory stays and so does the mapping, for a
-    /// certificate to find.
-    pub fn revoke(&self) {
+    /// [`RegionError::Revoked`]. The device must not reach it any more (DESIGN L1). Idempotent; whether the memory is gone. If the system refuses, the memory stays and so
+    /// does the mapping, for a certificate to find.
+    ///
+    /// Another process that has a descriptor or a mapping of the file finds zeroes there, and may fill it again up to its sealed length: with pages of its own account, which
+    /// nothing of this process refers to.
+    pub fn revoke(&self) -> bool {
         if self.revoked.swap(true, Ordering::SeqCst) {
-            return;
+            return self.gone.load(Ordering::Acquire);
         }
         // Punched first: a backend that kept its mapping holds nothing either.
         let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         let punched = rustix::fs::fallocate(&self.file, flags, 0, self.len()).map_err(std::io::Error::from);
-        if let Err(error) = punched.and_then(|()| self.mapping.revoke(self.file.as_fd())) {
+        let outcome = punched.and_then(|()| self.mapping.revoke(self.file.as_fd()));
+        if let Err(error) = &outcome {
             tracing::error!(%error, bytes = self.len(), "memory could not be revoked");
         }
+        self.gone.store(outcome.is_ok(), Ordering::Release);
+        outcome.is_ok()
     }
 
     /// Whether [`DmaRegion::revoke`] was called.

@@ -27,6 +27,12 @@ pub enum TransportError {
     /// The device understood and refused, or cannot do what is needed.
     #[error("the device refused: {0}")]
     Refused(String),
+    /// The device's bus has no way to do this; the text says what it lacks. Asking again does not help.
+    #[error("the device cannot do this: {0}")]
+    Unsupported(String),
+    /// The device has been given all that it takes; something must be taken away first.
+    #[error("the device takes no more: {0}")]
+    Exhausted(String),
     /// The caller asked for something that is not legal now or not in bounds.
     #[error("invalid use of the transport: {0}")]
     Invalid(String),

@@ -10,13 +10,15 @@
 //! | used elements | device | [`SplitQueue::pop`] | [`Used`], or a [`DeviceFault`] that poisons the queue |
 //!
 //! - [`transport`]: what a bus gives the host for one device.
-//! - [`dma`]: memory that a device may reach; [`arena`]: leases of it; [`transfer`]: socket I/O straight from and to leases.
+//! - [`dma`]: memory that a device may reach; [`arena`]: leases of it; [`window`]: windows of a client's own; [`buffer`]: either of the two;
+//!   [`transfer`]: socket I/O straight from and to buffers.
 //! - [`queue`]: the driver side of a split virtqueue; [`chain`]: the check of a guest's chains; [`words`]: the numbers that cross.
 //! - [`error`]: every error, each saying who is to blame.
 //!
 //! `unsafe` is in `mmap` (mapping and volatile access), `transfer` (iovecs of raw memory) and `hollow` (descriptor numbers) alone.
 
 pub mod arena;
+pub mod buffer;
 pub mod chain;
 pub mod dma;
 pub mod error;
@@ -26,9 +28,11 @@ pub mod queue;
 mod ring;
 pub mod transfer;
 pub mod transport;
+pub mod window;
 pub mod words;
 
-pub use arena::{Buffer, DmaArena};
+pub use arena::DmaArena;
+pub use buffer::Buffer;
 pub use chain::{Chain, ChainBatch, ChainBuf, Direction, Expected, Outcome, Payload};
 pub use dma::DmaRegion;
 pub use error::{
@@ -37,4 +41,5 @@ pub use error::{
 pub use hollow::hollow_out;
 pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
 pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};
+pub use window::WindowedRegion;
 pub use words::{BlockOp, Status};

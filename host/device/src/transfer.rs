@@ -1,4 +1,4 @@
-//! Socket I/O straight from and to leased buffers, without a copy in this process.
+//! Socket I/O straight from and to buffers, without a copy in this process.
 //!
 //! The kernel is given iovecs of raw addresses: no slice of memory that a device may change is ever made. Each function makes one system call, never
 //! more; whether it blocks is the descriptor's own setting. Interrupted calls are repeated.
@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use crate::arena::Buffer;
+use crate::buffer::Buffer;
 
 /// Most pieces that one call carries; those after it wait for the next call, as after a short write.
 pub const MAX_PIECES: usize = 64;
@@ -21,7 +21,7 @@ pub const MAX_PIECES: usize = 64;
 pub enum Piece<'a> {
     /// Bytes of the host: headers.
     Bytes(&'a [u8]),
-    /// A range of a leased buffer.
+    /// A range of a buffer.
     Shared(&'a Buffer, Range<u32>),
 }
 
@@ -30,7 +30,7 @@ pub enum Piece<'a> {
 pub enum Space<'a> {
     /// Memory of the host: the next header.
     Bytes(&'a mut [u8]),
-    /// A range of a leased buffer.
+    /// A range of a buffer.
     Shared(&'a Buffer, Range<u32>),
 }
 
@@ -94,8 +94,8 @@ pub fn send(fd: BorrowedFd<'_>, pieces: &[Piece<'_>], skip: usize) -> io::Result
     message.msg_iov = iovecs.entries.as_mut_ptr().cast();
     message.msg_iovlen = iovecs.count as _;
     repeat(|| {
-        // SAFETY: the first `count` entries are initialised and lie in `iovecs`, which outlives the call. Each is inside a slice or a lease that is borrowed for the call. The
-        // kernel only reads through the addresses; that a device may write a lease at the same time is the kernel's copy, not an access of this program.
+        // SAFETY: the first `count` entries are initialised and lie in `iovecs`, which outlives the call. Each is inside a slice or a buffer that is borrowed for the call. The
+        // kernel only reads through the addresses; that a device may write a buffer at the same time is the kernel's copy, not an access of this program.
         unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
     })
 }
@@ -121,7 +121,7 @@ pub fn receive(fd: BorrowedFd<'_>, spaces: &mut [Space<'_>], skip: usize) -> io:
     }
     repeat(|| {
         // SAFETY: the first `count` entries (at most 64) are initialised and lie in `iovecs`, which outlives the call. Each is inside a slice that is borrowed exclusively
-        // for the call, or inside a lease, whose memory no reference ever points to.
+        // for the call, or inside a buffer, whose memory no reference ever points to.
         unsafe { libc::readv(fd.as_raw_fd(), iovecs.entries.as_ptr().cast(), iovecs.count as libc::c_int) }
     })
 }

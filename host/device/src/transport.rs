@@ -4,7 +4,7 @@
 //! device initialisation (virtio 1.2, section 3.1.1) and of the ladder (DESIGN L1); a transport does no policy of its own.
 //!
 //! ```text
-//! new -> negotiate -> read_config* -> map* -> setup_queue* -> start -> (traffic) -> quiesce -> release
+//! new -> negotiate -> read_config* -> map* -> setup_queue* -> start -> (traffic, map and unmap) -> quiesce -> release
 //!          any step may fail or find the device lost; quiesce and release are always legal and idempotent
 //! ```
 
@@ -56,7 +56,7 @@ pub struct QueueEvents {
     pub call: OwnedFd,
 }
 
-/// What is known about a device after [`Transport::quiesce`] (DESIGN L1).
+/// What is known about a device after [`Transport::quiesce`], or about one region after [`Transport::unmap`] (DESIGN L1).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Silence {
     /// No more DMA and no more effect on the medium: memory may be freed, requests answered as failed.
@@ -95,7 +95,12 @@ pub trait Transport: Send {
     /// Largest ring size of queue `index` in entries, a power of two.
     fn max_queue_size(&self, index: u16) -> u16;
 
-    /// Lets the device reach `region` at its I/O address. The transport keeps the region alive until `release`.
+    /// Lets the device reach `region` at its I/O address. The transport keeps the region alive until `release`, or until `unmap` has confirmed that the device is done
+    /// with it. Legal before the first `setup_queue`, and again after `start` for what [`Transport::unmap`] may take away while the device runs.
+    ///
+    /// # Errors
+    /// After `start`: [`TransportError::Unsupported`] where memory cannot be added to a running device, [`TransportError::Exhausted`] when it has all the regions that it
+    /// takes. After `Timeout` or `Lost` the device may reach the region nevertheless: it has to be unmapped, or kept until `release`.
     fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError>;
 
     /// Gives the device one ring. Called once per queue, after `map` and before `start`.
@@ -103,6 +108,16 @@ pub trait Transport: Send {
 
     /// DRIVER_OK: from here on the device may use the rings.
     fn start(&mut self) -> Result<(), TransportError>;
+
+    /// Takes one region away again that was mapped after `start`, while the device runs; waits until `deadline` and a little at most, and never longer than the transport's own
+    /// time limit. [`Silence::Confirmed`] only when the device has acknowledged that it does not reach the region any more, or cannot reach anything. After
+    /// `Unconfirmed` the region stays mapped, and this may be called again: what was asked is not asked twice.
+    ///
+    /// The caller has seen to it that no request in flight uses the region.
+    fn unmap(&mut self, iova: u64, deadline: Instant) -> Silence {
+        let _ = (iova, deadline);
+        Silence::Unconfirmed { reason: "memory cannot be taken away from this device while it runs".to_owned() }
+    }
 
     /// A descriptor that becomes readable or hangs up when the device may have been lost or has something to say; poll it, then ask
     /// [`Transport::is_lost`].

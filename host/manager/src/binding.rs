@@ -1,13 +1,14 @@
 //! One driver joined to one device.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::{DmaArena, DmaRegion};
 use cofferdam_gate::Gate;
-use cofferdam_runtime::{Instance, KillSwitch, Module};
+use cofferdam_lifecycle::{Cause, Event, Life, Phase, Refused};
+use cofferdam_runtime::{CallView, Instance, KillSwitch, LaneId, Module};
 use parking_lot::Mutex;
 
 use crate::block::BlockGeometry;
@@ -18,6 +19,7 @@ use crate::events::{EventKind, EventLog};
 use crate::handle::{Handle, HandleShared, HandleSpec};
 use crate::ladder::Progress;
 use crate::lane::Lane;
+use crate::mapped::Regions;
 use crate::ports::{Gone, Port, PortReport, Ports};
 use crate::residue::Marks;
 
@@ -41,21 +43,6 @@ pub struct RevokeReport {
     pub requests_left: u64,
     /// How long it took, in microseconds.
     pub micros: u64,
-}
-
-/// Where a binding is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[repr(u8)]
-pub enum BindingState {
-    /// Being set up; no client can reach it.
-    Loading = 0,
-    /// Serves.
-    Serving = 1,
-    /// On the ladder; no new operation is admitted.
-    Draining = 2,
-    /// Over.
-    Detached = 3,
 }
 
 /// What the ladder takes apart. Filled by `load` step by step, so that a failure half-way leaves by the same steps.
@@ -93,12 +80,15 @@ pub struct Binding {
     generation: AtomicU64,
     created: Instant,
     gate: Gate,
-    state: AtomicU8,
-    pub(crate) fault: OnceLock<LaneFault>,
+    /// Where it is, and why it leaves. Locked for a step and for the record of it, so that the log has the steps in their order.
+    life: Mutex<Life>,
+    /// When it entered the ladder.
+    leaving_since: OnceLock<Instant>,
+    fault: OnceLock<LaneFault>,
+    /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
+    pub(crate) hurried: AtomicBool,
     /// The watch has a ladder under way for it.
     pub(crate) leaving: AtomicBool,
-    /// Somebody asked for force while another run of the ladder was waiting.
-    pub(crate) force: AtomicBool,
     pub(crate) serving: OnceLock<Serving>,
     /// Held by `load` while it builds and by the ladder while it takes apart; never on the data path.
     pub(crate) parts: Mutex<Parts>,
@@ -106,13 +96,17 @@ pub struct Binding {
     ports: Ports,
     events: Arc<EventLog>,
     pub(crate) certificate: OnceLock<Certificate>,
+    /// Looks at its instances, from before each of them is made: at most one per queue, and the control lane's. Locked to add and to copy, never across a call.
+    calls: Mutex<Vec<(LaneId, CallView)>>,
+    /// Memory that clients have mapped.
+    regions: Regions,
     /// Closed handles with requests in flight, and their lanes. At most as many as there are requests.
     orphans: Mutex<Vec<(Arc<HandleShared>, Arc<Lane>)>>,
 }
 
 impl std::fmt::Debug for Binding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Binding").field("name", &self.name).field("state", &self.state()).finish()
+        f.debug_struct("Binding").field("name", &self.name).field("phase", &self.phase()).finish()
     }
 }
 
@@ -146,16 +140,19 @@ impl Binding {
             generation: AtomicU64::new(1),
             created: Instant::now(),
             gate,
-            state: AtomicU8::new(BindingState::Loading as u8),
+            life: Mutex::new(Life::new(pinned)),
+            leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
+            hurried: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
-            force: AtomicBool::new(false),
             serving: OnceLock::new(),
             parts: Mutex::new(Parts::default()),
             handles: Mutex::new(Handles { open: BTreeMap::new(), next: 1, closed: false }),
             ports: Ports::default(),
             events,
             certificate: OnceLock::new(),
+            calls: Mutex::new(Vec::new()),
+            regions: Regions::default(),
             orphans: Mutex::new(Vec::new()),
         }
     }
@@ -185,18 +182,82 @@ impl Binding {
         self.created.elapsed()
     }
 
-    /// Where it is in its life.
-    pub fn state(&self) -> BindingState {
-        match self.state.load(Ordering::Acquire) {
-            0 => BindingState::Loading,
-            1 => BindingState::Serving,
-            2 => BindingState::Draining,
-            _ => BindingState::Detached,
+    /// Where it is in its life, as `ls` shows it.
+    pub fn phase(&self) -> Phase {
+        self.life.lock().phase()
+    }
+
+    /// Where it is, exactly, and why it leaves.
+    pub(crate) fn life(&self) -> Life {
+        self.life.lock().clone()
+    }
+
+    /// Tells its life what has happened. The manager owns no transition: what comes next is in the table of `cofferdam-lifecycle`.
+    pub(crate) fn step(&self, event: Event) -> Result<(), Refused> {
+        let mut life = self.life.lock();
+        let step = life.apply(event)?;
+        if step.from == step.to {
+            return Ok(());
+        }
+        let (from, to, phase) = (step.from.as_str(), step.to.as_str(), step.to.phase().as_str());
+        let cause = step.cause.map(|cause| cause.as_str());
+        // The ladder's steps are many and quick; its beginning and its end are what an operator looks for.
+        if step.from.phase() == step.to.phase() {
+            tracing::debug!(binding = self.name, from, to, cause, "life");
+        } else {
+            tracing::info!(binding = self.name, from, to, cause, "life");
+        }
+        if matches!(event, Event::Leave { .. }) {
+            let _ = self.leaving_since.set(Instant::now());
+        }
+        let detail = match event {
+            Event::Leave { cause: Cause::Fault, .. } => self.fault().map(ToString::to_string),
+            _ => None,
+        };
+        self.record(EventKind::State {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            phase: phase.to_owned(),
+            cause: cause.map(str::to_owned),
+            detail,
+        });
+        Ok(())
+    }
+
+    /// For how long it has been leaving.
+    pub(crate) fn leaving_for(&self) -> Option<Duration> {
+        self.leaving_since.get().map(Instant::elapsed)
+    }
+
+    /// Memory that stays on purpose.
+    pub(crate) fn retired_bytes(&self) -> u64 {
+        self.certificate.get().map_or_else(|| self.regions.retired_bytes(), |certificate| certificate.leaked.bytes)
+    }
+
+    /// Why it leaves by itself, if it does.
+    pub(crate) fn fault(&self) -> Option<&LaneFault> {
+        self.fault.get()
+    }
+
+    /// Driver or device broke the rules. Only the first fault counts: what comes after it may be its consequence.
+    pub(crate) fn set_fault(&self, fault: LaneFault) {
+        if self.fault.set(fault).is_ok()
+            && let Some(fault) = self.fault()
+        {
+            self.record(fault.to_event());
         }
     }
 
-    pub(crate) fn set_state(&self, state: BindingState) {
-        self.state.store(state as u8, Ordering::Release);
+    /// A view for an instance that is about to be made, which the binding keeps.
+    pub(crate) fn new_view(&self, lane: LaneId) -> CallView {
+        let view = CallView::new();
+        self.calls.lock().push((lane, view.clone()));
+        view
+    }
+
+    /// Looks at every instance that it has or had.
+    pub(crate) fn views(&self) -> Vec<(LaneId, CallView)> {
+        self.calls.lock().clone()
     }
 
     pub(crate) fn gate(&self) -> &Gate {
@@ -260,11 +321,25 @@ impl Binding {
         self.orphans.lock().push((Arc::clone(handle), Arc::clone(lane)));
     }
 
+    /// Memory that clients have mapped.
+    pub(crate) fn regions(&self) -> &Regions {
+        &self.regions
+    }
+
+    /// Takes away the mapped memory of handles that are over; whether some of it is still there.
+    pub(crate) fn revoke_regions(&self) -> bool {
+        let found = self.regions.revoke_finished();
+        if let Some((bytes, reason)) = found.retired {
+            self.record(EventKind::Retired { bytes, reason });
+        }
+        found.waits
+    }
+
     /// Reaps for closed handles; whether any has something in flight still.
     pub(crate) fn reap_orphans(&self) -> bool {
         let mut orphans = self.orphans.lock();
         // Of a binding that has ended nothing is left to reap.
-        let over = self.state() == BindingState::Detached;
+        let over = self.phase() == Phase::Detached;
         orphans.retain(|(handle, lane)| {
             let waits = |handle: &HandleShared| handle.in_flight.load(Ordering::Acquire) > 0;
             if !over && waits(handle) {

@@ -22,6 +22,19 @@ pub enum Outcome {
     Draining,
 }
 
+impl From<cofferdam_lifecycle::Outcome> for Outcome {
+    fn from(outcome: cofferdam_lifecycle::Outcome) -> Outcome {
+        match outcome {
+            cofferdam_lifecycle::Outcome::Unloaded => Outcome::Unloaded,
+            cofferdam_lifecycle::Outcome::Forced => Outcome::Forced,
+            cofferdam_lifecycle::Outcome::Removed => Outcome::Removed,
+            cofferdam_lifecycle::Outcome::Failed => Outcome::Failed,
+            cofferdam_lifecycle::Outcome::RolledBack => Outcome::RolledBack,
+            cofferdam_lifecycle::Outcome::Shutdown => Outcome::Shutdown,
+        }
+    }
+}
+
 /// A step of the ladder, in its order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

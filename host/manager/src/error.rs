@@ -6,6 +6,7 @@ use cofferdam_device::error::{ArenaError, DeviceFault, TransportError};
 use cofferdam_runtime::{CallError, GuestFault, InstantiateError, RuntimeError};
 
 use crate::certificate::Certificate;
+use crate::events::EventKind;
 
 /// The manager itself could not be made or asked.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +138,7 @@ pub enum UnloadError {
     #[error("no binding is called '{0}' (see 'cofferdam ls')")]
     NoSuchBinding(String),
     /// The deadline passed, or the wait was cancelled; the binding stays `draining` and a second unload goes on from here.
-    #[error("still draining after {waited:?}: {waiting_for}")]
+    #[error("still draining after {} ms: {waiting_for}", waited.as_millis())]
     StillDraining {
         /// How long this call waited.
         waited: Duration,
@@ -166,6 +167,17 @@ pub(crate) enum LaneFault {
     /// The device broke the virtqueue's rules.
     #[error("device fault: {0}")]
     Device(DeviceFault),
+}
+
+impl LaneFault {
+    /// What the log of events says of it.
+    pub(crate) fn to_event(&self) -> EventKind {
+        let (kind, message, backtrace) = match self {
+            LaneFault::Guest(fault) => (fault.kind.as_str(), fault.message.clone(), fault.backtrace.clone()),
+            LaneFault::Device(fault) => ("device", fault.to_string(), Vec::new()),
+        };
+        EventKind::Fault { kind: kind.to_owned(), message, backtrace }
+    }
 }
 
 /// A port was not detached.

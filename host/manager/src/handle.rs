@@ -8,8 +8,8 @@
 //! What was submitted through a handle that was closed still completes; its answers are thrown away and its buffers go back to the arena.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::Buffer;
@@ -22,6 +22,7 @@ use crate::binding::Binding;
 use crate::block::{BlockGeometry, BlockRequest, Completion};
 use crate::error::{LeaseError, OpenError, SubmitError};
 use crate::lane::Lane;
+use crate::mapped::{Regions, Share};
 
 /// What a client says of itself when it opens a handle.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +64,9 @@ pub(crate) struct HandleShared {
     answers: Mutex<Vec<Completion>>,
     /// Length of `answers`, so that the common poll takes no lock.
     waiting: AtomicU32,
+    /// Its one region is there or being made.
+    mapping: AtomicBool,
+    mapped: OnceLock<Arc<Share>>,
 }
 
 impl HandleShared {
@@ -119,6 +123,34 @@ impl HandleShared {
         if !self.own_notify {
             self.notify.signal();
         }
+        if let Some(mapped) = self.mapped.get() {
+            mapped.wake();
+        }
+    }
+
+    /// The right by itself, for what outlives the handle.
+    pub(crate) fn right(&self) -> cofferdam_gate::Handle {
+        self.right
+    }
+
+    /// Whether a request of this handle may use `buffer` although it is no lease of the lane's arena.
+    pub(crate) fn owns_window(&self, buffer: &Buffer) -> bool {
+        self.mapped.get().is_some_and(|mapped| mapped.owns(buffer))
+    }
+
+    /// Takes the one chance to map a region; false when it is taken.
+    pub(crate) fn claim_mapping(&self) -> bool {
+        !self.mapping.swap(true, Ordering::AcqRel)
+    }
+
+    /// Nothing came of it: another try may be made.
+    pub(crate) fn unclaim_mapping(&self) {
+        self.mapping.store(false, Ordering::Release);
+    }
+
+    /// From here on requests may use windows of the region.
+    pub(crate) fn set_mapped(&self, share: &Arc<Share>) -> bool {
+        self.mapped.set(Arc::clone(share)).is_ok()
     }
 }
 
@@ -166,8 +198,15 @@ impl Handle {
             requests: AtomicU64::new(0),
             answers: Mutex::new(Vec::new()),
             waiting: AtomicU32::new(0),
+            mapping: AtomicBool::new(false),
+            mapped: OnceLock::new(),
         });
         Ok((Handle { shared: Arc::clone(&shared), lane, binding }, shared))
+    }
+
+    /// What [`Handle::map`] works with.
+    pub(crate) fn for_mapping(&self) -> (&Arc<HandleShared>, &Arc<Lane>, &Regions) {
+        (&self.shared, &self.lane, self.binding.regions())
     }
 
     /// The number that `handles` shows.
@@ -281,6 +320,10 @@ impl Drop for Handle {
             // Nobody may be left to look at the device for what is still on it.
             self.binding.adopt_orphan(&self.shared, &self.lane);
             self.lane.wake_watch();
+        }
+        // The watching thread takes the region away, once nothing is in flight.
+        if let Some(mapped) = self.shared.mapped.get() {
+            mapped.wake();
         }
     }
 }

@@ -27,6 +27,7 @@ use rustix::io::ReadWriteFlags;
 
 use crate::binding::Binding;
 use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion};
+use crate::board::{Board, Picture};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::lane::inside::{Inside, Sink};
@@ -87,6 +88,7 @@ pub(crate) struct Lane {
     call: OwnedFd,
     binding: Weak<Binding>,
     wake: Arc<Notify>,
+    board: Arc<Board>,
     inside: Mutex<Inside>,
 }
 
@@ -95,7 +97,8 @@ impl Lane {
         let LaneParts { driver, queue, arena, geometry, requests, binding, wake } = parts;
         let call = queue.events.call;
         let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests);
-        Lane { geometry, arena, call, binding, wake, inside: Mutex::new(inside) }
+        let board = Arc::clone(inside.ledger.board());
+        Lane { geometry, arena, call, binding, wake, board, inside: Mutex::new(inside) }
     }
 
     pub(crate) fn geometry(&self) -> &BlockGeometry {
@@ -199,7 +202,7 @@ impl Lane {
 
     fn report(&self, fault: LaneFault) {
         if let Some(binding) = self.binding.upgrade() {
-            let _ = binding.fault.set(fault);
+            binding.set_fault(fault);
             self.wake.signal();
         }
     }
@@ -235,15 +238,9 @@ impl Lane {
         self.lease_for_ladder().map(|inside| inside.ledger.len())
     }
 
-    /// The request that has waited longest: its token, its age, how far it has come.
-    pub(crate) fn oldest(&self) -> Option<(u32, Duration, &'static str)> {
-        let (token, since, stage) = self.inside.try_lock()?.ledger.oldest()?;
-        let stage = match stage {
-            Stage::Given => "given to the driver",
-            Stage::Parked => "waiting for room on the ring",
-            Stage::Published => "on the ring",
-        };
-        Some((token, since.elapsed(), stage))
+    /// What waits on this lane, with the `most` oldest requests. Needs no lease: whoever has it may be stuck in the driver.
+    pub(crate) fn waiting(&self, most: usize) -> Picture {
+        self.board.read(most)
     }
 
     /// Last look at the ring after the device was silenced; then everything that is left is failed, or abandoned if it was not (L1).
@@ -256,7 +253,7 @@ impl Lane {
         self.reap(inside, false, &mut sink);
         let (mut failed, mut abandoned) = (0, 0);
         for token in inside.ledger.tokens() {
-            let published = inside.ledger.get_mut(token).is_some_and(|entry| entry.stage == Stage::Published);
+            let published = inside.ledger.stage(token) == Some(Stage::Published);
             if silent || !published {
                 inside.answer(token, Err(BlockError::Revoked), &mut sink);
                 failed += 1;
@@ -286,10 +283,18 @@ impl Lane {
         }
     }
 
-    /// Drops the store. The lane is vacant: this takes its lease.
-    pub(crate) fn drop_driver(&self) {
+    /// Drops the store; whether that could be done. The lane is vacant: this takes its lease.
+    pub(crate) fn drop_driver(&self) -> bool {
         // G9: a store whose lane is not vacant stays.
-        let driver = self.lease_for_ladder().and_then(|mut inside| inside.driver.take());
+        let Some(driver) = self.lease_for_ladder().map(|mut inside| inside.driver.take()) else { return false };
         drop(driver);
+        true
+    }
+
+    /// Keeps the store until the process ends, and nobody enters it any more.
+    pub(crate) fn keep_driver(&self) {
+        if let Some(driver) = self.lease_for_ladder().and_then(|mut inside| inside.driver.take()) {
+            std::mem::forget(driver);
+        }
     }
 }

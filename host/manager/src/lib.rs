@@ -4,10 +4,14 @@
 //! registry   names -> bindings, read without a lock (arc-swap snapshots)
 //! binding    one driver joined to one device: gate, lanes, arena, ports
 //! load       claim, negotiate, start; a failure half-way leaves by the ladder
-//! ladder     the one way out: unload, loss of the device, a faulty driver, shutdown (DESIGN section 7)
+//! ladder     the one way out: carries out what `cofferdam-lifecycle` says comes next (DESIGN section 7)
 //! lane       one driver instance and its queues: submit, reap (DESIGN section 5)
 //! ledger     what was admitted and is not answered yet
+//! board      the ledger's essentials, readable while a driver is stuck
+//! explain    who holds what: the answer of `why`
 //! handle     a client's revocable right to operate
+//! mapped     memory that a client maps for itself, and how it is taken away again
+//! departed   how bindings that are gone have ended
 //! device     the capability a driver sees during attach, over a bus's transport
 //! ports      what makes the service reachable, attached and detached on their own
 //! events     what happened, in order
@@ -15,41 +19,48 @@
 //! watch      the thread that notices lost devices and faulty drivers
 //! ```
 //!
-//! This crate may import `cofferdam-runtime`, `cofferdam-gate` and `cofferdam-device`, and nothing else of the project: it knows no bus and no port.
+//! This crate may import `cofferdam-runtime`, `cofferdam-lifecycle`, `cofferdam-gate` and `cofferdam-device`, and nothing else of the project: it knows no bus and no port.
 //! A port is given a [`Binding`] and implements [`Port`]; a bus gives a [`Transport`].
 
 mod binding;
 mod block;
+mod board;
 mod certificate;
+mod departed;
 mod device;
 mod error;
 mod events;
+mod explain;
 mod handle;
 mod ladder;
 mod lane;
 mod ledger;
 mod load;
 mod manager;
+mod mapped;
 mod ports;
 mod registry;
 mod residue;
 mod status;
 mod watch;
 
-pub use binding::{Binding, BindingState, RevokeReport};
+pub use binding::{Binding, RevokeReport};
 pub use block::{BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Completion};
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
 pub use error::{LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError};
 pub use events::{EventKind, EventReader, EventRecord};
+pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
 pub use handle::{Handle, HandleSpec, HandleState};
 pub use ladder::{Cause, UnloadOptions};
 pub use load::LoadSpec;
 pub use manager::{Config, Manager};
+pub use mapped::{MapError, Mapped, MappedUse};
 pub use ports::{Port, PortReport};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 
-pub use cofferdam_device::Buffer;
 pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;
+pub use cofferdam_device::{Buffer, RegionError};
 pub use cofferdam_gate::{Cancel, Notify};
+pub use cofferdam_lifecycle::Phase;
 pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo};

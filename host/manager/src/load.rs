@@ -8,16 +8,18 @@ use cofferdam_device::DmaArena;
 use cofferdam_device::dma::DmaRegion;
 use cofferdam_device::queue::{QueueConfig, SplitQueue};
 use cofferdam_device::transport::{QueueSetup, Transport};
+use cofferdam_lifecycle::Event;
 use cofferdam_runtime::{
     Attachment, Grants, GuestLimits, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime,
 };
 use parking_lot::Mutex;
 
-use crate::binding::{Binding, BindingState, Parts, Serving};
+use crate::binding::{Binding, Parts, Serving};
 use crate::block::BlockGeometry;
 use crate::device::{DeviceWindow, F_EVENT_IDX, F_INDIRECT_DESC, host_features};
 use crate::error::LoadError;
 use crate::lane::{Lane, LaneParts, LaneQueue};
+use crate::mapped::{MapLimits, Site};
 use crate::residue::Marks;
 use crate::watch::Watch;
 
@@ -54,10 +56,15 @@ pub struct LoadSpec {
     pub requests_per_lane: usize,
     /// Open handles of the binding.
     pub handle_limit: usize,
+    /// Regions that clients may have mapped ([`crate::Handle::map`]), counted until their memory is gone.
+    pub mapped_handles: usize,
+    /// Bytes of all of them together.
+    pub mapped_bytes: u64,
 }
 
 impl LoadSpec {
-    /// A load with every default: 64 MiB of buffers, rings of 256 entries, 1,024 requests per lane, 4,096 handles, one queue, no grants.
+    /// A load with every default: 64 MiB of buffers, rings of 256 entries, 1,024 requests per lane, 4,096 handles, 16 mapped regions
+    /// of 256 MiB together, one queue, no grants.
     pub fn new(driver: impl Into<String>, component: Vec<u8>, transport: Box<dyn Transport>) -> LoadSpec {
         LoadSpec {
             name: None,
@@ -72,6 +79,8 @@ impl LoadSpec {
             ring_entries: 256,
             requests_per_lane: 1024,
             handle_limit: 4096,
+            mapped_handles: 16,
+            mapped_bytes: 256 << 20,
         }
     }
 }
@@ -79,6 +88,7 @@ impl LoadSpec {
 /// Builds up `binding`, which is registered and `loading`. On error the caller runs the ladder on it.
 pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, spec: LoadSpec) -> Result<(), LoadError> {
     let mut parts = binding.parts.lock();
+    let mappings = MapLimits { handles: spec.mapped_handles, bytes: spec.mapped_bytes };
     let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, ring_entries, .. } =
         spec;
     let device = binding.device().to_owned();
@@ -168,6 +178,9 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         parts.lanes.push(Arc::new(lane));
     }
     transport.lock().start().map_err(device_error)?;
+    let site =
+        Site { transport: Arc::downgrade(&transport), memory: memory.clone(), wake: watch.waker(), limits: mappings };
+    binding.regions().open(site);
     open_for_business(binding, &mut parts, geometry, watch, &transport)
 }
 
@@ -180,12 +193,11 @@ fn open_for_business(
     transport: &crate::device::SharedTransport,
 ) -> Result<(), LoadError> {
     let serving = Serving { lanes: parts.lanes.clone(), geometry };
-    // An unload that lost patience with this load has closed the gate: then there is nothing to serve.
-    if binding.gate().state() == cofferdam_gate::State::Closed {
+    // Before anybody can reach it: a fault that comes with the first request is looked for in bindings that serve. An unload that came while this went on has
+    // called it off, and waits for the parts that are locked here.
+    if binding.step(Event::Loaded).is_err() {
         return Err(LoadError::Host("the binding was unloaded while it was loading".into()));
     }
-    // Before anybody can reach it: a fault that comes with the first request is looked for in bindings that serve.
-    binding.set_state(BindingState::Serving);
     if binding.serving.set(serving).is_err() {
         return Err(LoadError::Host("a binding was built twice".into()));
     }
@@ -216,6 +228,7 @@ impl InstanceMaker<'_> {
             grants: self.grants.clone(),
             limits: self.limits.clone(),
             kill: kill.clone(),
+            view: self.binding.new_view(lane),
         })?;
         Ok((instance, kill))
     }

@@ -1,6 +1,6 @@
 //! The host as a library: what the command line and the examples drive.
 
-use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -12,12 +12,15 @@ use parking_lot::Mutex;
 
 use crate::binding::{Binding, RevokeReport};
 use crate::certificate::Certificate;
+use crate::departed::Departed;
 use crate::error::{LoadError, ManagerError, RevokeError, UnloadError};
 use crate::events::{EventLog, EventReader};
+use crate::explain::Explanation;
 use crate::ladder::{self, Cause, UnloadOptions};
 use crate::load::{self, LoadSpec};
 use crate::ports::Within;
 use crate::registry::Registry;
+use crate::status::BindingStatus;
 use crate::watch::{self, Watch};
 
 /// How a manager is set up.
@@ -33,8 +36,7 @@ pub(crate) struct Shared {
     watch: Arc<Watch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
     stopping: AtomicBool,
-    /// Certificates of bindings that left by themselves, until somebody asks; the oldest go first.
-    untold: Mutex<VecDeque<Certificate>>,
+    departed: Departed,
     events: Arc<EventLog>,
 }
 
@@ -45,9 +47,6 @@ const LAST_USER: Duration = Duration::from_secs(5);
 fn must_defer() -> bool {
     cofferdam_gate::in_crossing() || Within::is_any()
 }
-
-/// Certificates that wait to be asked for.
-const UNTOLD: usize = 64;
 
 /// Loads drivers, keeps bindings, unloads them. Cheap to clone; every clone is the same manager.
 ///
@@ -92,7 +91,7 @@ impl Manager {
             watch: Arc::clone(&watch),
             watcher: Mutex::new(None),
             stopping: AtomicBool::new(false),
-            untold: Mutex::new(VecDeque::new()),
+            departed: Departed::default(),
             events: EventLog::new(),
         });
         *shared.watcher.lock() = Some(watch::spawn(watch, Arc::downgrade(&shared))?);
@@ -136,7 +135,9 @@ impl Manager {
             drop(spec);
             Err(LoadError::ShuttingDown)
         } else {
-            load::build(&binding, &shared.runtime, &shared.watch, spec)
+            // A panic of the host in here must not leave a binding behind that loads for ever.
+            let build = AssertUnwindSafe(|| load::build(&binding, &shared.runtime, &shared.watch, spec));
+            std::panic::catch_unwind(build).unwrap_or_else(|_| Err(LoadError::Host("the load panicked".into())))
         };
         match result {
             // A shutdown that took its picture of the bindings before this one was in it leaves it to us. Partner: `shutdown` sets the flag, then takes the picture;
@@ -173,7 +174,7 @@ impl Manager {
     /// [`UnloadError`]; after `StillDraining` the binding admits nothing any more, and another unload goes on from there.
     pub fn unload(&self, name: &str, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
         let Some(binding) = self.get(name) else {
-            return self.shared.told(name).ok_or_else(|| UnloadError::NoSuchBinding(name.to_owned()));
+            return self.shared.departed.tell(name).ok_or_else(|| UnloadError::NoSuchBinding(name.to_owned()));
         };
         self.unload_binding(&binding, options)
     }
@@ -211,6 +212,21 @@ impl Manager {
         EventReader::new(&self.shared.events, from)
     }
 
+    /// Why a binding is where it is, and what it waits for; of one that has left, how it ended (the last 64 are remembered).
+    pub fn why(&self, name: &str) -> Option<Explanation> {
+        match self.get(name) {
+            Some(binding) => Some(binding.explain()),
+            None => self.shared.departed.why(name),
+        }
+    }
+
+    /// What `ls` shows: every binding, and below them those that are gone and whose memory was retired on purpose.
+    pub fn statuses(&self) -> Vec<BindingStatus> {
+        let mut all: Vec<_> = self.bindings().iter().map(|binding| binding.status()).collect();
+        all.extend(self.shared.departed.retired());
+        all
+    }
+
     /// The binding of this name.
     pub fn get(&self, name: &str) -> Option<Arc<Binding>> {
         self.shared.registry.get(name)
@@ -238,25 +254,12 @@ impl Manager {
 }
 
 impl Shared {
-    /// Keeps the certificate of a binding that nobody has unloaded.
-    pub(crate) fn remember(&self, certificate: Certificate) {
-        let mut untold = self.untold.lock();
-        if untold.len() >= UNTOLD {
-            untold.pop_front();
-        }
-        untold.push_back(certificate);
-    }
-
-    /// The newest certificate under this name, once.
-    fn told(&self, name: &str) -> Option<Certificate> {
-        let mut untold = self.untold.lock();
-        let place = untold.iter().rposition(|certificate| certificate.name == name)?;
-        untold.remove(place)
-    }
-
     pub(crate) fn leave(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
         let certificate = ladder::run(binding, options, &self.watch)?;
-        self.registry.remove(binding);
+        if self.registry.remove(binding) {
+            let by_itself = matches!(options.cause, Cause::Removed | Cause::Fault);
+            self.departed.add(binding.explain(), binding.status(), by_itself);
+        }
         Ok(certificate)
     }
 

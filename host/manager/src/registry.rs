@@ -43,13 +43,15 @@ impl Registry {
         Ok(())
     }
 
-    /// Removes this very binding; another one of the same name stays.
-    pub(crate) fn remove(&self, binding: &Arc<Binding>) {
+    /// Removes this very binding; another one of the same name stays. Whether it was there.
+    pub(crate) fn remove(&self, binding: &Arc<Binding>) -> bool {
         let _turn = self.writer.lock();
         let mut next = BTreeMap::clone(&self.current.load());
-        if next.get(binding.name()).is_some_and(|found| Arc::ptr_eq(found, binding)) {
+        let is_there = next.get(binding.name()).is_some_and(|found| Arc::ptr_eq(found, binding));
+        if is_there {
             next.remove(binding.name());
             self.current.store(Arc::new(next));
         }
+        is_there
     }
 }

@@ -1,8 +1,15 @@
 //! What `ls` shows: plain data, made from counters that are read without disturbing who writes them.
 
+use std::sync::atomic::Ordering;
+
+use cofferdam_runtime::clean;
 use serde::{Deserialize, Serialize};
 
 use crate::binding::Binding;
+use crate::handle::HandleShared;
+
+/// Longest label or peer that is shown, in bytes of what the port or client said; control characters are escaped.
+const MAX_LABEL_BYTES: usize = 256;
 
 /// Calls counted on one core.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,9 +27,9 @@ pub struct CoreCalls {
 pub struct HandleStatus {
     /// Its number within the binding.
     pub id: u64,
-    /// The port, or `in-process`.
+    /// The port, or `in-process`; at most 256 bytes before control characters are escaped.
     pub port: String,
-    /// Who is at the other end, in the port's words.
+    /// Who is at the other end, in the port's words, bounded and escaped as `port` is.
     pub peer: String,
     /// The lane that serves it.
     pub lane: usize,
@@ -41,6 +48,10 @@ pub struct BindingStatus {
     pub name: String,
     /// `loading`, `serving`, `draining` or `detached`.
     pub state: String,
+    /// Where it is exactly, a state of `docs/LIFECYCLE.md`.
+    pub stage: String,
+    /// Why it leaves, once it does.
+    pub cause: Option<String>,
     /// The driver's file or label.
     pub driver: String,
     /// The device's address.
@@ -69,25 +80,33 @@ pub struct BindingStatus {
     pub leased_bytes: u64,
     /// Why it is leaving by itself, if it is.
     pub fault: Option<String>,
+    /// Bytes of memory that were retired on purpose, because the device could not be shown to be silent; they stay until the process ends.
+    pub retired_bytes: u64,
+}
+
+impl HandleStatus {
+    fn of(handle: &HandleShared) -> HandleStatus {
+        HandleStatus {
+            id: handle.id,
+            port: clean(&handle.label, MAX_LABEL_BYTES),
+            peer: clean(&handle.peer, MAX_LABEL_BYTES),
+            lane: handle.lane,
+            age_seconds: handle.opened.elapsed().as_secs(),
+            in_flight: handle.in_flight.load(Ordering::Relaxed),
+            requests: handle.requests.load(Ordering::Relaxed),
+        }
+    }
 }
 
 impl Binding {
+    /// Its open handles, by number. Takes no lock that is held across a call into the driver.
+    pub fn handle_statuses(&self) -> Vec<HandleStatus> {
+        self.open_handles().iter().map(|handle| HandleStatus::of(handle)).collect()
+    }
+
     /// A picture of the binding now. Takes no lock that the data path takes.
     pub fn status(&self) -> BindingStatus {
-        let state = serde_json_name(self.state());
-        let handles = self
-            .open_handles()
-            .iter()
-            .map(|handle| HandleStatus {
-                id: handle.id,
-                port: handle.label.clone(),
-                peer: handle.peer.clone(),
-                lane: handle.lane,
-                age_seconds: handle.opened.elapsed().as_secs(),
-                in_flight: handle.in_flight.load(std::sync::atomic::Ordering::Relaxed),
-                requests: handle.requests.load(std::sync::atomic::Ordering::Relaxed),
-            })
-            .collect();
+        let life = self.life();
         let calls = self
             .gate()
             .stats()
@@ -97,7 +116,9 @@ impl Binding {
             .collect();
         BindingStatus {
             name: self.name().to_owned(),
-            state: state.to_owned(),
+            state: life.phase().to_string(),
+            stage: life.state().to_string(),
+            cause: life.cause().map(|cause| cause.to_string()),
             driver: self.driver().to_owned(),
             device: self.device().to_owned(),
             generation: self.generation(),
@@ -105,22 +126,14 @@ impl Binding {
             pinned: self.pinned,
             lanes: self.lanes(),
             ports: self.ports(),
-            handles,
+            handles: self.handle_statuses(),
             requests_in_flight: self.gate().operations(),
             calls_running: self.gate().crossings(),
             calls,
             capacity_bytes: self.geometry().map_or(0, |geometry| geometry.capacity_bytes),
             leased_bytes: self.serving.get().map_or(0, |serving| serving.lanes[0].arena().leased_bytes()),
-            fault: self.fault.get().map(ToString::to_string),
+            fault: self.fault().map(ToString::to_string),
+            retired_bytes: self.retired_bytes(),
         }
-    }
-}
-
-fn serde_json_name(state: crate::BindingState) -> &'static str {
-    match state {
-        crate::BindingState::Loading => "loading",
-        crate::BindingState::Serving => "serving",
-        crate::BindingState::Draining => "draining",
-        crate::BindingState::Detached => "detached",
     }
 }

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use cofferdam_device::transport::Transport;
 use cofferdam_gate::Notify;
+use cofferdam_lifecycle::Phase;
 use parking_lot::Mutex;
 use rustix::event::{Timespec, epoll};
 
-use crate::binding::{Binding, BindingState};
+use crate::binding::Binding;
 use crate::device::SharedTransport;
 use crate::ladder::{Cause, UnloadOptions};
 use crate::manager::Shared;
@@ -132,14 +133,20 @@ pub(crate) fn spawn(watch: Arc<Watch>, manager: Weak<Shared>) -> std::io::Result
                     }
                 }
             }
-            orphans = manager.registry.snapshot().values().filter(|binding| binding.reap_orphans()).count() > 0;
+            orphans = manager
+                .registry
+                .snapshot()
+                .values()
+                .filter(|binding| binding.reap_orphans() | binding.revoke_regions())
+                .count()
+                > 0;
         }
     })
 }
 
 fn look_for_faults(manager: &Arc<Shared>) {
     for binding in manager.registry.snapshot().values() {
-        if let Some(fault) = binding.fault.get().filter(|_| may_leave(binding)) {
+        if let Some(fault) = binding.fault().filter(|_| may_leave(binding)) {
             tracing::warn!(binding = binding.name(), %fault, "binding failed");
             leave(manager, binding, Cause::Fault);
         }
@@ -157,7 +164,7 @@ fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &Shar
 
 /// A load that fails rolls back by itself; of what is draining, somebody may have given up waiting (L4).
 fn may_leave(binding: &Binding) -> bool {
-    matches!(binding.state(), BindingState::Serving | BindingState::Draining)
+    matches!(binding.phase(), Phase::Serving | Phase::Draining)
 }
 
 /// Takes the binding down the ladder on a thread of its own, one at a time.
@@ -169,9 +176,8 @@ fn leave(manager: &Arc<Shared>, binding: &Arc<Binding>, cause: Cause) {
     let again = Arc::clone(&binding);
     let ladder = move || {
         let options = UnloadOptions { deadline: SELF_DRAIN, force: true, cancel: None, cause };
-        match manager.leave(&binding, &options) {
-            Ok(certificate) => manager.remember(certificate),
-            Err(error) => tracing::error!(binding = binding.name(), error = %error, "binding could not leave"),
+        if let Err(error) = manager.leave(&binding, &options) {
+            tracing::error!(binding = binding.name(), error = %error, "binding could not leave");
         }
         binding.leaving.store(false, Ordering::Release);
     };

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
-    Binding, BindingState, BlockError, BlockOp, BlockRequest, Buffer, Cause, Completion, Config, Handle, HandleSpec,
-    LoadError, LoadSpec, Manager, Outcome, UnloadError, UnloadOptions,
+    Binding, BlockError, BlockOp, BlockRequest, Buffer, Cause, Completion, Config, Handle, HandleSpec, LoadError,
+    LoadSpec, Manager, Outcome, Phase, UnloadError, UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Lie, Options, Rule, Sim, Storage};
 
@@ -156,7 +156,7 @@ fn dropping_the_last_manager_takes_its_bindings_down() {
     let manager = manager();
     let binding = manager.load(spec(&sim, "dropped")).unwrap();
     drop(manager);
-    assert!(binding.certificate().is_some(), "still {:?}", binding.state());
+    assert!(binding.certificate().is_some(), "still {:?}", binding.phase());
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn a_pinned_binding_drains_too() {
     let stop = UnloadOptions { cause: Cause::Shutdown, ..options(5000) };
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let unload = std::thread::spawn(move || other.unload_binding(&leaving, &stop));
-    until("draining", || binding.state() != BindingState::Serving);
+    until("draining", || binding.phase() != Phase::Serving);
     let certificate = unload.join().unwrap().unwrap();
     assert_eq!(answers(&handle, 1)[0].result, Ok(()), "{certificate:?}");
 }
@@ -229,7 +229,7 @@ fn force_cuts_an_unload_short_that_is_running() {
     start(&handle, BlockOp::Write, 0);
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let polite = std::thread::spawn(move || other.unload_binding(&leaving, &options(4000)).map_err(|e| e.to_string()));
-    until("draining", || binding.state() == BindingState::Draining);
+    until("draining", || binding.phase() == Phase::Draining);
     let forced = manager.unload_binding(&binding, &UnloadOptions { force: true, ..options(1500) });
     let polite = polite.join().unwrap();
     let forced = forced.map_err(|error| error.to_string());
@@ -259,7 +259,7 @@ fn a_device_lost_during_an_unload_is_what_the_certificate_says() {
     start(&handle, BlockOp::Write, 0);
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let unload = std::thread::spawn(move || other.unload_binding(&leaving, &options(4000)));
-    until("draining", || binding.state() == BindingState::Draining);
+    until("draining", || binding.phase() == Phase::Draining);
     sim.die();
     let certificate = unload.join().unwrap().unwrap();
     assert_eq!((certificate.outcome, certificate.requests_failed), (Outcome::Removed, 1));
@@ -276,7 +276,7 @@ fn a_device_that_lies_while_an_unload_drains_does_not_hold_it_up() {
     }
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let unload = std::thread::spawn(move || other.unload_binding(&leaving, &options(3000)).map_err(|e| e.to_string()));
-    until("draining", || binding.state() == BindingState::Draining);
+    until("draining", || binding.phase() == Phase::Draining);
     sim.open_gate(4);
     let result = unload.join().unwrap();
     let fault = binding.status().fault;
@@ -302,7 +302,7 @@ fn a_load_that_ends_after_the_shutdown_does_not_serve() {
     manager.shutdown(Duration::from_millis(200));
     go.send(()).unwrap();
     let loaded = loading.join().unwrap();
-    assert!(loaded.is_err(), "{:?} after shutdown", loaded.map(|binding| binding.state()));
+    assert!(loaded.is_err(), "{:?} after shutdown", loaded.map(|binding| binding.phase()));
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn a_driver_that_traps_leaves_the_device_time_to_answer() {
         let _ = handle.submit(&mut vec![request(sent, BlockOp::Write, sent * 4096, Some(buffer))]);
         sent += 1;
     }
-    until("draining", || binding.state() != BindingState::Serving);
+    until("draining", || binding.phase() != Phase::Serving);
     until("detached", || binding.certificate().is_some());
     let lost =
         answers(&handle, sent as usize).iter().filter(|answer| answer.result == Err(BlockError::Revoked)).count();

@@ -88,7 +88,8 @@ fn root(error: &wasmtime::Error) -> String {
     clean(&error.root_cause().to_string(), MAX_MESSAGE_BYTES)
 }
 
-fn frames(backtrace: &WasmBacktrace) -> Vec<String> {
+/// A backtrace as text, bounded.
+pub(crate) fn frames(backtrace: &WasmBacktrace) -> Vec<String> {
     let frames = backtrace.frames().iter().take(MAX_BACKTRACE_FRAMES);
     frames
         .map(|frame| {

@@ -1,28 +1,28 @@
 //! One lane's guest: a store of its own, entered by one caller at a time, dead after its first fault.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Instant;
 
 use cofferdam_gate::Gate;
-use wasmtime::{Store, UpdateDeadline};
+use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
 
+use crate::activity::{Activity, Export};
 use crate::bindings::VirtioBlockDriver;
 use crate::capability::device::{DeviceCapability, the_device};
 use crate::capability::log::{LogSink, Speaker};
 use crate::capability::wasi::WasiState;
 use crate::error::InstantiateError;
-use crate::fault::{CallError, DriverError, FaultKind, GuestFault};
+use crate::fault::{CallError, DriverError, FaultKind, GuestFault, frames};
 use crate::grants::Grants;
 use crate::kill::KillSwitch;
 use crate::limits::{GuestLimits, Meter};
 use crate::module::{Module, mismatch};
-use crate::pulse::Activity;
 use crate::runtime::Runtime;
 use crate::service::{
     Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS,
 };
 use crate::state::LaneState;
+use crate::view::CallView;
 use crate::watch::Watch;
 
 /// Bytes that one host call may lift out of a guest; wasmtime counts them before it allocates. Enough for 64 chains of the longest kind (71 KiB) and for the chunks in
@@ -70,19 +70,20 @@ pub struct InstanceSpec {
     pub limits: GuestLimits,
     /// Ends this instance alone.
     pub kill: KillSwitch,
+    /// Shows what this instance alone is doing.
+    pub view: CallView,
 }
 
 /// One instance of a driver.
 ///
-/// Invariant (L5): once `fault` is set the guest is never entered again; every later call answers a copy of it. A call that unwound through a panic of a
+/// Invariant (L5): once the view has a fault the guest is never entered again; every later call answers a copy of it. A call that unwound through a panic of a
 /// capability counts as a fault too.
 pub struct Instance {
     // Before `runtime`: the store goes while the ticker that bounds it still runs.
     store: Store<LaneState>,
     guest: VirtioBlockDriver,
     gate: Gate,
-    activity: Arc<Activity>,
-    fault: Option<GuestFault>,
+    view: CallView,
     inside: bool,
     lane: LaneId,
     runtime: Runtime,
@@ -90,7 +91,7 @@ pub struct Instance {
 
 impl fmt::Debug for Instance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Instance").field("lane", &self.lane).field("fault", &self.fault).finish_non_exhaustive()
+        f.debug_struct("Instance").field("lane", &self.lane).field("fault", &self.fault()).finish_non_exhaustive()
     }
 }
 
@@ -110,8 +111,11 @@ impl Instance {
         };
         let log = LogSink::new(speaker, rate);
         let wasi = if spec.grants.is_empty() { None } else { Some(Box::new(WasiState::new(&spec.grants, &log)?)) };
+        // One instance, one view: words with two writers would show neither.
+        let view = if spec.view.activity().claim(&spec.kill) { spec.view } else { CallView::new() };
+        let activity = view.activity();
         let state = LaneState {
-            watch: Watch::new(spec.kill, &spec.limits),
+            watch: Watch::new(spec.kill, activity.clone(), &spec.limits),
             meter: Meter::new(&spec.limits),
             log,
             device: None,
@@ -122,23 +126,27 @@ impl Instance {
         store.set_hostcall_fuel(LIFT_LIMIT_BYTES);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(|mut store| {
-            store.data_mut().watch.tick(Instant::now())?;
+            store.data_mut().watch.epoch(Instant::now())?;
+            if store.data().watch.activity().is_asked() {
+                let frames = frames(&WasmBacktrace::force_capture(&store));
+                store.data().watch.activity().tell(frames);
+            }
             Ok(UpdateDeadline::Continue(1))
         });
-        let activity = runtime.pulse().register();
+        runtime.pulse().register(activity);
         // Start functions are guest code: under the gate, the deadline and the switch like any call.
         let made = {
             let _crossing = spec.gate.cross();
-            let _busy = Busy::enter(&runtime, &activity);
+            let _busy = Busy::enter(&runtime, activity, Export::Instantiate);
             match store.data_mut().watch.begin() {
                 Ok(()) => pre.instance_pre().instantiate(&mut store),
                 Err(interrupt) => Err(interrupt.into()),
             }
         };
-        let made = made.map_err(|error| classify(&mut store, &error))?;
+        let made = made.map_err(|error| activity.die(classify(&mut store, &error)).clone())?;
         // The exports have the right names (`world`); now their types are compared, once, and the functions looked up.
         let guest = VirtioBlockDriver::new(&mut store, &made).map_err(|error| mismatch(&error))?;
-        Ok(Instance { store, guest, gate: spec.gate, activity, fault: None, inside: false, lane: spec.lane, runtime })
+        Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, runtime })
     }
 
     /// The lane that this instance serves.
@@ -150,7 +158,7 @@ impl Instance {
     /// The fault that ended this instance, if one did.
     #[must_use]
     pub fn fault(&self) -> Option<&GuestFault> {
-        self.fault.as_ref()
+        self.view.fault()
     }
 
     /// Linear memory of the guest, in bytes.
@@ -165,8 +173,9 @@ impl Instance {
     /// [`CallError::Driver`] when the driver refuses the device, [`CallError::Fault`] when it faulted; the latter also for an attachment that is out of the
     /// bounds in `wit/virtio.wit`.
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
-        let words =
-            self.with_device(device, |store, guest| guest.cofferdam_driver_driver().call_attach(store, the_device()))?;
+        let words = self.with_device(Export::Attach, device, |store, guest| {
+            guest.cofferdam_driver_driver().call_attach(store, the_device())
+        })?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))
     }
@@ -176,7 +185,7 @@ impl Instance {
     /// # Errors
     /// As [`Instance::attach`].
     pub fn config_changed(&mut self, device: Box<dyn DeviceCapability>) -> Result<(), CallError> {
-        let answer = self.with_device(device, |store, guest| {
+        let answer = self.with_device(Export::ConfigChanged, device, |store, guest| {
             guest.cofferdam_driver_driver().call_config_changed(store, the_device())
         })?;
         Ok(answer.map_err(DriverError::from)?)
@@ -187,7 +196,8 @@ impl Instance {
     /// # Errors
     /// As [`Instance::attach`]; a breach of the bounds is a fault.
     pub fn block_properties(&mut self) -> Result<BlockProperties, CallError> {
-        let words = self.call(|store, guest| guest.cofferdam_driver_block().call_get_properties(store))?;
+        let words =
+            self.call(Export::GetProperties, |store, guest| guest.cofferdam_driver_block().call_get_properties(store))?;
         let properties = words.map_err(DriverError::from)?;
         BlockProperties::check(&properties).map_err(|fault| self.fail(fault))
     }
@@ -198,17 +208,19 @@ impl Instance {
     /// As [`Instance::attach`].
     pub fn start(&mut self, setup: &LaneSetup) -> Result<(), CallError> {
         let setup = setup.into();
-        let answer = self.call(|store, guest| guest.cofferdam_driver_driver().call_start(store, &setup))?;
+        let answer =
+            self.call(Export::Start, |store, guest| guest.cofferdam_driver_driver().call_start(store, &setup))?;
         Ok(answer.map_err(DriverError::from)?)
     }
 
     fn with_device<R>(
         &mut self,
+        export: Export,
         device: Box<dyn DeviceCapability>,
         call: impl FnOnce(&mut Store<LaneState>, &VirtioBlockDriver) -> wasmtime::Result<R>,
     ) -> Result<R, GuestFault> {
         self.store.data_mut().device = Some(device);
-        let result = self.call(call);
+        let result = self.call(export, call);
         self.store.data_mut().device = None;
         result
     }
@@ -216,21 +228,22 @@ impl Instance {
     /// The one way into the guest.
     fn call<R>(
         &mut self,
+        export: Export,
         call: impl FnOnce(&mut Store<LaneState>, &VirtioBlockDriver) -> wasmtime::Result<R>,
     ) -> Result<R, GuestFault> {
-        if let Some(fault) = &self.fault {
+        if let Some(fault) = self.fault() {
             return Err(fault.clone());
         }
         if self.inside {
-            return Err(self.fault.insert(unwound()).clone());
+            return Err(self.die(unwound()));
         }
         if let Err(interrupt) = self.store.data_mut().watch.begin() {
             let fault = classify(&mut self.store, &interrupt.into());
-            return Err(self.fault.insert(fault).clone());
+            return Err(self.die(fault));
         }
         let result = {
             let _crossing = self.gate.cross();
-            let _busy = Busy::enter(&self.runtime, &self.activity);
+            let _busy = Busy::enter(&self.runtime, self.view.activity(), export);
             self.inside = true;
             let result = call(&mut self.store, &self.guest);
             self.inside = false;
@@ -244,14 +257,19 @@ impl Instance {
             Err(error) => {
                 let fault = classify(&mut self.store, &error);
                 tracing::debug!(kind = fault.kind.as_str(), lane = %self.lane, message = fault.message, "driver fault");
-                Err(self.fault.insert(fault).clone())
+                Err(self.die(fault))
             }
         }
     }
 
+    /// The end of this instance, which everybody who has its view may know.
+    fn die(&mut self, fault: GuestFault) -> GuestFault {
+        self.view.activity().die(fault).clone()
+    }
+
     /// The guest answered with words that are out of bounds.
     fn fail(&mut self, fault: GuestFault) -> CallError {
-        CallError::Fault(self.fault.insert(fault).clone())
+        CallError::Fault(self.die(fault))
     }
 
     fn replace(&mut self, out: &mut Vec<u32>, words: Vec<u32>, limit: usize, export: &str) -> Result<(), CallError> {
@@ -266,13 +284,15 @@ impl Instance {
 
 impl BlockDriver for Instance {
     fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
-        let words = self.call(|store, guest| guest.cofferdam_driver_block().call_submit(store, requests))?;
+        let words =
+            self.call(Export::Submit, |store, guest| guest.cofferdam_driver_block().call_submit(store, requests))?;
         let limit = (requests.len() / REQUEST_WORDS).min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
         self.replace(out, words, limit, "submit")
     }
 
     fn complete(&mut self, responses: &[u32], out: &mut Vec<u32>) -> Result<(), CallError> {
-        let words = self.call(|store, guest| guest.cofferdam_driver_block().call_complete(store, responses))?;
+        let words =
+            self.call(Export::Complete, |store, guest| guest.cofferdam_driver_block().call_complete(store, responses))?;
         self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
     }
 }
@@ -281,8 +301,8 @@ impl BlockDriver for Instance {
 struct Busy<'a>(&'a Runtime, &'a Activity);
 
 impl<'a> Busy<'a> {
-    fn enter(runtime: &'a Runtime, activity: &'a Activity) -> Busy<'a> {
-        runtime.pulse().enter(activity);
+    fn enter(runtime: &'a Runtime, activity: &'a Activity, export: Export) -> Busy<'a> {
+        runtime.pulse().enter(activity, export);
         Busy(runtime, activity)
     }
 }

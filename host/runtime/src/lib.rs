@@ -19,8 +19,10 @@
 //! | A guest's memory, tables and instances are bounded; going over is the guest's fault, not the host's. | `limits` |
 //! | What a guest returns is bounded before the host allocates for it, and checked before it leaves the crate. | `instance`, `service` |
 //! | An instance that faulted is never entered again (L5). | `instance` |
+//! | What an instance is doing can be read at any time, without waiting for it, and never as a mixture of two calls. | `activity`, `view` |
 //! | Machine code is read back only from files that this user alone could have written. | `cache`, `cache_dir` |
 
+mod activity;
 mod bindings;
 mod cache;
 mod cache_dir;
@@ -37,6 +39,7 @@ mod runtime;
 mod service;
 mod state;
 mod text;
+mod view;
 mod watch;
 mod world;
 
@@ -53,4 +56,6 @@ pub use service::{
     Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS,
     QueuePlan,
 };
+pub use text::clean;
+pub use view::{CallView, RunningCall, Whereabouts};
 pub use world::{ImportInfo, ImportKind, Service};

@@ -1,8 +1,8 @@
 //! The ticker: makes epochs pass, so that guests are looked after while they run.
 //!
 //! One thread per [`Runtime`](crate::Runtime). It ticks every 10 ms while calls are being made and every 100 ms while none are. A call tells that it runs by
-//! one store to a word of its own lane (no shared line), and wakes the ticker if it finds it slow, which it reads from a word that changes only
-//! with the pace.
+//! one store to a word of its own lane (`activity`, no shared line), and wakes the ticker if it finds it slow, which it reads from a word that changes only
+//! with the pace. The ticker also notes since when it sees a call running, so that the calls themselves read no clock.
 //!
 //! A call that begins at the very moment in which the ticker slows down may miss the pace word (there is no fence on the call's side), and the ticker may miss the
 //! call's word. Then the next slow tick, 100 ms later at most, finds the call: a deadline is late once, never lost.
@@ -16,6 +16,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use wasmtime::Engine;
 
+use crate::activity::{Activity, Export, clock_ms};
+
 /// Time between ticks while guests run.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
 /// Time between ticks while none does.
@@ -26,25 +28,10 @@ const IDLE_TICKS: u32 = 50;
 const FAST: u8 = 0;
 const SLOW: u8 = 1;
 
-/// Says whether one lane is in a call: odd inside, even outside. Written by whoever holds the lane, read by the ticker.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub(crate) struct Activity {
-    sequence: AtomicU64,
-}
-
-impl Activity {
-    /// A plain load and store: the lane has one caller at a time.
-    fn step(&self) {
-        let sequence = self.sequence.load(Ordering::Relaxed);
-        self.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
-    }
-}
-
 #[derive(Debug)]
 struct Lane {
     activity: Weak<Activity>,
-    seen: u64,
+    seen: u32,
 }
 
 #[derive(Debug, Default)]
@@ -74,16 +61,14 @@ impl Pulse {
         Ok(Pulse { shared, ticker: join.thread().clone(), join: Some(join) })
     }
 
-    /// A lane more to look after, until the returned word is dropped.
-    pub(crate) fn register(&self) -> Arc<Activity> {
-        let activity = Arc::new(Activity::default());
-        self.shared.lanes.lock().push(Lane { activity: Arc::downgrade(&activity), seen: 0 });
-        activity
+    /// A lane more to look after, until its words are dropped.
+    pub(crate) fn register(&self, activity: &Arc<Activity>) {
+        self.shared.lanes.lock().push(Lane { activity: Arc::downgrade(activity), seen: 0 });
     }
 
     /// A call begins. Hot path: one store to the lane's own line, one load of a line that is written only when the pace changes.
-    pub(crate) fn enter(&self, activity: &Activity) {
-        activity.step();
+    pub(crate) fn enter(&self, activity: &Activity, export: Export) {
+        activity.enter(export);
         if self.shared.pace.load(Ordering::Relaxed) == SLOW {
             self.wake();
         }
@@ -92,7 +77,7 @@ impl Pulse {
     /// A call has ended.
     #[allow(clippy::unused_self)] // The pair of `enter`.
     pub(crate) fn leave(&self, activity: &Activity) {
-        activity.step();
+        activity.leave();
     }
 
     #[cold]
@@ -142,14 +127,15 @@ fn run(shared: &Shared, engine: &Engine) {
 }
 
 impl Shared {
-    /// Whether a lane is in a call or was since the last look.
+    /// Whether a lane is in a call or was since the last look. Notes the calls that it finds.
     fn any_active(&self) -> bool {
         let mut active = false;
+        let now_ms = clock_ms();
         self.lanes.lock().retain_mut(|lane| {
             let Some(activity) = lane.activity.upgrade() else { return false };
-            let sequence = activity.sequence.load(Ordering::Relaxed);
-            active |= sequence % 2 == 1 || sequence != lane.seen;
-            lane.seen = sequence;
+            let reading = activity.note(now_ms);
+            active |= reading.is_inside() || reading.sequence() != lane.seen;
+            lane.seen = reading.sequence();
             true
         });
         active
@@ -172,9 +158,10 @@ mod tests {
     #[test]
     fn the_ticker_slows_down_without_calls_and_a_call_wakes_it() {
         let pulse = Pulse::start(Engine::default()).unwrap();
-        let activity = pulse.register();
+        let activity = Arc::new(Activity::default());
+        pulse.register(&activity);
         wait_until("the slow pace", || pulse.is_slow());
-        pulse.enter(&activity);
+        pulse.enter(&activity, Export::Submit);
         assert!(!pulse.is_slow());
         let begun = Instant::now();
         let ticks = || pulse.shared.ticks.load(Ordering::Relaxed);
@@ -185,6 +172,7 @@ mod tests {
         let before = ticks();
         wait_until("more ticks than it takes to become idle", || ticks() > before + u64::from(IDLE_TICKS) + 10);
         assert!(!pulse.is_slow());
+        assert!(activity.age(activity.reading()) >= TICK * IDLE_TICKS, "{:?}", activity.age(activity.reading()));
         pulse.leave(&activity);
         wait_until("the slow pace again", || pulse.is_slow());
     }

@@ -7,7 +7,8 @@ pub(crate) const MAX_MESSAGE_BYTES: usize = 512;
 
 /// `text` cut to `most_bytes` bytes of input at a character boundary, with every control character escaped (a guest must not be able to move an
 /// operator's cursor or forge a second log line). The result is at most six times as long as the input that was kept.
-pub(crate) fn clean(text: &str, most_bytes: usize) -> String {
+#[must_use]
+pub fn clean(text: &str, most_bytes: usize) -> String {
     let cut = text.floor_char_boundary(most_bytes);
     let mut out = String::with_capacity(cut + 3);
     for character in text[..cut].chars() {

@@ -3,16 +3,19 @@
 //! The hot path reads no clock: a call's time starts at the first epoch tick that falls into it (10 ms apart at most while guests run, see
 //! `pulse`), so a call may run up to two ticks longer than its deadline and a call that sees no tick costs nothing.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::activity::{Activity, Import};
 use crate::fault::Interrupt;
 use crate::kill::KillSwitch;
 use crate::limits::GuestLimits;
 
-/// Deadline, kill switch and host time of the call that is running.
+/// Deadline, kill switch and host time of the call that is running, and what it shows to the outside.
 #[derive(Debug)]
 pub(crate) struct Watch {
     kill: KillSwitch,
+    activity: Arc<Activity>,
     deadline: Duration,
     host_budget: Duration,
     /// First tick seen in this call, moved later by what the host spent since.
@@ -22,9 +25,10 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(kill: KillSwitch, limits: &GuestLimits) -> Watch {
+    pub(crate) fn new(kill: KillSwitch, activity: Arc<Activity>, limits: &GuestLimits) -> Watch {
         Watch {
             kill,
+            activity,
             deadline: Duration::from_millis(limits.call_deadline_ms),
             host_budget: Duration::from_millis(limits.host_budget_ms),
             started: None,
@@ -39,7 +43,23 @@ impl Watch {
         if self.kill.is_killed() { Err(Interrupt::Killed) } else { Ok(()) }
     }
 
-    /// An epoch tick while the guest runs.
+    /// The words that say what the guest is doing.
+    pub(crate) fn activity(&self) -> &Activity {
+        &self.activity
+    }
+
+    /// The same, for as long as they are wanted.
+    pub(crate) fn shared_activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
+
+    /// An epoch tick in code of the guest's own: whatever import it was in last, it is out of it.
+    pub(crate) fn epoch(&mut self, now: Instant) -> Result<(), Interrupt> {
+        self.activity.no_import();
+        self.tick(now)
+    }
+
+    /// An epoch's worth of time has passed in the guest or in a wait of its own.
     pub(crate) fn tick(&mut self, now: Instant) -> Result<(), Interrupt> {
         if self.kill.is_killed() {
             return Err(Interrupt::Killed);
@@ -52,7 +72,7 @@ impl Watch {
     }
 
     /// Runs a host call for the guest: its time is not the guest's, but all host calls of one guest call have a budget too.
-    pub(crate) fn host_call<R>(&mut self, call: impl FnOnce() -> R) -> Result<R, Interrupt> {
+    pub(crate) fn host_call<R>(&mut self, import: Import, call: impl FnOnce() -> R) -> Result<R, Interrupt> {
         if self.kill.is_killed() {
             return Err(Interrupt::Killed);
         }
@@ -60,7 +80,10 @@ impl Watch {
             return Err(Interrupt::HostBudget { limit_ms: millis(self.host_budget) });
         }
         let before = Instant::now();
-        let result = call();
+        let result = {
+            let _within = self.activity.within(import);
+            call()
+        };
         let spent = before.elapsed();
         self.host_time += spent;
         if let Some(started) = &mut self.started {
@@ -79,7 +102,11 @@ mod tests {
     use super::*;
 
     fn watch(kill: &KillSwitch) -> Watch {
-        Watch::new(kill.clone(), &GuestLimits::default())
+        Watch::new(kill.clone(), Arc::default(), &GuestLimits::default())
+    }
+
+    fn watch_import(activity: &Activity) -> Option<&'static str> {
+        activity.reading().import()
     }
 
     #[test]
@@ -110,11 +137,16 @@ mod tests {
     #[test]
     fn host_time_has_a_budget_of_its_own() {
         let mut watch = watch(&KillSwitch::new());
+        let activity = Arc::clone(&watch.activity);
         watch.begin().unwrap();
         watch.host_time = Duration::from_millis(10_001);
-        assert_eq!(watch.host_call(|| ()), Err(Interrupt::HostBudget { limit_ms: 10_000 }));
+        assert_eq!(watch.host_call(Import::MaxQueues, || ()), Err(Interrupt::HostBudget { limit_ms: 10_000 }));
         watch.begin().unwrap();
-        assert_eq!(watch.host_call(|| 1), Ok(1));
+        assert_eq!(
+            watch.host_call(Import::MaxQueues, || watch_import(&activity)),
+            Ok(Some("virtio.device.max-queues"))
+        );
+        assert_eq!(watch_import(&activity), None);
     }
 
     #[test]
@@ -124,7 +156,7 @@ mod tests {
         watch.begin().unwrap();
         kill.kill();
         assert_eq!(watch.tick(Instant::now()), Err(Interrupt::Killed));
-        assert_eq!(watch.host_call(|| ()), Err(Interrupt::Killed));
+        assert_eq!(watch.host_call(Import::MaxQueues, || ()), Err(Interrupt::Killed));
         assert_eq!(watch.begin(), Err(Interrupt::Killed));
     }
 }

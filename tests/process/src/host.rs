@@ -103,11 +103,17 @@ impl Daemon {
         Certificate::parse(self.run(&[&["unload", name, "--json"], more].concat()).expect(0).json())
     }
 
-    /// `ls --json`.
+    /// `ls --json`, also of bindings that have left retired memory behind.
     #[track_caller]
-    pub fn bindings(&self) -> Vec<Value> {
+    pub fn listed(&self) -> Vec<Value> {
         let document = self.run(&["ls", "--json"]).expect(0).json();
         document.as_array().unwrap_or_else(|| panic!("{document}")).clone()
+    }
+
+    /// The bindings that have not left.
+    #[track_caller]
+    pub fn bindings(&self) -> Vec<Value> {
+        self.listed().into_iter().filter(|binding| binding["state"] != "detached").collect()
     }
 
     /// What `ls` says of one binding.

@@ -88,6 +88,11 @@ impl Process {
     /// Waits for its end.
     #[track_caller]
     pub fn end(&mut self, bound: Duration) -> Ended {
+        self.end_within(bound).unwrap_or_else(|| panic!("{} still runs after {bound:?}", self.name))
+    }
+
+    /// Waits for its end; `None` if it does not come within `bound`.
+    pub fn end_within(&mut self, bound: Duration) -> Option<Ended> {
         let begin = Instant::now();
         let deadline = begin + bound;
         while self.ended.is_none() {
@@ -95,19 +100,20 @@ impl Process {
             let ready = poll(&mut wait, Some(&left(deadline)));
             if matches!(ready, Ok(count) if count > 0) {
                 self.ended = Some(self.child.wait().expect("its own child"));
+            } else if Instant::now() >= deadline {
+                return None;
             }
-            assert!(self.ended.is_some() || Instant::now() < deadline, "{} still runs after {bound:?}", self.name);
         }
         let status = self.ended.unwrap_or_default();
         self.stdout.wait_closed();
         self.stderr.wait_closed();
-        Ended {
+        Some(Ended {
             code: status.code(),
             signal: status.signal(),
             stdout: self.stdout(),
             stderr: self.stderr(),
             took: begin.elapsed(),
-        }
+        })
     }
 
     /// Its standard output so far.

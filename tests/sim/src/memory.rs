@@ -108,13 +108,26 @@ impl Memory {
         self.find(segment.address, u64::from(segment.bytes)).is_some()
     }
 
+    /// The same memory without the region at `iova`; `None` when there is none.
+    pub fn without(&self, iova: u64) -> Option<Self> {
+        let place = self.regions.iter().position(|region| region.iova == iova)?;
+        let mut regions = self.regions.clone();
+        regions.remove(place);
+        Some(Self { regions })
+    }
+
     #[inline]
     fn find(&self, address: u64, bytes: u64) -> Option<*mut u8> {
+        self.find_in(address, bytes).map(|(place, _)| place)
+    }
+
+    #[inline]
+    fn find_in(&self, address: u64, bytes: u64) -> Option<(*mut u8, &Arc<Region>)> {
         for region in &self.regions {
             let offset = address.wrapping_sub(region.iova);
             if offset < region.bytes && bytes <= region.bytes - offset {
                 // SAFETY: `offset` is below the region's length, so the pointer stays inside its mapping.
-                return Some(unsafe { region.base.add(offset as usize) });
+                return Some((unsafe { region.base.add(offset as usize) }, region));
             }
         }
         None
@@ -142,14 +155,14 @@ impl Memory {
         Some(())
     }
 
-    /// A part of the memory that is accessed word by word, `align` bytes aligned. Holds the memory alive.
-    pub(crate) fn area(self: &Arc<Self>, address: u64, bytes: usize, align: usize) -> Option<Area> {
-        let base = self.find(address, bytes as u64)?;
+    /// A part of the memory that is accessed word by word, `align` bytes aligned. Holds its region alive.
+    pub(crate) fn area(&self, address: u64, bytes: usize, align: usize) -> Option<Area> {
+        let (base, region) = self.find_in(address, bytes as u64)?;
         // The host address counts, not the I/O address: it is the one that an unaligned atomic would break on.
         if !base.addr().is_multiple_of(align) {
             return None;
         }
-        Some(Area { base, bytes, _memory: Arc::clone(self) })
+        Some(Area { base, bytes, _region: Arc::clone(region) })
     }
 
     /// Reads one 16-byte descriptor as two words; `None` when it is not wholly inside one region.
@@ -238,10 +251,15 @@ impl Memory {
 /// The memory table of a vhost-user front end.
 pub(crate) fn of_guest_memory(memory: &Arc<GuestMemoryMmap>) -> Memory {
     let region = |region: &GuestRegionMmap| {
-        let keep = Box::new(Arc::clone(memory));
-        // SAFETY: the region is mapped as long as `memory` lives, for `len` bytes, readable and writable (the library maps
-        // front ends' regions so).
-        Arc::new(unsafe { Region::of_mapping(region.start_addr().raw_value(), region.len(), region.as_ptr(), keep) })
+        let (start, bytes, base) = (region.start_addr(), region.len(), region.as_ptr());
+        // Each region is kept by itself, so that one that the front end takes away is unmapped whoever holds the others.
+        let keep: Box<dyn Any + Send + Sync> = match memory.remove_region(start, bytes) {
+            Ok((_, alone)) => Box::new(alone),
+            Err(_) => Box::new(Arc::clone(memory)),
+        };
+        // SAFETY: the region is mapped as long as it lives, which `keep` sees to, for `len` bytes, readable and writable (the
+        // library maps front ends' regions so).
+        Arc::new(unsafe { Region::of_mapping(start.raw_value(), bytes, base, keep) })
     };
     Memory::new(memory.iter().map(region).collect())
 }
@@ -263,10 +281,10 @@ pub(crate) fn close_leaked_fd(fd: RawFd) {
 pub(crate) struct Area {
     base: *mut u8,
     bytes: usize,
-    _memory: Arc<Memory>,
+    _region: Arc<Region>,
 }
 
-// SAFETY: an area is an address range inside a mapping that `_memory` keeps alive; all access is atomic.
+// SAFETY: an area is an address range inside a mapping that `_region` keeps alive; all access is atomic.
 unsafe impl Send for Area {}
 
 impl Area {

@@ -197,7 +197,12 @@ impl Ring {
         self.size
     }
 
-    /// The memory that the ring is in.
+    /// From now on chains are looked up in `memory`; the ring itself stays where it is.
+    pub fn set_memory(&mut self, memory: Arc<Memory>) {
+        self.memory = memory;
+    }
+
+    /// What the driver lets the device reach.
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }

@@ -297,7 +297,8 @@ impl Backend {
                 next_used: virtio_queue::QueueT::next_used(queue),
             }
         };
-        let memory = Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner));
+        // Held until the ring has it: memory that is removed meanwhile must not be in a ring that starts.
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         // A refusal is on the sim's record of violations; the queue then stands still.
         if self.session.start(index, &memory, setup).is_ok() {
             self.vrings.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(index)] = Some(vring.clone());
@@ -326,7 +327,10 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK
+        VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -344,8 +348,12 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
+        self.thaw();
         let memory = Arc::new(GuestMemoryMmap::clone(&memory.memory()));
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(of_guest_memory(&memory));
+        let memory = Arc::new(of_guest_memory(&memory));
+        let mut known = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = Arc::clone(&memory);
+        self.session.set_memory(&memory);
         Ok(())
     }
 

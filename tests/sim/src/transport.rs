@@ -91,7 +91,7 @@ impl SimTransport {
 
     /// Control messages of a lost device fail, those of a frozen one are never answered.
     fn reachable(&self) -> Result<(), TransportError> {
-        if self.session.is_over() {
+        if self.released || self.session.is_over() {
             return Err(TransportError::Lost);
         }
         // No wait: the time limit that a real transport would apply has no meaning for a device that says it hangs.
@@ -175,7 +175,29 @@ impl Transport for SimTransport {
         all.push(Arc::new(mapped));
         self.memory = Arc::new(Memory::new(all));
         self.regions.push(region);
+        if self.started {
+            self.session.set_memory(&self.memory);
+        }
         Ok(())
+    }
+
+    fn unmap(&mut self, iova: u64, deadline: Instant) -> Silence {
+        let machine = Arc::clone(self.machine());
+        if !self.session.is_over() {
+            if self.released {
+                return Silence::Unconfirmed { reason: "the device was released before it was silent".to_owned() };
+            }
+            // A frozen device answers nothing; one whose queues stand still does.
+            if !machine.wait_for(deadline, || !machine.is_frozen()) {
+                return Silence::Unconfirmed { reason: "the device hangs".to_owned() };
+            }
+        }
+        if let Some(rest) = self.memory.without(iova) {
+            self.memory = Arc::new(rest);
+            self.session.set_memory(&self.memory);
+        }
+        self.regions.retain(|region| region.iova() != iova);
+        Silence::Confirmed
     }
 
     fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
@@ -279,6 +301,7 @@ impl Transport for SimTransport {
             self.threads.clear();
         } else {
             self.end();
+            self.session.forget_calls();
         }
         self.regions.clear();
         self.lines.clear();

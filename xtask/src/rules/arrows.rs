@@ -1,7 +1,8 @@
 //! The dependency arrows.
 //!
 //! ```text
-//! cli -> {port, bus, manager}    port -> manager    manager -> {runtime, gate, device}    runtime -> {device, gate}    bus -> device
+//! cli -> {port, bus, manager}    port -> manager    manager -> {runtime, lifecycle, gate, device}    runtime -> {device, gate}    bus -> device
+//! port/data -> client: the wire of the data socket is written once, with the clients' crate
 //! ```
 //!
 //! Nothing under `host/` or `guest-drivers/` may need what is under `tests/` to be built; tests and examples may use what they like.
@@ -15,9 +16,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cofferdam-device", &[]),
     ("cofferdam-bus-vhost-user", &["cofferdam-device"]),
     ("cofferdam-runtime", &["cofferdam-device", "cofferdam-gate"]),
-    ("cofferdam-manager", &["cofferdam-runtime", "cofferdam-gate", "cofferdam-device"]),
+    ("cofferdam-lifecycle", &[]),
+    ("cofferdam-manager", &["cofferdam-runtime", "cofferdam-lifecycle", "cofferdam-gate", "cofferdam-device"]),
+    ("cofferdam-client", &[]),
     ("cofferdam-port-nbd", &["cofferdam-manager"]),
-    ("cofferdam", &["cofferdam-port-nbd", "cofferdam-bus-vhost-user", "cofferdam-manager"]),
+    ("cofferdam-port-data", &["cofferdam-manager", "cofferdam-client"]),
+    ("cofferdam", &["cofferdam-port-nbd", "cofferdam-port-data", "cofferdam-bus-vhost-user", "cofferdam-manager"]),
     ("cofferdam-sdk", &[]),
     ("cofferdam-virtio-blk", &["cofferdam-sdk"]),
     // Outside both, but it has to build before them and while they do not.

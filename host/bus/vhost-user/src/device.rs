@@ -6,6 +6,7 @@
 //! map        SET_MEM_TABLE with every region so far
 //! setup      SET_VRING_NUM, BASE, ADDR, CALL, KICK     (the kick starts the ring, so it comes last)
 //! start      SET_VRING_ENABLE, where there are protocol features
+//! map        ADD_MEM_REG for a region that comes later, unmap: REM_MEM_REG (see `slots`)
 //! quiesce    GET_VRING_BASE, or the end of the process
 //! ```
 //!
@@ -16,8 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use cofferdam_device::{DmaRegion, Doorbell, QueueEvents, QueueSetup, Silence, Transport, TransportError};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
+use cofferdam_device::{DmaRegion, QueueEvents, QueueSetup, Silence, Transport, TransportError};
 use vhost::vhost_user::message::{
     FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserMemory, VhostUserMemoryRegion,
     VhostUserProtocolFeatures, VhostUserU64, VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringAddrFlags,
@@ -28,7 +28,9 @@ use vm_memory::ByteValued;
 use crate::address::Address;
 use crate::claim::{Claim, SocketId};
 use crate::error::ConnectError;
+use crate::events::{Kick, event, watch};
 use crate::handshake::{Hello, VERSION_1};
+use crate::slots::Slots;
 use crate::wire::{Link, MAX_FDS, Wire, limit, number};
 
 /// Queues that can be addressed: SET_VRING_KICK and CALL have 8 bits for the index.
@@ -38,7 +40,7 @@ pub const MAX_QUEUES: u16 = 256;
 /// that does not refuses in [`Transport::setup_queue`].
 pub const MAX_RING_ENTRIES: u16 = 1024;
 
-/// Regions that one device can be given (vhost-user, "Memory region description").
+/// Regions that one device can be given before it starts (vhost-user, "Memory region description").
 pub const MAX_REGIONS: usize = MAX_FDS;
 
 /// Bytes of configuration space that can be read (vhost-user, "Virtio device config space").
@@ -54,7 +56,7 @@ const TRANSPORT_BITS: u64 = VhostUserVirtioFeatures::all().bits();
 pub struct VhostUser {
     address: String,
     /// `None` after `release`.
-    open: Option<Open>,
+    pub(crate) open: Option<Open>,
     offered: u64,
     protocol: VhostUserProtocolFeatures,
     max_queues: u16,
@@ -62,15 +64,16 @@ pub struct VhostUser {
     started: bool,
     /// Every ring that the backend was or may have been given.
     rings: Vec<Ring>,
-    /// In the order they were mapped. Kept until `release`, whatever happens, because the backend may reach them.
-    regions: Vec<Arc<DmaRegion>>,
+    /// In the order they were mapped. Kept until `release`, whatever happens, because the backend may reach them; but for those that it has acknowledged to be removed.
+    pub(crate) regions: Vec<Arc<DmaRegion>>,
+    pub(crate) slots: Slots,
     /// What `quiesce` has confirmed once stays so: nothing starts a ring again.
-    silent: bool,
+    pub(crate) silent: bool,
 }
 
 /// What is closed by `release`.
-struct Open {
-    wire: Wire,
+pub(crate) struct Open {
+    pub(crate) wire: Wire,
     /// Readable when `wire`'s socket hangs up or has something to read, or when the backend's process ends.
     events: OwnedFd,
     claim: Claim,
@@ -118,6 +121,7 @@ impl VhostUser {
             started: false,
             rings: Vec::new(),
             regions: Vec::new(),
+            slots: Slots::new(hello.memory_slots),
             silent: false,
         })
     }
@@ -127,7 +131,7 @@ impl VhostUser {
         self.open.as_ref().and_then(|open| open.wire.peer().pid())
     }
 
-    fn wire(&mut self) -> Result<&mut Wire, TransportError> {
+    pub(crate) fn wire(&mut self) -> Result<&mut Wire, TransportError> {
         match &mut self.open {
             Some(open) => Ok(&mut open.wire),
             None => Err(TransportError::Invalid("the device was released".to_owned())),
@@ -140,9 +144,14 @@ impl VhostUser {
 
     /// Stops every ring, or says why that is not known to have happened.
     fn stop_rings(&mut self, deadline: Instant) -> Result<(), String> {
-        let Some(open) = &mut self.open else {
+        if self.open.is_none() {
             return Err("the device was released before it was silent".to_owned());
-        };
+        }
+        // An answer that is late is in front of all others. What it says is nothing to the rings.
+        if let Err(TransportError::Timeout) = self.settle(deadline.min(limit())) {
+            return Err("a change of the memory is not acknowledged".to_owned());
+        }
+        let Some(open) = &mut self.open else { return Ok(()) };
         for ring in self.rings.iter_mut().filter(|ring| ring.state != RingState::Stopped) {
             // Too late is not wrong: the question stays open, and the next call takes the answer (DESIGN L2).
             let until = deadline.min(limit());
@@ -263,6 +272,7 @@ impl Transport for VhostUser {
         let head = VhostUserConfig::new(0, size, VhostUserConfigFlags::empty());
         let mut question = head.as_slice().to_vec();
         question.resize(question.len() + end, 0);
+        self.settle_before_asking()?;
         let answer = self.wire()?.ask(FrontendReq::GET_CONFIG, &question, limit())?;
         let (said, bytes) = answer.split_at_checked(head.as_slice().len()).unwrap_or_default();
         match (VhostUserConfig::from_slice(said), bytes.get(start..end)) {
@@ -292,14 +302,15 @@ impl Transport for VhostUser {
     }
 
     /// # Errors
-    /// `Invalid` after the first `setup_queue`, for a region that overlaps an earlier one, and for more than [`MAX_REGIONS`].
+    /// `Invalid` between the first `setup_queue` and `start`, for a region that overlaps another one, and for more than [`MAX_REGIONS`] before `start`. After it `Unsupported`
+    /// without memory slots, and `Exhausted` when all are taken.
     fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
         let invalid = |why: String| Err(TransportError::Invalid(why));
-        if !self.rings.is_empty() {
+        if !self.rings.is_empty() && !self.started {
             // A backend unmaps what it has before it maps a new table: not under a ring.
-            return invalid("memory cannot be mapped after a queue was set up".to_owned());
+            return invalid("memory cannot be mapped between the first queue and start".to_owned());
         }
-        if self.regions.len() >= MAX_REGIONS {
+        if !self.started && self.regions.len() >= MAX_REGIONS {
             return invalid(format!("more than {MAX_REGIONS} regions"));
         }
         let end = region.iova().saturating_add(region.len());
@@ -311,6 +322,9 @@ impl Transport for VhostUser {
             return invalid(format!("the region at {:#x} overlaps the one at {:#x}", region.iova(), other.iova()));
         }
         self.wire()?;
+        if self.started {
+            return self.add_region(region);
+        }
         // Kept even if the backend says no: it has had the descriptor.
         self.regions.push(region);
         let regions = self.regions.clone();
@@ -370,6 +384,10 @@ impl Transport for VhostUser {
         self.started = true;
         tracing::info!(address = self.address, queues = self.rings.len(), "vhost-user device started");
         Ok(())
+    }
+
+    fn unmap(&mut self, iova: u64, deadline: Instant) -> Silence {
+        self.remove_region(iova, deadline)
     }
 
     /// Readable when the backend closes the connection, ends, or sends something.
@@ -449,39 +467,5 @@ impl VhostUser {
 impl Drop for VhostUser {
     fn drop(&mut self) {
         self.release();
-    }
-}
-
-/// One descriptor for everything that can tell of the backend's end.
-fn watch(wire: &Wire) -> rustix::io::Result<OwnedFd> {
-    let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
-    epoll::add(&set, wire.socket(), epoll::EventData::new_u64(0), flags)?;
-    if let Some(pidfd) = wire.peer().pidfd() {
-        epoll::add(&set, pidfd, epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
-    }
-    Ok(set)
-}
-
-fn event(what: &str) -> Result<OwnedFd, TransportError> {
-    eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
-        .map_err(|errno| TransportError::Io { what: what.to_owned(), source: errno.into() })
-}
-
-/// The kick eventfd of one queue.
-struct Kick(OwnedFd);
-
-impl Doorbell for Kick {
-    fn ring(&self) {
-        // The open file is shared with the backend, which may make it a blocking one and fill its counter: a write would then sleep. A counter that is not full takes one more
-        // without sleeping, and one that is full wakes the backend anyway.
-        let mut room = [PollFd::new(&self.0, PollFlags::OUT)];
-        if poll(&mut room, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0) {
-            let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
-        }
-    }
-
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.as_fd())
     }
 }

@@ -98,7 +98,10 @@ impl ConnectError {
             TransportError::Lost => Self::Closed(path),
             TransportError::Timeout => Self::Silent(path),
             TransportError::Protocol(why) => Self::NotVhostUser { path, why },
-            TransportError::Refused(why) | TransportError::Invalid(why) => Self::Unusable { path, why },
+            TransportError::Refused(why)
+            | TransportError::Invalid(why)
+            | TransportError::Unsupported(why)
+            | TransportError::Exhausted(why) => Self::Unusable { path, why },
             TransportError::Io { source, .. } => Self::Io { path, what: "handshake", source },
         }
     }

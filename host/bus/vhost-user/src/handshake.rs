@@ -21,6 +21,8 @@ pub(crate) struct Hello {
     pub(crate) protocol: VhostUserProtocolFeatures,
     /// From 1 to [`MAX_QUEUES`].
     pub(crate) max_queues: u16,
+    /// Regions that the backend takes one by one while it runs; 0: it does not.
+    pub(crate) memory_slots: u64,
 }
 
 impl Hello {
@@ -34,15 +36,20 @@ impl Hello {
             )));
         }
         let mut protocol = VhostUserProtocolFeatures::empty();
-        let mut max_queues = 1;
+        let (mut max_queues, mut memory_slots) = (1, 0);
         if offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
-            // Not INFLIGHT_SHMFD and RESET_DEVICE (no backend at hand has them), not CONFIGURE_MEM_SLOTS (the table is small and
-            // sent once), not BACKEND_REQ (a second channel with a peer that may send anything at any time).
+            // Not INFLIGHT_SHMFD and RESET_DEVICE (no backend at hand has them), not BACKEND_REQ (a second channel with a peer that
+            // may send anything at any time).
             let wanted = VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::CONFIG
-                | VhostUserProtocolFeatures::REPLY_ACK;
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
             let bits = question(wire, FrontendReq::GET_PROTOCOL_FEATURES)?;
             protocol = VhostUserProtocolFeatures::from_bits_truncate(bits) & wanted;
+            if !protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+                // A region that is not acknowledged to be gone could never be used for anything again.
+                protocol.remove(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+            }
             let accepted = VhostUserU64::new(protocol.bits());
             wire.tell(FrontendReq::SET_PROTOCOL_FEATURES, accepted.as_slice(), &[], limit())?;
             if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
@@ -56,11 +63,14 @@ impl Hello {
                 }
             }
         }
+        if protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            memory_slots = question(wire, FrontendReq::GET_MAX_MEM_SLOTS)?;
+        }
         wire.tell(FrontendReq::SET_OWNER, &[], &[], limit())?;
         // A second question at least: only then is it known which process answers (see `peer`).
         if question(wire, FrontendReq::GET_FEATURES)? != offered {
             return Err(TransportError::Protocol("GET_FEATURES is answered in two ways".to_owned()));
         }
-        Ok(Hello { offered, protocol, max_queues })
+        Ok(Hello { offered, protocol, max_queues, memory_slots })
     }
 }

@@ -30,7 +30,7 @@
 //! - `address`: `vhost-user:/path`. `claim`: one binding per socket, host-wide.
 //! - `wire`: one message and its answer under a time limit. `credentials`: who sent an answer (the only `unsafe` here).
 //! - `peer`: the backend's process and whether it is gone.
-//! - `handshake`: what is learnt before a driver is asked. `device`: the transport.
+//! - `handshake`: what is learnt before a driver is asked. `device`: the transport. `events`: its descriptors. `slots`: its memory while it runs.
 //!
 //! [spec]: https://qemu-project.gitlab.io/qemu/interop/vhost-user.html
 
@@ -39,8 +39,10 @@ mod claim;
 mod credentials;
 mod device;
 mod error;
+mod events;
 mod handshake;
 mod peer;
+mod slots;
 mod wire;
 
 pub use address::{Address, MAX_PATH_BYTES, SCHEME};

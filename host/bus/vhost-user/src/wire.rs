@@ -162,6 +162,20 @@ impl Wire {
         Ok(())
     }
 
+    /// As [`Wire::begin`], for a message that carries descriptors and is answered with an acknowledgement. Only where messages are acknowledged.
+    pub(crate) fn begin_acknowledged(
+        &mut self,
+        request: FrontendReq,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+        until: Instant,
+    ) -> Result<(), TransportError> {
+        let flags = VERSION | VhostUserHeaderFlag::NEED_REPLY.bits();
+        self.exchange(|wire| wire.send(request, flags, body, fds, until))?;
+        self.pending = Some(request);
+        Ok(())
+    }
+
     /// Takes the answer to the question that was begun, waiting until `until` at most.
     ///
     /// # Errors

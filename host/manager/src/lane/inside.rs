@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{
@@ -97,7 +96,7 @@ impl Inside {
     ) -> (usize, Option<Stop>) {
         self.scratch.requests.clear();
         self.scratch.expected.clear();
-        let since = Instant::now();
+        let since = self.ledger.stamp();
         let mut taken = 0;
         for request in requests {
             if self.driver_fault || self.device_fault.is_some() || self.driver.is_none() {
@@ -113,7 +112,7 @@ impl Inside {
             taken += 1;
             owner.requests.fetch_add(1, Ordering::Relaxed);
             let buffer = request.buffer.take();
-            let foreign = buffer.as_ref().is_some_and(|buffer| !arena.owns(buffer));
+            let foreign = buffer.as_ref().is_some_and(|buffer| !arena.owns(buffer) && !owner.owns_window(buffer));
             let checked = geometry.check(request.op, request.offset, request.length, buffer.as_ref());
             if let Err(error) = if foreign { Err(BlockError::Invalid) } else { checked } {
                 owner.deliver(Completion { user: request.user, result: Err(error), buffer });
@@ -130,16 +129,8 @@ impl Inside {
                 _ => None,
             };
             owner.in_flight.fetch_add(1, Ordering::Relaxed);
-            let entry = Entry {
-                owner: Arc::clone(owner),
-                user: request.user,
-                op: request.op,
-                buffer,
-                guard,
-                stage: Stage::Given,
-                since,
-            };
-            let token = self.ledger.insert(entry);
+            let entry = Entry { owner: Arc::clone(owner), user: request.user, op: request.op, buffer, guard };
+            let token = self.ledger.insert(entry, since);
             let flags = if request.flags.may_unmap { words::FLAG_UNMAP } else { 0 };
             words::push_request(
                 &mut self.scratch.requests,
@@ -232,9 +223,7 @@ impl Inside {
                             return Some(LaneFault::Guest(GuestFault::layout(error.to_string())));
                         }
                     };
-                    if let Some(entry) = self.ledger.get_mut(token) {
-                        entry.stage = stage;
-                    }
+                    self.ledger.set_stage(token, stage);
                 }
             }
         }
@@ -245,7 +234,7 @@ impl Inside {
     fn fail_given(&mut self, owner: &Arc<HandleShared>) {
         let expected = std::mem::take(&mut self.scratch.expected);
         for request in &expected {
-            if self.ledger.get_mut(request.token).is_some_and(|entry| entry.stage == Stage::Given) {
+            if self.ledger.stage(request.token) == Some(Stage::Given) {
                 self.fail(&[request.token], owner);
             }
         }
@@ -334,10 +323,7 @@ impl Inside {
                 let verdicts = std::mem::take(&mut self.scratch.verdicts);
                 for (position, status) in &verdicts {
                     let (token, written, writable) = self.scratch.judged[*position];
-                    let reads = self
-                        .ledger
-                        .get_mut(token)
-                        .is_some_and(|entry| matches!(entry.op, BlockOp::Read | BlockOp::GetId));
+                    let reads = matches!(self.ledger.op(token), Some(BlockOp::Read | BlockOp::GetId));
                     // Bytes that the device did not write are somebody else's old data: no driver may call that a success.
                     let short = reads && written < writable;
                     let result = if short && *status == Status::Ok {
@@ -389,9 +375,7 @@ impl Inside {
                 break;
             }
             let token = chain.token();
-            if let Some(entry) = self.ledger.get_mut(token) {
-                entry.stage = Stage::Published;
-            }
+            self.ledger.set_stage(token, Stage::Published);
             self.parked.pop_front();
             moved += 1;
         }
@@ -405,7 +389,7 @@ impl Inside {
         let mut nobody = Vec::new();
         let mut withdrawn = 0;
         for token in self.ledger.tokens() {
-            if self.ledger.get_mut(token).is_some_and(|entry| entry.stage != Stage::Published) {
+            if self.ledger.stage(token).is_some_and(|stage| stage != Stage::Published) {
                 self.answer(token, Err(BlockError::Revoked), &mut Sink { me: None, out: &mut nobody });
                 withdrawn += 1;
             }

@@ -112,10 +112,16 @@ impl<S: Service> Connection<S> {
         }
     }
 
-    /// Nothing of it is under way and nothing is unsent.
+    /// Nothing of it is under way and nothing is unsent. A refused payload that is still coming is under way: its answer
+    /// follows it.
     pub(crate) fn is_quiet(&self) -> bool {
         match &self.phase {
-            Phase::Session(session) => session.live == 0 && session.outbox.is_empty() && self.greeting.is_empty(),
+            Phase::Session(session) => {
+                session.live == 0
+                    && session.outbox.is_empty()
+                    && self.greeting.is_empty()
+                    && !matches!(session.rx, Rx::Discard { .. })
+            }
             Phase::Handshake { .. } => true,
         }
     }
@@ -126,16 +132,16 @@ impl<S: Service> Connection<S> {
             Phase::Handshake { deadline, .. } => Some((*deadline, End::Garbage("the handshake took too long"))),
             Phase::Session(session) => {
                 let refused = session.refused_at?;
-                if !session.outbox.is_empty() {
-                    Some((
-                        refused.max(session.outbox.since) + LINGER,
-                        End::Done("revoked; the client did not read its answers"),
-                    ))
-                } else if session.live == 0 || session.in_flight == 0 {
-                    Some((refused + LINGER, End::Done("revoked")))
-                } else {
-                    None
-                }
+                let unread = !session.outbox.is_empty();
+                // What the device still has is waited for: its answers are the client's due. All other time is the
+                // client's, and nothing that it sends, leaves unread or reads drop by drop makes that longer.
+                let since = match (session.in_flight, unread) {
+                    (0, _) => session.idle_at,
+                    (_, true) => session.outbox.since,
+                    (_, false) => return None,
+                };
+                let why = if unread { "revoked; the client did not read its answers" } else { "revoked" };
+                Some((refused.max(since) + LINGER, End::Done(why)))
             }
         }
     }

@@ -4,7 +4,7 @@
 //! simple and structured replies. No TLS (a server in "NOTLS mode"), no metadata contexts.
 //!
 //! ```text
-//! port        the manager's view: start, address, shutdown; the accepting thread
+//! port        the manager's view: start, address, shutdown; the accepting thread              threads
 //!   listen      sockets: Unix or loopback TCP          address, options, error
 //!   worker      one thread per lane: epoll, polling, fairness, deadlines          shared
 //!     connection  one client: handshake, then session
@@ -27,9 +27,18 @@
 //! that has not finished its handshake after ten seconds is cut off.
 //!
 //! # Leaving
-//! At revocation new requests get `NBD_ESHUTDOWN`, half-received payload gives its lease back at once, what was
-//! admitted is answered as it completes, and answers have 100 ms to go out ([`options::LINGER`]). `Port::shutdown` does
-//! the same for all, stops accepting, and ends every thread inside its grace.
+//! A handle that is revoked is one connection's, whether it is the only one or all are: the others of its worker are
+//! not touched. From then on
+//! - a half-received payload gives its lease back at once, and what comes of it is thrown away;
+//! - what was not admitted yet and what is new get `NBD_ESHUTDOWN` (a client that sees one should say `NBD_CMD_DISC`);
+//! - what was admitted is answered as it completes, with what the device said, or with `NBD_ESHUTDOWN` if it was failed;
+//! - when the device has nothing more of it, the client has 100 ms ([`options::LINGER`]) to take its answers, then the
+//!   connection ends, its leases come back and its handle closes. Nothing a client does makes that longer: sending more,
+//!   not reading, reading drop by drop.
+//!
+//! [`Port::shutdown`](service::Port::shutdown) does the same for all, stops accepting, and ends every thread inside its
+//! grace, without waiting for the device any longer. A thread that is held up in a call into the binding is left behind
+//! after another 400 ms, and ends when it comes back.
 
 mod address;
 mod connection;
@@ -47,6 +56,7 @@ mod request;
 pub mod service;
 mod session;
 mod shared;
+mod threads;
 mod wire;
 mod worker;
 

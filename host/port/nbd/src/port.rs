@@ -3,7 +3,6 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,10 +13,14 @@ use crate::listen::Listener;
 use crate::options::NbdOptions;
 use crate::service::{Notify, Port, PortReport, Service};
 use crate::shared::{Inbox, Shared};
+use crate::threads::Threads;
 use crate::worker::Worker;
 
 /// How long the acceptor rests when the system has no descriptor left for a client.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// How much longer than its grace a shutdown may take. A worker that is in a call into a driver comes back inside the
+/// call's deadline of 100 ms (DESIGN section 9); one that does not within this is left behind.
+const OVERRUN: Duration = Duration::from_millis(400);
 
 /// An NBD server in front of one [`Service`]: a thread that accepts, and one worker thread per lane.
 ///
@@ -25,7 +28,7 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 pub struct NbdPort<S: Service> {
     shared: Arc<Shared<S>>,
     stop: Arc<Notify>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Threads,
 }
 
 impl<S: Service> std::fmt::Debug for NbdPort<S> {
@@ -48,11 +51,8 @@ impl<S: Service> NbdPort<S> {
         let eventfd = |source| NbdError::Io { what: "eventfd", source };
         let inboxes = (0..lanes).map(|_| Inbox::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(eventfd)?;
         let shared = Arc::new(Shared::new(service, options.bounded(), listener.address.clone(), inboxes));
-        let mut port = NbdPort {
-            shared: Arc::clone(&shared),
-            stop: Notify::new().map_err(eventfd)?,
-            threads: Vec::with_capacity(lanes + 1),
-        };
+        let mut port =
+            NbdPort { shared: Arc::clone(&shared), stop: Notify::new().map_err(eventfd)?, threads: Threads::default() };
         for lane in 0..lanes {
             let worker = Worker::new(Arc::clone(&shared), lane)?;
             port.spawn(format!("nbd-lane-{lane}"), move || worker.run())?;
@@ -76,12 +76,7 @@ impl<S: Service> NbdPort<S> {
     }
 
     fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<(), NbdError> {
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(body)
-            .map_err(|source| NbdError::Io { what: "starting a thread", source })?;
-        self.threads.push(thread);
-        Ok(())
+        self.threads.spawn(name, body).map_err(|source| NbdError::Io { what: "starting a thread", source })
     }
 
     fn stop(&mut self, grace: Duration) -> PortReport {
@@ -93,13 +88,17 @@ impl<S: Service> NbdPort<S> {
             inbox.stop(at);
         }
         // Each thread ends by itself: the acceptor never sleeps but on `stop` and the listener, a worker knows when its
-        // time is up.
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!(port = %self.shared.address, "a thread of the port had panicked");
-            }
+        // time is up, and one that is held up learns it when it comes back.
+        let ended = self.threads.end(at + OVERRUN);
+        for thread in &ended.left_behind {
+            tracing::error!(port = %self.shared.address, thread, "a thread of the port is held up in the binding; it is left behind");
         }
-        PortReport { connections, severed: self.shared.severed.load(Ordering::Relaxed) }
+        if ended.panicked > 0 {
+            tracing::error!(port = %self.shared.address, threads = ended.panicked, "threads of the port had panicked");
+        }
+        // Clients of a thread that has not ended get nothing more.
+        let stuck = if ended.left_behind.is_empty() { 0 } else { self.shared.open.load(Ordering::Relaxed) as u64 };
+        PortReport { connections, severed: self.shared.severed.load(Ordering::Relaxed) + stuck }
     }
 }
 

@@ -134,6 +134,8 @@ pub(crate) struct Session<D> {
     pub(crate) payload_moved: Instant,
     /// Since when new requests get `NBD_ESHUTDOWN`.
     pub(crate) refused_at: Option<Instant>,
+    /// When the device last had nothing more of this connection's.
+    pub(crate) idle_at: Instant,
     /// The reply stream cannot be continued truthfully.
     pub(crate) broken: Option<&'static str>,
     /// A lease ended since the worker last looked.
@@ -170,6 +172,7 @@ impl<D: Disk> Session<D> {
             last_was_write: false,
             payload_moved: now,
             refused_at: None,
+            idle_at: now,
             broken: None,
             released: false,
             outbox: Outbox::new(now),
@@ -337,6 +340,9 @@ impl<D: Disk> Session<D> {
     pub(crate) fn complete(&mut self, now: Instant, completion: Completion) {
         let Completion { user, result, buffer } = completion;
         self.in_flight = self.in_flight.saturating_sub(1);
+        if self.in_flight == 0 {
+            self.idle_at = now;
+        }
         let (index, piece) = (user as u32, (user >> 32) as usize);
         let Some(slot) = self.slot(index) else {
             if let Some(buffer) = buffer {

@@ -13,6 +13,10 @@ const READ_AHEAD_REQUESTS: usize = 64;
 /// Bytes that one connection reads ahead.
 pub(crate) const READ_AHEAD_BYTES: usize = READ_AHEAD_REQUESTS * REQUEST_BYTES;
 
+/// Reads of what is thrown away at the end: no more than others of the same thread can spare, and with 64 KiB each what
+/// a Unix socket holds by default many times over.
+const GOODBYE_READS: usize = 32;
+
 /// What a read came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Got {
@@ -114,6 +118,19 @@ impl Wire {
         let asked = scratch.len();
         let result = receive(self.socket.as_fd(), &mut [Space::Bytes(scratch)], 0);
         self.judge(result, asked)
+    }
+
+    /// Ends both directions in order. What came in and was not read is thrown away first, bounded: closed over it, the
+    /// kernel would tell the peer of a reset (unix(7), RFC 1122 section 4.2.2.13) in place of an end behind the last
+    /// answer.
+    pub(crate) fn say_goodbye(&self, scratch: &mut [u8]) {
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+        for _ in 0..GOODBYE_READS {
+            match receive(self.socket.as_fd(), &mut [Space::Bytes(scratch)], 0) {
+                Ok(1..) => {}
+                Ok(0) | Err(_) => return,
+            }
+        }
     }
 
     /// With edge-triggered readiness a short read means that the socket is empty (epoll(7)), which saves the call that

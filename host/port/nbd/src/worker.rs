@@ -460,7 +460,9 @@ impl<S: Service> Worker<S> {
     }
 
     fn may_stop(&mut self, now: Instant) -> bool {
-        self.stop_at.is_some_and(|at| at <= now) || self.connections.iter().flatten().all(Connection::is_quiet)
+        // Requests that came before the end are answered, if only with a refusal.
+        let quiet = self.ready.is_empty() && self.connections.iter().flatten().all(Connection::is_quiet);
+        quiet || self.stop_at.is_some_and(|at| at <= now)
     }
 
     /// Puts the lane's device descriptor in the epoll set. It is the lane's, so any handle's will do, and it stays when
@@ -492,7 +494,7 @@ impl<S: Service> Worker<S> {
         }
         self.ready.retain(|&other| other != index);
         self.active.retain(|&other| other != index);
-        let _ = rustix::net::shutdown(connection.wire.socket(), rustix::net::Shutdown::Both);
+        connection.wire.say_goodbye(&mut self.scratch);
         self.orphans.extend(connection.into_orphan());
         self.released = true;
         self.free.push(index);

@@ -2,6 +2,7 @@
 
 use wasmtime::component::{HasSelf, Linker, Resource};
 
+use crate::activity::Import;
 use crate::bindings::cofferdam::driver::virtio;
 use crate::state::LaneState;
 use crate::text::{MAX_MESSAGE_BYTES, clean};
@@ -63,11 +64,15 @@ pub(crate) fn link(linker: &mut Linker<LaneState>) -> wasmtime::Result<()> {
 
 impl LaneState {
     /// Runs one host call on the device. A guest can hold the handle only while the device is there; that it is not is told as a trap all the same.
-    fn with_device<R>(&mut self, call: impl FnOnce(&mut dyn DeviceCapability) -> R) -> wasmtime::Result<R> {
+    fn with_device<R>(
+        &mut self,
+        import: Import,
+        call: impl FnOnce(&mut dyn DeviceCapability) -> R,
+    ) -> wasmtime::Result<R> {
         let Some(device) = self.device.as_deref_mut() else {
             return Err(wasmtime::Error::msg("the device is not in reach outside of attach and config-changed"));
         };
-        Ok(self.watch.host_call(|| call(device))?)
+        Ok(self.watch.host_call(import, || call(device))?)
     }
 }
 
@@ -75,11 +80,11 @@ impl virtio::Host for LaneState {}
 
 impl virtio::HostDevice for LaneState {
     fn device_type(&mut self, _: Resource<DeviceHandle>) -> wasmtime::Result<Option<u32>> {
-        self.with_device(|device| device.device_type())
+        self.with_device(Import::DeviceType, |device| device.device_type())
     }
 
     fn offered_features(&mut self, _: Resource<DeviceHandle>) -> wasmtime::Result<u64> {
-        self.with_device(|device| device.offered_features())
+        self.with_device(Import::OfferedFeatures, |device| device.offered_features())
     }
 
     fn negotiate(
@@ -87,7 +92,7 @@ impl virtio::HostDevice for LaneState {
         _: Resource<DeviceHandle>,
         features: u64,
     ) -> wasmtime::Result<Result<(), virtio::VirtioError>> {
-        Ok(self.with_device(|device| device.negotiate(features))?.map_err(into_wit))
+        Ok(self.with_device(Import::Negotiate, |device| device.negotiate(features))?.map_err(into_wit))
     }
 
     fn read_config(
@@ -100,15 +105,15 @@ impl virtio::HostDevice for LaneState {
             let message = format!("{length} bytes at offset {offset}; 1 to {MAX_CONFIG_BYTES} can be read at once");
             return Ok(Err(virtio::VirtioError::Invalid(message)));
         }
-        Ok(self.with_device(|device| device.read_config(offset, length))?.map_err(into_wit))
+        Ok(self.with_device(Import::ReadConfig, |device| device.read_config(offset, length))?.map_err(into_wit))
     }
 
     fn max_queues(&mut self, _: Resource<DeviceHandle>) -> wasmtime::Result<u16> {
-        self.with_device(|device| device.max_queues())
+        self.with_device(Import::MaxQueues, |device| device.max_queues())
     }
 
     fn max_queue_size(&mut self, _: Resource<DeviceHandle>, queue: u16) -> wasmtime::Result<u16> {
-        self.with_device(|device| device.max_queue_size(queue))
+        self.with_device(Import::MaxQueueSize, |device| device.max_queue_size(queue))
     }
 
     fn drop(&mut self, _: Resource<DeviceHandle>) -> wasmtime::Result<()> {

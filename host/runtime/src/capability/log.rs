@@ -6,6 +6,7 @@ use std::time::Instant;
 use wasmtime::StoreContextMut;
 use wasmtime::component::{Linker, WasmStr};
 
+use crate::activity::Import;
 use crate::bindings::cofferdam::driver::log::Level;
 use crate::capability::rate::LogRate;
 use crate::state::LaneState;
@@ -100,6 +101,8 @@ pub(crate) fn link(linker: &mut Linker<LaneState>) -> wasmtime::Result<()> {
     linker.instance("cofferdam:driver/log@0.1.0")?.func_wrap(
         "write",
         |store: StoreContextMut<'_, LaneState>, (level, message): (Level, WasmStr)| {
+            // A line is written to wherever the host's log goes, which may take its time.
+            let _within = store.data().watch.activity().within(Import::LogWrite);
             store.data().log.write(level, || message.to_str(&store).map(|text| text.into_owned()))
         },
     )

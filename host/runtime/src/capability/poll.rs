@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
@@ -11,6 +12,7 @@ use wasmtime_wasi::p2::bindings::io::poll as async_poll;
 use wasmtime_wasi::p2::bindings::sync::io::poll;
 use wasmtime_wasi::runtime::in_tokio;
 
+use crate::activity::Import;
 use crate::state::LaneState;
 use crate::watch::Watch;
 
@@ -40,6 +42,8 @@ pub(crate) fn link(linker: &mut Linker<LaneState>) -> wasmtime::Result<()> {
 
 /// Waits for `future` and looks at the watch every [`SLICE`]. A wait is the guest's own time: unlike a capability's call it counts against the deadline.
 fn wait<R>(watch: &mut Watch, future: impl Future<Output = wasmtime::Result<R>>) -> wasmtime::Result<R> {
+    let activity = Arc::clone(watch.shared_activity());
+    let _within = activity.within(Import::WasiPoll);
     in_tokio(async {
         let mut future = pin!(future);
         loop {

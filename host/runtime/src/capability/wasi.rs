@@ -13,6 +13,7 @@ use wasmtime_wasi::p2::bindings::{cli, clocks, filesystem, io, random, sync};
 use wasmtime_wasi::random::{WasiRandom, WasiRandomView};
 use wasmtime_wasi::{FsPerms, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
+use crate::activity::Import;
 use crate::bindings::cofferdam::driver::log::Level;
 use crate::capability::log::LogSink;
 use crate::capability::output::LogOutput;
@@ -62,38 +63,51 @@ impl HasData for HasTable {
     type Data<'a> = &'a mut ResourceTable;
 }
 
+impl LaneState {
+    /// Marks the import that begins here. These functions are wasmtime-wasi's, which tells when they begin and not when they end: the mark goes at the next epoch tick in
+    /// code of the guest's own, at its next import or at the end of its call.
+    fn within(&mut self, import: Import) -> &mut LaneState {
+        self.watch.activity().import(import);
+        self
+    }
+}
+
 /// Links what `grants` say.
 pub(crate) fn link(linker: &mut Linker<LaneState>, grants: &Grants) -> wasmtime::Result<()> {
     let l = linker;
     if grants.has_io() {
         io::error::add_to_linker::<_, HasTable>(l, |state| state.ctx().table)?;
         poll::link(l)?;
-        sync::io::streams::add_to_linker::<_, HasTable>(l, |state| state.ctx().table)?;
+        sync::io::streams::add_to_linker::<_, HasTable>(l, |state| state.within(Import::WasiStreams).ctx().table)?;
     }
     if grants.wasi_clocks {
-        clocks::wall_clock::add_to_linker::<_, WasiClocks>(l, LaneState::clocks)?;
-        clocks::monotonic_clock::add_to_linker::<_, WasiClocks>(l, LaneState::clocks)?;
+        clocks::wall_clock::add_to_linker::<_, WasiClocks>(l, |state| state.within(Import::WasiClocks).clocks())?;
+        clocks::monotonic_clock::add_to_linker::<_, WasiClocks>(l, |state| state.within(Import::WasiClocks).clocks())?;
     }
     if grants.wasi_random {
-        random::random::add_to_linker::<_, WasiRandom>(l, LaneState::random)?;
-        random::insecure::add_to_linker::<_, WasiRandom>(l, LaneState::random)?;
-        random::insecure_seed::add_to_linker::<_, WasiRandom>(l, LaneState::random)?;
+        random::random::add_to_linker::<_, WasiRandom>(l, |state| state.within(Import::WasiRandom).random())?;
+        random::insecure::add_to_linker::<_, WasiRandom>(l, |state| state.within(Import::WasiRandom).random())?;
+        random::insecure_seed::add_to_linker::<_, WasiRandom>(l, |state| state.within(Import::WasiRandom).random())?;
     }
     if grants.wasi_cli {
-        cli::exit::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::environment::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::stdin::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::stdout::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::stderr::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::terminal_input::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::terminal_output::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::terminal_stdin::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::terminal_stdout::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
-        cli::terminal_stderr::add_to_linker::<_, WasiCli>(l, LaneState::cli)?;
+        cli::exit::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::environment::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::stdin::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::stdout::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::stderr::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::terminal_input::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::terminal_output::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::terminal_stdin::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::terminal_stdout::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
+        cli::terminal_stderr::add_to_linker::<_, WasiCli>(l, |state| state.within(Import::WasiCli).cli())?;
     }
     if grants.has_filesystem() {
-        filesystem::preopens::add_to_linker::<_, WasiFilesystem>(l, LaneState::filesystem)?;
-        sync::filesystem::types::add_to_linker::<_, WasiFilesystem>(l, LaneState::filesystem)?;
+        filesystem::preopens::add_to_linker::<_, WasiFilesystem>(l, |state| {
+            state.within(Import::WasiFilesystem).filesystem()
+        })?;
+        sync::filesystem::types::add_to_linker::<_, WasiFilesystem>(l, |state| {
+            state.within(Import::WasiFilesystem).filesystem()
+        })?;
     }
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use cofferdam_gate::Gate;
 use cofferdam_runtime::{
-    DeviceCapability, DeviceError, Grants, GuestLimits, Instance, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module,
-    Runtime, RuntimeConfig,
+    CallView, DeviceCapability, DeviceError, Grants, GuestLimits, Instance, InstanceSpec, KillSwitch, LaneId,
+    LaneSetup, Module, Runtime, RuntimeConfig,
 };
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
@@ -214,6 +214,7 @@ pub fn spec() -> InstanceSpec {
         grants: Grants::default(),
         limits: GuestLimits::default(),
         kill: KillSwitch::new(),
+        view: CallView::new(),
     }
 }
 

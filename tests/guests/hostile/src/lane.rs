@@ -1,7 +1,9 @@
 //! What goes wrong on a data lane: the words of the well-behaved driver, spoiled.
 
 use cofferdam_sdk::words::{KIND_HEADER_OUT, KIND_STATUS_IN};
-use cofferdam_sdk::{Answers, BlockDriver, BlockLane, ChainWriter, DriverError, LaneSetup, Requests, Responses, log};
+use cofferdam_sdk::{
+    Answers, BlockDriver, BlockLane, ChainWriter, DriverError, LaneSetup, Operation, Request, Requests, Responses, log,
+};
 use cofferdam_virtio_blk::{VirtioBlk, VirtioBlkLane};
 
 use crate::{behaviour, eat, spin};
@@ -16,16 +18,30 @@ const STATUS: usize = 9;
 /// One segment more, in the second word.
 const ONE_SEGMENT: u32 = 1 << 16;
 
+/// Where the commands of `on-command` begin: at the last MiB of a disk of 16 MiB. The n-th command is a write at the n-th 4,096 bytes from here.
+pub const COMMANDS_OFFSET: u64 = 15 << 20;
+
+/// What `on-command` does when it is told to, in the order of their offsets.
+pub const COMMANDS: [&str; 6] = ["trap", "loop", "eat", "no-words", "trap-complete", "loop-complete"];
+
+/// The command that a request is.
+fn command(request: &Request) -> Option<&'static str> {
+    let place = request.offset.checked_sub(COMMANDS_OFFSET).filter(|_| request.operation == Operation::Write)?;
+    COMMANDS.get(usize::try_from(place / 4096).ok()?).copied().filter(|_| place.is_multiple_of(4096))
+}
+
 /// The data lane of every driver of this crate.
 #[derive(Debug)]
 pub struct HostileLane {
     inner: VirtioBlkLane,
     requests: u64,
+    /// The command that came last, of those that `submit` or `complete` carries out.
+    told: Option<&'static str>,
 }
 
 impl HostileLane {
     pub(crate) fn new(setup: &LaneSetup) -> Result<Self, DriverError> {
-        Ok(Self { inner: VirtioBlk::start(setup)?, requests: 0 })
+        Ok(Self { inner: VirtioBlk::start(setup)?, requests: 0, told: None })
     }
 }
 
@@ -39,9 +55,19 @@ impl BlockLane for HostileLane {
             "loop-submit" => spin(),
             "eat-submit" => eat(),
             "flood-log-submit" => (0..10_000).for_each(|line| log::warn(&format!("flood line {line}"))),
+            "on-command" => self.told = requests.clone().find_map(|request| command(&request)).or(self.told),
+            _ => {}
+        }
+        match self.told {
+            Some("trap") => panic!("this driver was told to panic in submit"),
+            Some("loop") => spin(),
+            Some("eat") => eat(),
             _ => {}
         }
         self.inner.submit(requests, chains);
+        if self.told == Some("no-words") {
+            chains.words_mut().clear();
+        }
         spoil_chains(behaviour, chains.words_mut());
     }
 
@@ -50,6 +76,11 @@ impl BlockLane for HostileLane {
             "trap-complete" => panic!("this driver panics in complete"),
             "loop-complete" => spin(),
             "eat-complete" => eat(),
+            _ => {}
+        }
+        match self.told {
+            Some("trap-complete") => panic!("this driver was told to panic in complete"),
+            Some("loop-complete") => spin(),
             _ => {}
         }
         self.inner.complete(responses, answers);

@@ -9,7 +9,7 @@ mod control;
 mod lane;
 
 pub use control::Hostile;
-pub use lane::HostileLane;
+pub use lane::{COMMANDS, COMMANDS_OFFSET, HostileLane};
 
 /// Bytes of [`MARKER`] before the name.
 pub const PREFIX: &[u8; 32] = b"cofferdam-hostile-guest-behaves:";

@@ -140,8 +140,19 @@ fn without_a_daemon_every_command_says_how_to_start_one() {
     let folder = tempfile::tempdir().expect("a directory");
     let socket = text(&folder.path().join("none.sock"));
     let driver = text(&programs::driver());
-    let commands: [&[&str]; 4] =
-        [&["ls"], &["inspect", "disk"], &["unload", "disk"], &["load", &driver, "--device", "vhost-user:/x.sock"]];
+    let commands: [&[&str]; 11] = [
+        &["ls"],
+        &["inspect", "disk"],
+        &["handles", "disk"],
+        &["revoke", "disk", "1"],
+        &["why", "disk"],
+        &["events"],
+        &["events", "--follow"],
+        &["port", "attach", "disk", "nbd:/x.sock"],
+        &["port", "detach", "disk", "nbd:/x.sock"],
+        &["unload", "disk", "--explain"],
+        &["load", &driver, "--device", "vhost-user:/x.sock"],
+    ];
     for arguments in commands {
         let mut command = command(&[arguments, &["--socket", &socket]].concat());
         Process::run(&mut command).expect_error(1, &[&socket, "cofferdam daemon"]);

@@ -11,7 +11,7 @@ use cofferdam_process_tests::programs;
 use serde_json::Value;
 
 /// One write that the device has and does not answer, because it is stopped.
-fn frozen(daemon: &Daemon) -> (Backend, Client) {
+pub(crate) fn frozen(daemon: &Daemon) -> (Backend, Client) {
     let sim = Backend::sim(&["--memory", "16M"]);
     let socket = daemon.serve(&sim.address(), "disk", &[]);
     let mut client = Client::new(&socket);
@@ -31,7 +31,7 @@ fn unload_too_early(daemon: &Daemon) -> Value {
 
 /// The error document on stderr.
 #[track_caller]
-fn error(ended: &Ended) -> Value {
+pub(crate) fn error(ended: &Ended) -> Value {
     let document = ended.stderr.lines().find_map(|line| serde_json::from_str::<Value>(line).ok());
     let document = document.unwrap_or_else(|| panic!("no document in {}", ended.stderr));
     assert!(document["error"]["message"].is_string(), "{document}");
@@ -45,13 +45,14 @@ fn an_unload_that_meets_its_deadline_says_what_it_waits_for_and_stays_draining()
     let error = unload_too_early(&daemon);
     assert_eq!(error["code"], "still-draining");
     let message = error["message"].as_str().unwrap_or_default();
-    for word in ["'disk'", "1 requests in flight", "on the ring", &sim.address(), "unload again", "--force"] {
+    for word in ["'disk'", "1 request on the ring", &sim.address(), "unload again", "--force"] {
         assert!(message.contains(word), "no {word:?} in {message}");
     }
     let so_far = Certificate::parse(error["so_far"].clone());
     assert_eq!((so_far.outcome(), so_far.number("requests_at_close")), ("draining", 1));
-    let plain =
-        daemon.run(&["unload", "disk", "--deadline", "50ms"]).expect_error(4, &["still draining", "1 requests"]);
+    let plain = daemon
+        .run(&["unload", "disk", "--deadline", "50ms"])
+        .expect_error(4, &["still draining", "1 request on the ring"]);
     assert_eq!(plain.stdout, "");
 
     let table = daemon.run(&["ls"]).expect(0).stdout;

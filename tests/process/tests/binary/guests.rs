@@ -75,8 +75,15 @@ const TRAFFIC_FAILS: &[(&str, &str)] = &[
 ];
 
 /// Guests that are a nuisance and serve; the last one misbehaves only when the device's configuration changes.
-const SERVES: &[&str] =
-    &["well-behaved", "flood-log", "long-log-line", "rude-log-line", "flood-log-submit", "trap-config-changed"];
+const SERVES: &[&str] = &[
+    "well-behaved",
+    "on-command",
+    "flood-log",
+    "long-log-line",
+    "rude-log-line",
+    "flood-log-submit",
+    "trap-config-changed",
+];
 
 /// Loads a hostile guest. Those that never end meet the ordinary deadline of a call; the others get time for what they do, which on a busy machine takes longer.
 fn load(daemon: &Daemon, name: &str, device: &str, port: &str) -> Ended {

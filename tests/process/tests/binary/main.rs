@@ -1,12 +1,18 @@
 //! The binary against real programs. Each file is about one kind of claim; each test is named by its claim.
 
+mod api;
+mod attaching;
 mod clients;
 mod daemon;
 mod devices;
 mod draining;
+mod events;
 mod foreground;
 mod guests;
+mod handles;
+mod http;
 mod misfits;
 mod ports;
 mod traffic;
+mod why;
 mod wire;

@@ -221,6 +221,16 @@ impl Session {
         }
     }
 
+    /// The driver has added or removed memory. When this returns, no queue reaches what was removed; a request that was taken and
+    /// names it fails.
+    pub(crate) fn set_memory(&self, memory: &Arc<Memory>) {
+        for index in 0..self.machine.profile.queues {
+            if let Some(ring) = &mut self.queue(index).ring {
+                ring.set_memory(Arc::clone(memory));
+            }
+        }
+    }
+
     /// Whether queue `index` takes requests.
     pub(crate) fn is_started(&self, index: u16) -> bool {
         let queue = self.queue(index);
@@ -270,6 +280,13 @@ impl Session {
     /// How [`Session::step`] notifies the driver of queue `index`.
     pub(crate) fn set_call(&self, index: u16, call: Arc<Event>) {
         *self.call(index) = Some(call);
+    }
+
+    /// The driver has gone: its descriptors are closed, whoever else still knows the session.
+    pub(crate) fn forget_calls(&self) {
+        for index in 0..self.machine.profile.queues {
+            *self.call(index) = None;
+        }
     }
 
     /// The driver gives a hanging device up.

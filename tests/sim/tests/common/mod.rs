@@ -164,6 +164,33 @@ impl Rig {
         self.lines[usize::from(queue)].queue.add(&chain).expect("room");
     }
 
+    /// Adds a read (`In`) or write (`Out`) of `bytes` bytes at I/O address `iova`, wherever that is.
+    pub fn add_at(&mut self, queue: u16, token: u32, sector: u64, iova: u64, bytes: u32, direction: Direction) {
+        let kind = u32::from(direction == Direction::Out);
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend_from_slice(&[0; 4]);
+        header.extend_from_slice(&sector.to_le_bytes());
+        let data = match direction {
+            Direction::Out => SegmentWords::PayloadOut { offset: 0, length: bytes },
+            Direction::In => SegmentWords::PayloadIn { offset: 0, length: bytes },
+        };
+        let mut words = Vec::new();
+        push_chain(&mut words, token, queue, &[SegmentWords::HeaderOut(&header), data, SegmentWords::StatusIn(1)]);
+        let payload = Some(Payload { iova, length: bytes, direction });
+        self.batch.parse(&words, &[Expected { token, payload }], &[queue]).expect("a chain");
+        let Some(Outcome::Chain(chain)) = self.batch.get(0) else { panic!("a refusal") };
+        self.lines[usize::from(queue)].queue.add(&chain).expect("room");
+    }
+
+    /// As [`Rig::status`], for what [`Rig::add_at`] adds.
+    pub fn status_at(&mut self, token: u32, sector: u64, iova: u64, bytes: u32, direction: Direction) -> u8 {
+        self.add_at(0, token, sector, iova, bytes, direction);
+        self.publish(0);
+        let used = self.next(0).expect("an honest device");
+        assert_eq!(used.token, token);
+        used.status()[0]
+    }
+
     pub fn publish(&mut self, queue: u16) {
         let line = &mut self.lines[usize::from(queue)];
         if line.queue.publish() {

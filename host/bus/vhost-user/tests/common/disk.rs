@@ -69,8 +69,12 @@ impl Disk {
         data
     }
 
-    /// Puts one request (virtio 1.2, section 5.2.6) on the ring and waits for it on the call eventfd.
     fn request(&mut self, queue: u16, kind: u32, sector: u64, bytes: usize, direction: Direction) {
+        self.request_at(queue, kind, sector, IOVA + DATA, bytes, direction);
+    }
+
+    /// Puts one request (virtio 1.2, section 5.2.6) on the ring and waits for it on the call eventfd.
+    pub fn request_at(&mut self, queue: u16, kind: u32, sector: u64, iova: u64, bytes: usize, direction: Direction) {
         let length = u32::try_from(bytes).unwrap();
         let mut header = [0; 16];
         header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -82,7 +86,7 @@ impl Disk {
         let mut words = Vec::new();
         let segments = [SegmentWords::HeaderOut(&header), payload, SegmentWords::StatusIn(1)];
         words::push_chain(&mut words, 7, queue, &segments);
-        let payload = Some(Payload { iova: IOVA + DATA, length, direction });
+        let payload = Some(Payload { iova, length, direction });
         let mut batch = ChainBatch::new();
         batch.parse(&words, &[Expected { token: 7, payload }], &[queue]).unwrap();
         let Some(Outcome::Chain(chain)) = batch.get(0) else { panic!("not a chain") };

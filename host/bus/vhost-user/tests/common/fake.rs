@@ -17,12 +17,16 @@ pub const GET_PROTOCOL_FEATURES: u32 = 15;
 pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const GET_QUEUE_NUM: u32 = 17;
 pub const GET_CONFIG: u32 = 24;
+pub const GET_MAX_MEM_SLOTS: u32 = 36;
+pub const ADD_MEM_REG: u32 = 37;
+pub const REM_MEM_REG: u32 = 38;
 
 pub const VERSION_1: u64 = 1 << 32;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 pub const MQ: u64 = 1;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const CONFIG: u64 = 1 << 9;
+pub const MEM_SLOTS: u64 = 1 << 15;
 
 /// What a fake does with one message.
 pub enum Act {
@@ -130,6 +134,7 @@ pub fn honest(features: u64, protocol: u64) -> impl FnMut(&Message) -> Act + Sen
             GET_FEATURES => number(features),
             GET_PROTOCOL_FEATURES => number(protocol),
             GET_QUEUE_NUM => number(2),
+            GET_MAX_MEM_SLOTS => number(3),
             GET_CONFIG => Act::Answer(message.body.clone()),
             GET_VRING_BASE => Act::Answer(message.body.clone()),
             _ if message.flags & 0x8 != 0 => number(0),
@@ -138,7 +143,12 @@ pub fn honest(features: u64, protocol: u64) -> impl FnMut(&Message) -> Act + Sen
     }
 }
 
-/// All that this front end can use.
+/// All that this front end can use before the device starts.
 pub fn complete() -> impl FnMut(&Message) -> Act + Send {
     honest(VERSION_1 | PROTOCOL_FEATURES, MQ | CONFIG | REPLY_ACK)
+}
+
+/// All that this front end can use, with three memory slots.
+pub fn with_slots() -> impl FnMut(&Message) -> Act + Send {
+    honest(VERSION_1 | PROTOCOL_FEATURES, MQ | CONFIG | REPLY_ACK | MEM_SLOTS)
 }

@@ -1,14 +1,15 @@
 //! Revocation and shutdown, in the middle of everything.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use cofferdam_port_nbd::NbdOptions;
 use cofferdam_port_nbd::service::PortReport;
 
 use crate::client::*;
-use crate::mock::{Mock, Served, eventually, geometry};
+use crate::mock::{Mock, PATIENCE, Served, eventually, geometry};
 
 const GRACE: Duration = Duration::from_millis(100);
 
@@ -157,6 +158,69 @@ fn shutdown_is_bounded_whatever_clients_and_device_do() {
     assert_eq!(served.mock.0.handles.load(Ordering::SeqCst), 0, "when shutdown returns, every handle is closed");
     served.mock.assert_all_returned();
     waiting.assert_closed();
+}
+
+/// Shuts down on a thread of its own and returns when that is well under way: either it waits, or it does not and is
+/// over.
+fn closing(mut served: Served) -> std::thread::JoinHandle<(Served, PortReport)> {
+    let path = served.path.clone();
+    let closing = std::thread::spawn(move || {
+        let report = served.shutdown(Duration::from_secs(5));
+        (served, report)
+    });
+    eventually("it takes nobody new", || !path.exists());
+    let start = Instant::now();
+    eventually("it waits or is over", || closing.is_finished() || start.elapsed() > GRACE / 5);
+    closing
+}
+
+/// More than one turn takes, and all in the socket before the shutdown: the worker is kept busy until then.
+#[test]
+fn what_was_sent_before_a_shutdown_is_answered() {
+    const REQUESTS: usize = 4000;
+    let served = Served::ordinary();
+    let mut client = Client::new(&served, false);
+    let (go, gone) = channel::<()>();
+    let (entered, is_in) = channel();
+    let mut first = Some(gone);
+    served.mock.in_submit(move || {
+        if let Some(gone) = first.take() {
+            entered.send(()).expect("the test waits");
+            gone.recv_timeout(PATIENCE).expect("the test goes on");
+        }
+    });
+    let requests: Vec<u8> = (0..REQUESTS).flat_map(|_| client.header(FLUSH, 0, 0, 0).1).collect();
+    client.stream.write_all(&requests).expect("sent");
+    is_in.recv().expect("it is in");
+    let closing = closing(served);
+    go.send(()).expect("it is still in");
+    let mut answers = Vec::new();
+    client.stream.read_to_end(&mut answers).expect("an end");
+    assert_eq!(answers.len(), REQUESTS * 16, "of 16 bytes each");
+    let (_served, report) = closing.join().expect("it ended");
+    assert_eq!(report, PortReport { connections: 1, severed: 0 });
+}
+
+#[test]
+fn a_shutdown_lets_a_refused_write_come_to_its_end() {
+    // The client has 100 ms from the refusal on; on a busy machine one round may miss them.
+    let told = (0..10).any(|_| {
+        let served = Served::ordinary();
+        let mut client = Client::new(&served, false);
+        served.mock.revoke();
+        let (_, mut bytes) = client.header(READ, 0, 0, 512);
+        let (cookie, write) = client.header(WRITE, 0, 0, 64 << 10);
+        bytes.extend(write);
+        bytes.resize(bytes.len() + 1000, 1);
+        client.stream.write_all(&bytes).expect("sent");
+        assert_eq!(client.reply(0, 512).expect("a reply").error, ESHUTDOWN, "and so the write was begun too");
+        let closing = closing(served);
+        let rest = client.stream.write_all(&vec![1; (64 << 10) - 1000]);
+        let reply = rest.and_then(|()| client.reply(0, 0));
+        closing.join().expect("it ended");
+        reply.is_ok_and(|reply| (reply.cookie, reply.error) == (cookie, ESHUTDOWN))
+    });
+    assert!(told);
 }
 
 #[test]

@@ -6,4 +6,6 @@ mod leaving;
 mod listening;
 mod mock;
 mod real_clients;
+mod revoking;
+mod stalls;
 mod transmission;

@@ -57,9 +57,16 @@ pub(crate) struct State {
     pub(crate) handles: AtomicUsize,
     pub(crate) batches: AtomicU64,
     pub(crate) peers: Mutex<Vec<String>>,
+    /// Handles in the order they were opened: whether each is revoked.
+    rights: Mutex<Vec<Arc<AtomicBool>>>,
+    /// Called inside each submission, on the thread that submits.
+    pub(crate) hook: Mutex<Option<Hook>>,
     opened: Mutex<Vec<usize>>,
     notifies: Mutex<Vec<Arc<Notify>>>,
 }
+
+/// See [`State::hook`].
+pub(crate) type Hook = Box<dyn FnMut() + Send>;
 
 struct Lane {
     device: OwnedFd,
@@ -68,6 +75,8 @@ struct Lane {
 
 #[derive(Default)]
 struct Answers {
+    /// Of this handle alone.
+    revoked: Arc<AtomicBool>,
     ready: Mutex<Vec<Completion>>,
 }
 
@@ -119,6 +128,8 @@ impl Mock {
             handles: AtomicUsize::new(0),
             batches: AtomicU64::new(0),
             peers: Mutex::default(),
+            rights: Mutex::default(),
+            hook: Mutex::default(),
             opened: Mutex::new(vec![0; lanes]),
             notifies: Mutex::default(),
         }))
@@ -164,6 +175,33 @@ impl Mock {
     /// Revokes all handles, as the ladder does; late requests stay.
     pub(crate) fn revoke(&self) {
         self.set(|s| &s.revoked, true);
+    }
+
+    /// Revokes one handle, counted from 0 in the order they were opened; everything else serves on.
+    pub(crate) fn revoke_handle(&self, which: usize) {
+        lock(&self.0.rights)[which].store(true, Ordering::SeqCst);
+        self.signal();
+    }
+
+    /// Has `hook` run inside each submission.
+    pub(crate) fn in_submit(&self, hook: impl FnMut() + Send + 'static) {
+        *lock(&self.0.hook) = Some(Box::new(hook));
+    }
+
+    /// Answers late requests of revoked handles with `Revoked`, the others stay.
+    pub(crate) fn fail_revoked(&self) {
+        for lane in &self.0.lanes {
+            let mut late = lock(&lane.late);
+            for _ in 0..late.len() {
+                let Some((answers, request)) = late.pop_front() else { break };
+                if answers.revoked.load(Ordering::SeqCst) {
+                    self.0.serve(&answers, request, Some(BlockError::Revoked));
+                } else {
+                    late.push_back((answers, request));
+                }
+            }
+            lane.ring();
+        }
     }
 
     /// Answers all late requests with `Revoked`.
@@ -261,7 +299,9 @@ impl Service for Mock {
         lock(&self.0.notifies).extend(spec.notify);
         lock(&self.0.peers).push(spec.peer);
         lock(&self.0.opened)[spec.lane] += 1;
-        Ok(MockDisk { state: Arc::clone(&self.0), lane: spec.lane, answers: Arc::default() })
+        let answers = Arc::new(Answers::default());
+        lock(&self.0.rights).push(Arc::clone(&answers.revoked));
+        Ok(MockDisk { state: Arc::clone(&self.0), lane: spec.lane, answers })
     }
 }
 
@@ -283,6 +323,9 @@ impl Disk for MockDisk {
     }
 
     fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+        if let Some(hook) = &mut *lock(&self.state.hook) {
+            hook();
+        }
         match self.state() {
             HandleState::Revoked => return Err(SubmitError::Revoked),
             HandleState::Held => return Err(SubmitError::Held),
@@ -321,7 +364,7 @@ impl Disk for MockDisk {
     }
 
     fn state(&self) -> HandleState {
-        if self.state.revoked.load(Ordering::SeqCst) {
+        if self.state.revoked.load(Ordering::SeqCst) || self.answers.revoked.load(Ordering::SeqCst) {
             HandleState::Revoked
         } else if self.state.held.load(Ordering::SeqCst) {
             HandleState::Held
@@ -361,8 +404,13 @@ impl Served {
         self.port.as_ref().map_or(0, NbdPort::connections)
     }
 
+    /// The port itself, for whoever shuts it down.
+    pub(crate) fn take_port(&mut self) -> NbdPort<Mock> {
+        self.port.take().expect("still running")
+    }
+
     pub(crate) fn shutdown(&mut self, grace: Duration) -> PortReport {
-        Box::new(self.port.take().expect("still running")).shutdown(grace)
+        Box::new(self.take_port()).shutdown(grace)
     }
 
     /// Ends the port and checks that it left nothing.

@@ -2,12 +2,12 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use cofferdam_port_nbd::NbdOptions;
 use cofferdam_port_nbd::service::BlockOp;
 
-use crate::mock::{Mock, Served, geometry};
+use crate::mock::{Mock, Served, eventually, geometry};
 
 /// Runs a tool under a time limit, and returns its output if it succeeded.
 fn run(package: &str, tool: &str, arguments: &[&str]) -> Output {
@@ -116,6 +116,57 @@ fn qemu_io_writes_with_fua_zeroes_discards_and_reads_back() {
     assert!(!text.contains("failed") && !text.contains("error"), "{text}");
     assert!(served.mock.asked().iter().any(|asked| asked.op == BlockOp::Discard));
     served.finish();
+}
+
+/// What ESHUTDOWN is called by the C library.
+const SHUTDOWN: &str = "Cannot send after transport endpoint shutdown";
+
+/// Starts a tool under a time limit.
+fn start(tool: &str, arguments: &[&str]) -> Child {
+    let mut command = Command::new("timeout");
+    command.arg("20").arg(tool).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("coreutils' timeout runs")
+}
+
+/// Both of its outputs, and that it failed by itself.
+fn failure(child: Child) -> String {
+    let output = child.wait_with_output().expect("it ends");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && output.status.code() != Some(124), "{}: {text}", output.status);
+    text
+}
+
+/// One of two clients is revoked in the middle of its work: it says why it failed, the other one's copy is whole.
+#[test]
+fn a_revoked_nbdcopy_and_qemu_io_say_why_and_others_do_not_notice() {
+    let revoked: [(&str, fn(&Path) -> Vec<String>); 2] = [
+        ("nbdcopy", |path| vec!["--connections=1".into(), uri(path), "null:".into()]),
+        ("qemu-io", |path| {
+            let path = format!("nbd:unix:{}", path.display());
+            ["-f", "raw", "-t", "none", "-c", "write -P 1 0 64k", &path].map(String::from).to_vec()
+        }),
+    ];
+    for (tool, arguments) in revoked {
+        let served = Served::ordinary();
+        served.mock.set(|s| &s.slow, true);
+        let arguments = arguments(&served.path);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let victim = start(tool, &arguments);
+        eventually("it has requests with the device", || served.mock.in_flight() > 0);
+        // What comes now is not held, so the other one works while the victim waits.
+        served.mock.set(|s| &s.slow, false);
+        let directory = tempfile::tempdir().expect("a directory");
+        let copy = directory.path().join("copy");
+        let other = start("nbdcopy", &["--connections=1", &uri(&served.path), &copy.display().to_string()]);
+        served.mock.revoke_handle(0);
+        served.mock.fail_revoked();
+        let text = failure(victim);
+        assert!(text.contains(SHUTDOWN), "{tool}: {text}");
+        let other = other.wait_with_output().expect("it ends");
+        assert!(other.status.success(), "{}", String::from_utf8_lossy(&other.stderr));
+        assert!(std::fs::read(&copy).expect("read") == *served.mock.0.medium.lock().expect("not poisoned"));
+        served.finish();
+    }
 }
 
 #[test]

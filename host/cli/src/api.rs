@@ -1,0 +1,207 @@
+//! The control API's calls: from a request to the manager and back. The documents are in [`crate::control`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::{StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use cofferdam_manager::{Cancel, Cause, Manager, UnloadOptions};
+use tokio::sync::Semaphore;
+
+use crate::control::{ErrorBody, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, UnloadBody};
+use crate::follow::{self, Followers};
+use crate::host;
+
+/// Longest control document, in bytes.
+const BODY_LIMIT_BYTES: usize = 64 << 10;
+/// Calls that may block at the same time. Together with the followers they are fewer than the connections that the daemon serves, so that an operator always
+/// finds one to look with.
+const WAITING_CALLS: usize = 32;
+
+/// What the calls work on.
+#[derive(Clone)]
+struct Api {
+    manager: Manager,
+    followers: Arc<Followers>,
+    waiting: Arc<Semaphore>,
+}
+
+type Body<T> = Result<Json<T>, JsonRejection>;
+
+/// All calls.
+pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
+    Router::new()
+        .route("/v1/bindings", get(list).post(load))
+        .route("/v1/bindings/{name}", get(one))
+        .route("/v1/bindings/{name}/unload", post(unload))
+        .route("/v1/bindings/{name}/why", get(why))
+        .route("/v1/bindings/{name}/handles", get(handles))
+        .route("/v1/bindings/{name}/handles/{handle}/revoke", post(revoke))
+        .route("/v1/bindings/{name}/ports/attach", post(attach_port))
+        .route("/v1/bindings/{name}/ports/detach", post(detach_port))
+        .route("/v1/events", get(events))
+        .fallback(async || answer_error(ErrorBody::no_such_thing("no such call; is the client of another version?")))
+        .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .with_state(Api { manager, followers, waiting: Arc::new(Semaphore::new(WAITING_CALLS)) })
+}
+
+async fn list(State(api): State<Api>) -> Response {
+    Json(api.manager.statuses()).into_response()
+}
+
+async fn one(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    answer(host::find(&api.manager, &name).map(|binding| binding.status()))
+}
+
+async fn handles(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    answer(host::handles(&api.manager, &name))
+}
+
+async fn why(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    let manager = api.manager.clone();
+    // It waits for a guest's backtrace, some milliseconds, and has to be had when every slot is taken by a call that is stuck.
+    answer(blocking(move || host::why(&manager, &name)).await)
+}
+
+async fn load(State(api): State<Api>, body: Body<LoadBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::load(&manager, &body).map(|binding| binding.status())).await)
+}
+
+async fn unload(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<UnloadBody>) -> Response {
+    let cancel = Cancel::new();
+    // The server drops this call when its client's connection ends.
+    let _client = CancelOnDrop(cancel.clone());
+    let manager = api.manager.clone();
+    let forced = body.as_ref().is_ok_and(|body| body.force);
+    let work = move |body: UnloadBody| {
+        let options = UnloadOptions {
+            deadline: Duration::from_millis(body.deadline_ms).min(LONGEST_UNLOAD),
+            force: body.force,
+            // By force it ends soon, and somebody wants it to: a terminal that closes must not leave it half-way.
+            cancel: (!body.force).then_some(cancel),
+            cause: Cause::Unload,
+        };
+        host::unload(&manager, &name, &options, body.explain)
+    };
+    // Force ends the calls that take the slots.
+    answer(match body {
+        Ok(Json(body)) if forced => blocking(move || work(body)).await,
+        body => api.blocking(body, work).await,
+    })
+}
+
+async fn revoke(
+    State(api): State<Api>,
+    UrlPath((name, handle)): UrlPath<(String, String)>,
+    body: Body<RevokeBody>,
+) -> Response {
+    let manager = api.manager.clone();
+    let work = move |body: RevokeBody| {
+        let handle = handle.parse().map_err(|_| ErrorBody::usage(format!("'{handle}' is not a handle's number")))?;
+        host::revoke(&manager, &name, handle, Duration::from_millis(body.deadline_ms).min(LONGEST_REVOKE))
+    };
+    answer(api.blocking(body, work).await)
+}
+
+async fn attach_port(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<PortBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::attach_port(&manager, &name, &body.port)).await)
+}
+
+async fn detach_port(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<PortBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::detach_port(&manager, &name, &body.port)).await)
+}
+
+async fn events(State(api): State<Api>, uri: Uri) -> Response {
+    let body = parse_events_query(uri.query().unwrap_or("")).and_then(|(since, follow)| {
+        let reader = api.manager.events(since);
+        if follow { api.followers.follow(reader) } else { Ok(follow::kept(reader)) }
+    });
+    match body {
+        Ok(body) => ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response(),
+        Err(error) => answer_error(error),
+    }
+}
+
+/// `since=SEQ&follow=BOOL`, each at most once, in any order.
+fn parse_events_query(query: &str) -> Result<(Option<u64>, bool), ErrorBody> {
+    let wrong = |what: &str| ErrorBody::usage(format!("'{what}' is none of since=SEQ, follow=true, follow=false"));
+    let (mut since, mut follow) = (None, None);
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        match part.split_once('=') {
+            Some(("since", value)) if since.is_none() => since = Some(value.parse().map_err(|_| wrong(part))?),
+            Some(("follow", value)) if follow.is_none() => follow = Some(value.parse().map_err(|_| wrong(part))?),
+            _ => return Err(wrong(part)),
+        }
+    }
+    Ok((since, follow.unwrap_or(false)))
+}
+
+/// Calls off an unload whose client has gone.
+struct CancelOnDrop(Cancel);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+impl Api {
+    /// Calls that block (within their bounds) run where that is allowed. A client that goes away does not stop them by itself.
+    async fn blocking<B: Send + 'static, T: Send + 'static>(
+        &self,
+        body: Body<B>,
+        work: impl FnOnce(B) -> Result<T, ErrorBody> + Send + 'static,
+    ) -> Result<T, ErrorBody> {
+        let Json(body) = body.map_err(|error| ErrorBody::usage(error.body_text()))?;
+        let slot = Arc::clone(&self.waiting).try_acquire_owned().map_err(|_| {
+            ErrorBody::failed(format!("{WAITING_CALLS} other calls are being worked on; try again when one has ended"))
+        })?;
+        let work = move || {
+            let _slot = slot;
+            work(body)
+        };
+        blocking(work).await
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static,
+) -> Result<T, ErrorBody> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(ErrorBody::failed(error)))
+}
+
+fn answer<T: serde::Serialize>(result: Result<T, ErrorBody>) -> Response {
+    match result {
+        Ok(document) => Json(document).into_response(),
+        Err(error) => answer_error(error),
+    }
+}
+
+fn answer_error(error: ErrorBody) -> Response {
+    let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    (status, Json(error)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_events_query_says_since_and_follow_and_nothing_else() {
+        let parse = |query: &str| parse_events_query(query).map_err(|error| error.message);
+        assert_eq!(parse(""), Ok((None, false)));
+        assert_eq!(parse("since=7"), Ok((Some(7), false)));
+        assert_eq!(parse("follow=true&since=0"), Ok((Some(0), true)));
+        let wrong = ["since=", "since=-1", "since=x", "since=99999999999999999999", "follow=1", "follow", "a=b"];
+        for query in wrong.into_iter().chain(["since=1&since=2", "follow=true&follow=true"]) {
+            assert!(parse(query).is_err(), "{query}");
+        }
+    }
+}

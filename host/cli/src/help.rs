@@ -1,0 +1,109 @@
+//! What `--help` says after the list of options: examples that work as typed, and the exit codes of the command.
+
+/// `cofferdam --help`.
+pub(crate) const ALL: &str = "\
+Exit codes: 0 done, 1 failed, 2 usage, 3 no such thing, 4 still draining: what was asked for is under way, but the device or the driver still holds something.
+Data goes to stdout, diagnostics to stderr. COFFERDAM_LOG sets the log filter (default: info for daemon and run, warn otherwise).
+
+Examples:
+  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
+  cofferdam daemon &
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --name disk0
+  cofferdam ls
+  cofferdam events --follow &
+  cofferdam why disk0
+  cofferdam unload disk0 --deadline 5s --explain";
+
+/// `cofferdam run --help`.
+pub(crate) const RUN: &str = "\
+Exit codes: 0 unloaded, 1 could not serve or the binding left by itself, 2 usage, 3 no such driver file or device.
+
+Examples:
+  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
+  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --queues 2 --json";
+
+/// `cofferdam daemon --help`.
+pub(crate) const DAEMON: &str = "\
+On SIGTERM or Ctrl-C every binding is unloaded, by force where it must be, within five seconds.
+Exit codes: 0 stopped, 1 failed, 2 usage.
+
+Examples:
+  cofferdam daemon
+  cofferdam daemon --socket /run/cofferdam-test.sock";
+
+/// `cofferdam load --help`.
+pub(crate) const LOAD: &str = "\
+Exit codes: 0 it serves, 1 failed and everything was given back, 2 usage, 3 no such driver file or device.
+
+Examples:
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --name disk0
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json";
+
+/// `cofferdam ls --help`.
+pub(crate) const LS: &str = "\
+Exit codes: 0 done, 1 failed, 2 usage.
+
+Examples:
+  cofferdam ls
+  cofferdam ls --json";
+
+/// `cofferdam inspect --help`.
+pub(crate) const INSPECT: &str = "\
+Exit codes: 0 done, 1 failed, 2 usage, 3 no such file or binding.
+
+Examples:
+  cofferdam inspect virtio-blk.wasm
+  cofferdam inspect disk0 --json";
+
+/// `cofferdam handles --help`.
+pub(crate) const HANDLES: &str = "\
+Exit codes: 0 done, 1 failed, 2 usage, 3 no such binding.
+
+Examples:
+  cofferdam handles disk0
+  cofferdam handles disk0 --json";
+
+/// `cofferdam revoke --help`.
+pub(crate) const REVOKE: &str = "\
+Exit codes: 0 revoked and everything of it answered, 1 failed, 2 usage, 3 no such binding or handle, 4 revoked, but requests of it are still with the device.
+
+Examples:
+  cofferdam revoke disk0 7
+  cofferdam revoke disk0 7 --deadline 500ms --json";
+
+/// `cofferdam why --help`.
+pub(crate) const WHY: &str = "\
+Exit codes: 0 done, 1 failed, 2 usage, 3 no such binding, not among the last that left either.
+
+Examples:
+  cofferdam why disk0
+  cofferdam why disk0 --json";
+
+/// `cofferdam events --help`.
+pub(crate) const EVENTS: &str = "\
+Numbers count from the daemon's start; the last 4096 events are kept. A reader that is too slow is told how many it missed.
+Exit codes: 0 done, Ctrl-C, or the daemon has ended while it was followed; 1 failed (also: 16 others follow already), 2 usage.
+
+Examples:
+  cofferdam events
+  cofferdam events --follow
+  cofferdam events --since 120 --follow --json";
+
+/// `cofferdam unload --help`.
+pub(crate) const UNLOAD: &str = "\
+Ctrl-C ends the wait, not the unload: the binding stays draining.
+Exit codes: 0 unloaded, 1 refused or failed, 2 usage, 3 no such binding, 4 the wait is over and it is still draining.
+
+Examples:
+  cofferdam unload disk0
+  cofferdam unload disk0 --deadline 30s --explain
+  cofferdam unload disk0 --force --json";
+
+/// `cofferdam port --help`.
+pub(crate) const PORT: &str = "\
+Exit codes: 0 done, 1 failed, 2 a bad address, 3 no such binding or port.
+
+Examples:
+  cofferdam port attach disk0 nbd:/run/disk.sock
+  cofferdam port attach disk0 nbd:127.0.0.1:0
+  cofferdam port detach disk0 nbd:/run/disk.sock --json";

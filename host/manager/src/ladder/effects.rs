@@ -1,0 +1,338 @@
+//! What each effect of the life does to a binding. Every one is bounded, and may be carried out again after a run that died half-way (L2).
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cofferdam_device::transport::Silence;
+use cofferdam_gate::{Cancel, Notify};
+use cofferdam_lifecycle::{Effect, Event};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{SLICE, Wait, after};
+use crate::binding::{Binding, Parts};
+use crate::certificate::{Outcome, Residual, Stage};
+use crate::events::EventKind;
+use crate::lane::LaneEnd;
+use crate::residue::Marks;
+use crate::watch::Watch;
+
+/// How long a forced run waits for a healthy device before it cuts the drain short.
+const FORCED_DRAIN: Duration = Duration::from_millis(100);
+/// How long an interrupted guest may take to be out of its crossing: a few epoch ticks.
+const INTERRUPT_BOUND: Duration = Duration::from_millis(500);
+/// How long a device may take to become silent.
+const QUIESCE_BOUND: Duration = Duration::from_millis(1000);
+/// Why the memory of a pinned binding stays.
+const PINNED: &str = "loaded --pinned: its calls are not counted, so memory and code stay until the daemon stops";
+
+/// Does what the life asks for and says what came of it.
+pub(super) fn carry_out(
+    effect: Effect,
+    binding: &Arc<Binding>,
+    parts: &mut Parts,
+    wait: &Wait<'_>,
+    watch: &Watch,
+) -> Event {
+    let since = Instant::now();
+    let (stage, event) = match effect {
+        Effect::CloseGate => (Stage::CloseGate, close_gate(binding)),
+        Effect::RevokeHandles => (Stage::Revoke, revoke_handles(binding, parts)),
+        Effect::Drain => (Stage::Drain, drain(binding, parts, wait)),
+        Effect::Interrupt => (Stage::Interrupt, interrupt(binding, parts)),
+        Effect::Quiesce => (Stage::Quiesce, quiesce(parts)),
+        Effect::Answer => (Stage::Answer, answer(parts)),
+        Effect::Abandon => (Stage::Answer, abandon(parts)),
+        Effect::DetachPorts => {
+            binding.take_down_ports();
+            (Stage::Ports, Event::PortsDetached)
+        }
+        Effect::Unmap => (Stage::Unmap, unmap(binding, parts)),
+        Effect::Retire => (Stage::Unmap, retire(binding, parts)),
+        Effect::DropCode => (Stage::Drop, drop_code(parts)),
+        Effect::KeepCode => (Stage::Drop, keep_code(parts)),
+        Effect::Release => return release(binding, parts, watch),
+        // States in which nobody is on the ladder, or nothing is left to do. `run` enters the ladder before it asks, so these have no result to tell.
+        Effect::Build | Effect::Serve | Effect::Pause | Effect::Nothing => return Event::GaveUp,
+    };
+    parts.progress.timed(stage, since);
+    event
+}
+
+/// G1: after the gate's barrier nothing is admitted.
+fn close_gate(binding: &Binding) -> Event {
+    binding.gate().close();
+    Event::GateClosed
+}
+
+/// Handles answer `revoked`, sleepers wake. The numbers of the certificate are those of the first time.
+fn revoke_handles(binding: &Binding, parts: &mut Parts) -> Event {
+    if !parts.progress.counted {
+        parts.progress.counted = true;
+        parts.progress.calls_at_close = binding.gate().crossings();
+        // A pinned gate counts nothing; the ledgers do.
+        let ledgers: usize = parts.lanes.iter().filter_map(|lane| lane.in_ledger()).sum();
+        parts.progress.requests_at_close = binding.gate().operations().max(ledgers as u64);
+    }
+    parts.progress.handles_revoked += binding.revoke_handles();
+    Event::HandlesRevoked
+}
+
+/// Waits for operations and crossings, and reaps every vacant lane meanwhile, so that a client that stopped polling holds up nothing (L3).
+fn drain(binding: &Binding, parts: &mut Parts, wait: &Wait<'_>) -> Event {
+    let gate = *binding.gate();
+    let wake = Notify::new().ok();
+    if let Some(wake) = &wake {
+        gate.wake_drain_with(wake);
+    }
+    let mut forced_since = None;
+    loop {
+        if let Some(wake) = &wake {
+            wake.clear();
+        }
+        let (mut pending, mut vacant) = (0, Vec::with_capacity(parts.lanes.len()));
+        for lane in &parts.lanes {
+            match lane.try_reap() {
+                Some(left) => {
+                    pending += left;
+                    vacant.push(lane.device_fd());
+                }
+                None => pending += 1,
+            }
+        }
+        let busy = vacant.len() < parts.lanes.len();
+        if pending == 0 && gate.operations() == 0 && gate.crossings() == 0 {
+            return Event::Drained;
+        }
+        if parts.transport.as_ref().is_some_and(|transport| transport.lock().is_lost()) {
+            return Event::DeviceLost;
+        }
+        if parts.lanes.iter().any(|lane| lane.device_is_broken()) {
+            return Event::DeviceBroken;
+        }
+        let now = Instant::now();
+        if binding.life().forced() {
+            let since = *forced_since.get_or_insert(now);
+            // An operator who forces wants an end; a binding that leaves by itself gives a healthy device all the time it has.
+            let patience = if binding.hurried.load(Ordering::Acquire) { FORCED_DRAIN } else { wait.options.deadline };
+            if now >= wait.deadline || now.duration_since(since) >= patience {
+                return Event::CutShort;
+            }
+        }
+        if wait.is_over() {
+            return Event::GaveUp;
+        }
+        let slice = if busy { Duration::from_millis(1) } else { SLICE };
+        sleep_until_something(&vacant, wake.as_deref(), slice.min(wait.deadline.saturating_duration_since(now)));
+    }
+}
+
+/// Sleeps until the last leaver or a device wakes it, at most `slice`.
+fn sleep_until_something(devices: &[BorrowedFd<'_>], wake: Option<&Notify>, slice: Duration) {
+    let wake = wake.map(|wake| wake.fd());
+    let fds = devices.iter().copied().chain(wake);
+    let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+    let wait = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
+    // EINTR only makes for an early look.
+    let _ = poll(&mut fds, Some(&wait));
+}
+
+/// Ends guest code that is still running. The flag is this binding's stores' alone.
+fn interrupt(binding: &Binding, parts: &mut Parts) -> Event {
+    let running = binding.gate().crossings();
+    for kill in &parts.kills {
+        kill.kill();
+    }
+    if running > 0 {
+        let bound = Instant::now() + INTERRUPT_BOUND;
+        let _ = binding.gate().drain(cofferdam_gate::Drain::Crossings, Some(bound), &Cancel::new());
+    }
+    Event::Interrupted
+}
+
+/// L1: nothing is answered as failed, freed or reused before the device is silent. What it was never given needs no silence, and nothing more is given to it.
+fn quiesce(parts: &mut Parts) -> Event {
+    let bound = after(Instant::now(), QUIESCE_BOUND);
+    let mut taken = true;
+    for lane in &parts.lanes {
+        match lane.withdraw() {
+            Some(withdrawn) => parts.progress.failed += withdrawn as u64,
+            None => taken = false,
+        }
+    }
+    let silence = match silence_device(parts, bound) {
+        Silence::Confirmed if !taken => Silence::Unconfirmed { reason: NOT_VACANT.to_owned() },
+        silence => silence,
+    };
+    match silence {
+        Silence::Confirmed => Event::Silent,
+        Silence::Unconfirmed { reason } => {
+            tracing::warn!(reason, "device not shown to be silent, its memory is retired");
+            parts.progress.leak(0, &reason);
+            Event::NotSilent
+        }
+    }
+}
+
+const NOT_VACANT: &str = "a lane did not become vacant";
+
+/// Asks for silence until `bound`, reaping between the attempts: a device that is merely slow ends with nothing unanswered.
+fn silence_device(parts: &Parts, bound: Instant) -> Silence {
+    let Some(transport) = &parts.transport else { return Silence::Confirmed };
+    loop {
+        let published: Option<usize> = parts.lanes.iter().map(|lane| lane.still_published()).sum();
+        let Some(unanswered) = published else {
+            return Silence::Unconfirmed { reason: NOT_VACANT.to_owned() };
+        };
+        // With nothing unanswered one attempt gets all the time there is.
+        let until = if unanswered == 0 { bound } else { bound.min(Instant::now() + SLICE) };
+        let silence = transport.lock().quiesce(unanswered, until);
+        if silence == Silence::Confirmed || Instant::now() >= bound || unanswered == 0 {
+            return silence;
+        }
+    }
+}
+
+/// The device is silent: what completed is answered, the rest is failed.
+fn answer(parts: &mut Parts) -> Event {
+    if finish(parts, true) { Event::Answered } else { Event::NotSilent }
+}
+
+/// The device may still act on what it was given: that is answered to nobody, and its buffers are never given back.
+fn abandon(parts: &mut Parts) -> Event {
+    finish(parts, false);
+    let abandoned = parts.progress.abandoned;
+    if abandoned > 0 {
+        parts
+            .progress
+            .leak(0, &format!("{abandoned} requests that the device may still act on were answered to nobody"));
+    }
+    Event::Abandoned
+}
+
+/// Whether every lane could be looked into.
+fn finish(parts: &mut Parts, silent: bool) -> bool {
+    let mut all = true;
+    for lane in &parts.lanes {
+        match lane.finish(silent) {
+            Some(LaneEnd { failed, abandoned, interrupted }) => {
+                parts.progress.failed += failed as u64;
+                parts.progress.abandoned += abandoned as u64;
+                parts.progress.calls_interrupted += interrupted as u64;
+            }
+            None => all = false,
+        }
+    }
+    all
+}
+
+/// Frees what the device could reach: it does not any more.
+fn unmap(binding: &Binding, parts: &mut Parts) -> Event {
+    give_up_transport(parts);
+    binding.regions().end(true);
+    if let Some(rings) = parts.rings.take() {
+        rings.revoke();
+    }
+    if let Some(arena) = parts.arena.take() {
+        arena.revoke();
+    }
+    Event::Unmapped
+}
+
+/// Keeps what the device may still reach, or what calls that nobody counted may still reach, for as long as the process lives.
+fn retire(binding: &Binding, parts: &mut Parts) -> Event {
+    if binding.life().silent() == Some(true) {
+        parts.progress.leak(0, PINNED);
+    }
+    give_up_transport(parts);
+    parts.progress.leaked.bytes += binding.regions().end(false);
+    if let Some(rings) = parts.rings.take() {
+        parts.progress.leaked.bytes += rings.retire();
+    }
+    if let Some(arena) = parts.arena.take() {
+        parts.progress.leaked.bytes += arena.retire();
+    }
+    Event::Retired
+}
+
+fn give_up_transport(parts: &mut Parts) {
+    for lane in &parts.lanes {
+        lane.drop_rings();
+    }
+    if let Some(transport) = &parts.transport {
+        transport.lock().release();
+    }
+}
+
+/// Drops stores and code. A lane that a call has not left keeps its store (G9), and that is told.
+fn drop_code(parts: &mut Parts) -> Event {
+    let all = parts.lanes.iter().fold(true, |all, lane| lane.drop_driver() && all);
+    parts.control = None;
+    parts.module = None;
+    parts.kills.clear();
+    if all {
+        return Event::CodeDropped;
+    }
+    parts.progress.leak(0, NOT_VACANT);
+    Event::CodeKept
+}
+
+/// Pinned: nobody counted who is inside, so the code stays until the process ends.
+fn keep_code(parts: &mut Parts) -> Event {
+    for lane in &parts.lanes {
+        lane.keep_driver();
+    }
+    if let Some(control) = parts.control.take() {
+        parts.progress.leaked.bytes += control.memory_bytes();
+        std::mem::forget(control);
+    }
+    std::mem::forget(parts.module.take());
+    parts.kills.clear();
+    parts.progress.leak(0, PINNED);
+    Event::CodeKept
+}
+
+/// Gives the device up, looks up what is left (L7) and writes the certificate.
+fn release(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) -> Event {
+    let since = Instant::now();
+    watch.remove(binding);
+    parts.transport = None;
+    let lanes = std::mem::take(&mut parts.lanes);
+    let leased: u64 = lanes.iter().map(|lane| lane.arena().live_buffers()).max().unwrap_or(0);
+    // A lane that cannot be looked into counts as one. An operation is in a ledger and in the gate: the larger number has them all.
+    let ledgers: u64 = lanes.iter().map(|lane| lane.in_ledger().map_or(1, |left| left as u64)).sum();
+    let requests = ledgers.max(binding.gate().operations());
+    // What was retired on purpose is under `leaked`; its mappings and memfds are not looked for.
+    let retired = parts.progress.leaked.bytes > 0;
+    let (mappings, dma_bytes) = if retired { (0, 0) } else { parts.marks.mappings() };
+    let fds = parts.marks.open_descriptors(!retired);
+    parts.marks = Marks::default();
+    let residual = Residual {
+        calls: binding.gate().crossings(),
+        handles: binding.gate().handles() as u64,
+        requests,
+        buffers: if retired { 0 } else { leased },
+        dma_bytes,
+        mappings,
+        fds,
+    };
+    parts.progress.timed(Stage::Release, since);
+    // The slot goes back for another binding; every handle keeps hearing that this gate is closed (G7). A gate that something never left is kept.
+    if binding.gate().retire().is_err() && !binding.pinned {
+        tracing::error!("something is still inside the gate");
+    }
+    let leaked = parts.progress.leaked.clone();
+    if leaked.bytes > 0 {
+        binding.record(EventKind::Retired { bytes: leaked.bytes, reason: leaked.reason });
+    }
+    let mut life = binding.life();
+    let _ = life.apply(Event::Released);
+    let outcome = life.outcome().map_or(Outcome::Draining, Outcome::from);
+    let certificate = parts.progress.draft(binding, residual, outcome);
+    let clean = certificate.residual.is_zero();
+    tracing::info!(?outcome, clean, leaked_bytes = certificate.leaked.bytes, "detached");
+    // The first one stays: a run that died between this and the next step comes here again with nothing left to count.
+    let _ = binding.certificate.set(certificate);
+    Event::Released
+}

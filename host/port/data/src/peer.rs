@@ -1,0 +1,236 @@
+//! One client's thread: hello, serve, end.
+//!
+//! ```text
+//! hello   poll(2) on socket and notify, until a hello, a hang-up or the time limit
+//! serve   turns while there is traffic -> spin a little -> arm, one more turn -> poll(2) on socket, notify and device
+//! end     answers are out -> REVOKED -> the client takes them or 100 ms pass -> rings' pages gone, handle closed, socket closed
+//! ```
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cofferdam_client::wire::{Hello, PACKET_MAX_BYTES, Refusal, TAG_REVOKED, TAG_VIOLATION, TAG_WAKE};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::options::{LINGER, RETRY};
+use crate::service::{Disk, Notify, Service};
+use crate::session::{Session, Violation};
+use crate::shared::{End, Shared};
+use crate::socket::{Received, receive, send};
+use crate::welcome::{Admitted, refused, welcome};
+
+/// Packets read at once: more wait in the socket.
+const PACKETS: u32 = 16;
+/// Turns with traffic between two looks at the socket, so that a client which hung up is noticed though its rings go on.
+const TURNS_PER_LOOK: u32 = 1024;
+/// Turns between two looks at the clock while spinning.
+const SPIN_TURNS: u32 = 32;
+/// Shortest spin that is worth trying.
+const SPIN_FLOOR: Duration = Duration::from_micros(2);
+
+/// See the module.
+pub(crate) struct Peer<S: Service> {
+    pub(crate) shared: Arc<Shared<S>>,
+    pub(crate) socket: OwnedFd,
+    pub(crate) peer: String,
+    /// Signalled by the manager (revocation, end of a hold, answers that others reaped) and by the port's shutdown.
+    pub(crate) notify: Arc<Notify>,
+}
+
+impl<S: Service> Peer<S> {
+    /// The thread's body.
+    pub(crate) fn run(self) {
+        let (end, unfinished) = match self.hello() {
+            Ok(hello) => match welcome(&self.shared, self.socket.as_fd(), &self.peer, &self.notify, hello) {
+                Ok(Admitted { mut session, rings }) => {
+                    let end = match self.serve(&mut session) {
+                        Ok(end) => self.farewell(&mut session).unwrap_or(end),
+                        Err(Violation(why)) => {
+                            session.refuse();
+                            send(self.socket.as_fd(), &[TAG_VIOLATION]);
+                            End::Garbage(why)
+                        }
+                    };
+                    // The handle first: its memory goes as soon as nothing of it is in flight.
+                    let unfinished = !session.is_quiet() || session.is_refused() && !session.is_drained();
+                    drop(session);
+                    drop(rings);
+                    (end, unfinished)
+                }
+                Err(refusal) => {
+                    send(self.socket.as_fd(), &refusal.encode());
+                    (End::Done("refused"), false)
+                }
+            },
+            Err(end) => {
+                if end != End::Done("hung up") {
+                    send(self.socket.as_fd(), &refused(Refusal::Malformed, "no hello").encode());
+                }
+                (end, false)
+            }
+        };
+        self.shared.closed(&self.peer, end, unfinished);
+    }
+
+    /// Waits for the hello. It may come a moment after the connection, not much later.
+    fn hello(&self) -> Result<Hello, End> {
+        let deadline = Instant::now() + self.shared.options.hello_timeout;
+        loop {
+            let mut packet = [0; PACKET_MAX_BYTES];
+            match receive(self.socket.as_fd(), &mut packet) {
+                Received::Packet(packet) => return Hello::decode(packet).ok_or(End::Garbage("no hello")),
+                Received::TooLong => return Err(End::Garbage("a packet that is too long")),
+                Received::Gone => return Err(End::Done("hung up")),
+                Received::Nothing => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(End::Garbage("it said nothing"));
+            }
+            if self.shared.stopping.load(Ordering::Acquire) {
+                return Err(End::Done("the port is shut down"));
+            }
+            self.sleep(None, Some(left));
+        }
+    }
+
+    /// Until it is over: revoked and quiet, hung up, or cut off by the shutdown.
+    fn serve(&self, session: &mut Session<S::Disk>) -> Result<End, Violation> {
+        let most = self.shared.options.spin;
+        let mut spin = most;
+        let mut turns: u32 = 0;
+        loop {
+            if self.shared.stopping.load(Ordering::Acquire) {
+                session.refuse();
+                if self.past_grace() {
+                    return Ok(End::Done("the port is shut down"));
+                }
+            }
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(TURNS_PER_LOOK)
+                && let Some(end) = self.read_packets()?
+            {
+                return Ok(end);
+            }
+            if self.turn(session, false)? {
+                continue;
+            }
+            if session.is_refused() && session.is_quiet() {
+                return Ok(End::Done("revoked"));
+            }
+            if self.spin(session, spin)? {
+                spin = (spin * 2).min(most);
+                continue;
+            }
+            spin = (spin / 2).max(SPIN_FLOOR.min(most));
+            // Partner: the client stores its tail or head, then looks for what this side sleeps. The manager and the device have `arm` and the notify.
+            self.notify.clear();
+            let what = session.sleeps_for();
+            session.restate();
+            session.arm(what);
+            let busy = self.turn(session, true)? || session.sleeps_for() != what;
+            let stopping = self.shared.stopping.load(Ordering::Acquire);
+            let over = session.is_refused() && session.is_quiet();
+            if !(busy || over || stopping && !session.is_refused()) {
+                let retry = session.full.then_some(RETRY);
+                let grace = self.shared.stop_at.get().map(|at| at.saturating_duration_since(Instant::now()));
+                let device = session.waits_for_device().then(|| session.disk.device_fd());
+                self.sleep(device, retry.into_iter().chain(grace).min());
+            }
+            session.disarm();
+            if let Some(end) = self.read_packets()? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// One turn, and the wake that it asks for. Whether something moved.
+    fn turn(&self, session: &mut Session<S::Disk>, arm: bool) -> Result<bool, Violation> {
+        let turn = session.turn(arm)?;
+        if turn.wake {
+            // A full socket has wakes in it that the client has not read.
+            send(self.socket.as_fd(), &[TAG_WAKE]);
+        }
+        Ok(turn.moved)
+    }
+
+    /// Turns for a while; whether one moved something. Its length follows what it brings.
+    fn spin(&self, session: &mut Session<S::Disk>, limit: Duration) -> Result<bool, Violation> {
+        if limit.is_zero() {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        loop {
+            for _ in 0..SPIN_TURNS {
+                if self.turn(session, false)? {
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= limit {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Says that it is over, and lets the client take its answers. Nothing of it is in flight, unless the grace is over.
+    fn farewell(&self, session: &mut Session<S::Disk>) -> Option<End> {
+        if !session.is_refused() {
+            return None;
+        }
+        let deadline = Instant::now() + LINGER;
+        let deadline = self.shared.stop_at.get().map_or(deadline, |&at| at.min(deadline));
+        // What was submitted just before the client could know.
+        let last = self.turn(session, false);
+        send(self.socket.as_fd(), &[TAG_REVOKED]);
+        while last.is_ok() && !session.is_drained() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            match self.read_packets() {
+                Ok(None) => {}
+                Ok(Some(_)) => break,
+                Err(Violation(why)) => return Some(End::Garbage(why)),
+            }
+            // A client that takes its answers hangs up then; one that does not is looked at again soon enough.
+            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+            let _ = poll(&mut fds, timespec(Some(left.min(RETRY))).as_ref());
+        }
+        None
+    }
+
+    /// Reads some packets. `Some` when the client has hung up.
+    fn read_packets(&self) -> Result<Option<End>, Violation> {
+        let mut packet = [0; PACKET_MAX_BYTES];
+        for _ in 0..PACKETS {
+            match receive(self.socket.as_fd(), &mut packet) {
+                Received::Nothing => break,
+                Received::Packet([TAG_WAKE]) => {}
+                Received::Packet(_) => return Err(Violation("an unknown packet")),
+                Received::TooLong => return Err(Violation("a packet that is too long")),
+                Received::Gone => return Ok(Some(End::Done("hung up"))),
+            }
+        }
+        Ok(None)
+    }
+
+    fn past_grace(&self) -> bool {
+        self.shared.stop_at.get().is_some_and(|&at| at <= Instant::now())
+    }
+
+    /// Sleeps until somebody has something to say. EINTR and spurious returns lead to another look.
+    fn sleep(&self, device: Option<BorrowedFd<'_>>, timeout: Option<Duration>) {
+        let (socket, notify) = (self.socket.as_fd(), self.notify.fd());
+        let third = device.unwrap_or(notify);
+        let mut fds = [socket, notify, third].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let watched = if device.is_some() { &mut fds[..] } else { &mut fds[..2] };
+        let _ = poll(watched, timespec(timeout).as_ref());
+    }
+}
+
+fn timespec(timeout: Option<Duration>) -> Option<Timespec> {
+    timeout.and_then(|timeout| Timespec::try_from(timeout).ok())
+}

@@ -1,0 +1,203 @@
+//! The port as the manager knows it: started, asked for its address, shut down.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use cofferdam_client::wire::Refusal;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::address::DataAddress;
+use crate::error::DataError;
+use crate::listen::{Arrival, Listener};
+use crate::options::DataOptions;
+use crate::peer::Peer;
+use crate::service::{Notify, Port, PortReport, Service};
+use crate::shared::{End, Shared};
+use crate::socket::send;
+use crate::threads::Threads;
+use crate::welcome::refused;
+
+/// How long the acceptor rests when the system has no descriptor left for a client.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// How much longer than its grace a shutdown may take. A thread that is in a call into a driver comes back inside the call's deadline of
+/// 100 ms (DESIGN section 9); one that does not within this is left behind.
+const OVERRUN: Duration = Duration::from_millis(400);
+
+/// The clients' threads, and their notifies to tell them of the shutdown.
+#[derive(Default)]
+struct Clients {
+    threads: Threads,
+    notifies: Vec<Weak<Notify>>,
+}
+
+/// A data socket in front of one [`Service`]: a thread that accepts, and one for each client.
+///
+/// Dropping it without [`Port::shutdown`] shuts it down with no grace.
+pub struct DataPort<S: Service> {
+    shared: Arc<Shared<S>>,
+    stop: Arc<Notify>,
+    acceptor: Threads,
+    clients: Arc<Mutex<Clients>>,
+    over: bool,
+}
+
+impl<S: Service> std::fmt::Debug for DataPort<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DataPort").field("address", &self.shared.address).finish_non_exhaustive()
+    }
+}
+
+impl<S: Service> DataPort<S> {
+    /// Listens on `address` and serves `service` until [`Port::shutdown`].
+    ///
+    /// # Errors
+    /// [`DataError`]; nothing is left behind.
+    pub fn start(service: S, address: &DataAddress, options: DataOptions) -> Result<DataPort<S>, DataError> {
+        if service.lanes() == 0 {
+            return Err(DataError::NotServing);
+        }
+        let listener = Listener::bind(address)?;
+        let shared = Arc::new(Shared::new(service, options.bounded(), address.clone()));
+        let stop = Notify::new().map_err(|source| DataError::Io { what: "eventfd", source })?;
+        let clients = Arc::new(Mutex::new(Clients::default()));
+        let mut port = DataPort {
+            shared: Arc::clone(&shared),
+            stop: Arc::clone(&stop),
+            acceptor: Threads::default(),
+            clients: Arc::clone(&clients),
+            over: false,
+        };
+        port.acceptor
+            .spawn("data-accept".to_owned(), move || accept(&shared, listener, &stop, &clients))
+            .map_err(|source| DataError::Io { what: "starting a thread", source })?;
+        tracing::info!(port = %port.shared.address, binding = port.shared.service.name(), "listening");
+        Ok(port)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn listens_on(&self) -> &DataAddress {
+        &self.shared.address
+    }
+
+    /// Clients that are connected now.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        self.shared.open.load(Ordering::Acquire)
+    }
+
+    fn stop(&mut self, grace: Duration) -> PortReport {
+        self.over = true;
+        let connections = self.clients() as u64;
+        let at = Instant::now() + grace;
+        let _ = self.shared.stop_at.set(at);
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        self.stop.signal();
+        // Nobody is added behind the acceptor's end. It never waits for a client, so it ends at once.
+        let mut ended = self.acceptor.end(at + OVERRUN);
+        let mut clients = std::mem::take(&mut *self.clients.lock().unwrap_or_else(PoisonError::into_inner));
+        clients.notifies.iter().filter_map(Weak::upgrade).for_each(|notify| notify.signal());
+        let of_clients = clients.threads.end(at + OVERRUN);
+        ended.left_behind += of_clients.left_behind;
+        ended.panicked += of_clients.panicked;
+        if ended.left_behind > 0 {
+            tracing::error!(port = %self.shared.address, threads = ended.left_behind, "threads of the port are held up; they are left behind");
+        }
+        if ended.panicked > 0 {
+            tracing::error!(port = %self.shared.address, threads = ended.panicked, "threads of the port had panicked");
+        }
+        let severed = self.shared.severed.load(Ordering::Relaxed) + ended.left_behind as u64;
+        PortReport { connections, severed }
+    }
+}
+
+impl<S: Service> Port for DataPort<S> {
+    fn address(&self) -> String {
+        self.shared.address.to_string()
+    }
+
+    fn shutdown(mut self: Box<Self>, grace: Duration) -> PortReport {
+        self.stop(grace)
+    }
+}
+
+impl<S: Service> Drop for DataPort<S> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.stop(Duration::ZERO);
+        }
+    }
+}
+
+/// The acceptor's thread. The listener, and with it the socket file, goes when it ends.
+fn accept<S: Service>(shared: &Arc<Shared<S>>, listener: Listener, stop: &Notify, clients: &Mutex<Clients>) {
+    let mut rest = None;
+    while !shared.stopping.load(Ordering::Acquire) {
+        let timeout = rest.take().and_then(|rest: Duration| Timespec::try_from(rest).ok());
+        let mut fds = [
+            PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(listener.fd(), PollFlags::IN),
+        ];
+        let watched = if timeout.is_some() { &mut fds[..1] } else { &mut fds[..] };
+        // EINTR leads to another look.
+        let _ = poll(watched, timeout.as_ref());
+        match listener.accept() {
+            Ok(Some(arrival)) => admit(shared, arrival, &mut clients.lock().unwrap_or_else(PoisonError::into_inner)),
+            Ok(None) => {}
+            Err(error) => {
+                if let Some(suppressed) = shared.may_log() {
+                    tracing::warn!(port = %shared.address, %error, suppressed, "a client could not be accepted");
+                }
+                rest = Some(ACCEPT_REST);
+            }
+        }
+    }
+}
+
+/// One place among the clients, given back when its thread has ended, however.
+struct Place<S>(Arc<Shared<S>>);
+
+impl<S> Drop for Place<S> {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Gives a client its thread, or sends it away with the reason at once.
+fn admit<S: Service>(shared: &Arc<Shared<S>>, arrival: Arrival, clients: &mut Clients) {
+    let Arrival { socket, peer, may_speak } = arrival;
+    use std::os::fd::AsFd;
+    let away = |reason, text: String| {
+        if let Some(suppressed) = shared.may_log() {
+            tracing::warn!(port = %shared.address, peer, suppressed, text, "a client was turned away");
+        }
+        send(socket.as_fd(), &refused(reason, text).encode());
+    };
+    if !may_speak {
+        return away(Refusal::NotAllowed, "the socket serves the daemon's own user and root".to_owned());
+    }
+    let limit = shared.options.max_clients;
+    if shared.open.load(Ordering::Acquire) >= limit {
+        return away(Refusal::Busy, format!("the port has its limit of {limit} clients"));
+    }
+    let notify = match Notify::new() {
+        Ok(notify) => notify,
+        Err(error) => return away(Refusal::Host, error.to_string()),
+    };
+    clients.notifies.retain(|notify| notify.strong_count() > 0);
+    clients.notifies.push(Arc::downgrade(&notify));
+    shared.open.fetch_add(1, Ordering::AcqRel);
+    let place = Place(Arc::clone(shared));
+    let peer = Peer { shared: Arc::clone(shared), socket, peer, notify };
+    let started = clients.threads.spawn("data-client".to_owned(), move || {
+        // After the handle and the region are gone, so that who sees a free place finds one.
+        let _place = place;
+        peer.run();
+    });
+    // Without a thread the client is hung up on.
+    if let Err(error) = started {
+        shared.closed("unknown", End::Done("no thread"), false);
+        tracing::warn!(port = %shared.address, %error, "a client's thread could not be started");
+    }
+}

@@ -1,0 +1,7 @@
+//! The port in front of a device in memory.
+
+mod hostile;
+mod leaving;
+mod mock;
+mod ordinary;
+mod raw;

@@ -1,0 +1,69 @@
+//! The control API as a stranger would use it: what it answers to wrong words, and what it lets one client have.
+
+use std::io::Read;
+use std::time::{Duration, Instant};
+
+use cofferdam_process_tests::backend::Backend;
+use cofferdam_process_tests::host::Daemon;
+use cofferdam_process_tests::wait::until_true;
+
+use crate::draining::frozen;
+use crate::http::{begin, call};
+
+#[test]
+fn wrong_words_are_answered_with_a_document_that_says_what_is_wrong() {
+    let daemon = Daemon::start();
+    let sim = Backend::sim(&["--memory", "16M"]);
+    daemon.serve(&sim.address(), "disk", &[]);
+    let socket = daemon.socket();
+    let long = format!("{{\"port\":\"{}\"}}", "x".repeat(60_000));
+    for (method, path, body, status, code, word) in [
+        ("POST", "/v1/bindings/disk/unload", "", 400, "usage", "JSON"),
+        ("POST", "/v1/bindings/disk/unload", "{\"deadline_ms\":-1,\"force\":false}", 400, "usage", "deadline_ms"),
+        ("POST", "/v1/bindings/disk/unload", "{\"deadline_ms\":1,\"force\":false,\"x\":1}", 400, "usage", "x"),
+        ("POST", "/v1/bindings/disk/handles/one/revoke", "{\"deadline_ms\":1}", 400, "usage", "'one'"),
+        ("POST", "/v1/bindings/disk/handles/-1/revoke", "{\"deadline_ms\":1}", 400, "usage", "'-1'"),
+        ("POST", "/v1/bindings/disk/handles/9/revoke", "{\"deadline_ms\":1}", 404, "no-such-thing", "no handle 9"),
+        ("POST", "/v1/bindings/none/handles/1/revoke", "{\"deadline_ms\":1}", 404, "no-such-thing", "'none'"),
+        ("POST", "/v1/bindings/disk/ports/attach", "[]", 400, "usage", "JSON"),
+        ("POST", "/v1/bindings/disk/ports/attach", "{\"port\":\"x\"}", 400, "usage", "not a port"),
+        ("POST", "/v1/bindings/disk/ports/detach", &long, 400, "usage", "not a port"),
+        ("POST", "/v1/bindings/none/ports/detach", "{\"port\":\"nbd:/x\"}", 404, "no-such-thing", "'none'"),
+        ("GET", "/v1/bindings/none/handles", "", 404, "no-such-thing", "'none'"),
+        ("GET", "/v1/bindings/none/why", "", 404, "no-such-thing", "'none'"),
+        ("GET", "/v1/events?since=abc", "", 400, "usage", "since=abc"),
+        ("GET", "/v1/events?since=-1&follow=true", "", 400, "usage", "since=-1"),
+        ("GET", "/v1/events?follow=maybe", "", 400, "usage", "follow=maybe"),
+        ("GET", "/v1/events?since=1&since=2", "", 400, "usage", "since=2"),
+        ("GET", "/v1/events?from=1", "", 400, "usage", "from=1"),
+        ("GET", "/v2/bindings", "", 404, "no-such-thing", "another version"),
+    ] {
+        let (answered, document) = call(&socket, method, path, body);
+        assert_eq!((answered, document["code"].as_str()), (status, Some(code)), "{method} {path}: {document}");
+        assert!(document["message"].as_str().is_some_and(|message| message.contains(word)), "{path}: {document}");
+    }
+    assert_eq!(daemon.binding("disk").expect("it serves on")["state"], "serving");
+    daemon.stop(Duration::from_secs(5));
+}
+
+#[test]
+fn calls_that_wait_leave_room_for_those_that_look_and_for_force() {
+    let daemon = Daemon::start();
+    let (_sim, _client) = frozen(&daemon);
+    let socket = daemon.socket();
+    let body = "{\"deadline_ms\":60000,\"force\":false}";
+    let waiting: Vec<_> = (0..32).map(|_| begin(&socket, "POST", "/v1/bindings/disk/unload", body)).collect();
+    until_true("no further call may wait", || {
+        let (status, document) = call(&socket, "POST", "/v1/bindings/none/unload", body);
+        status == 422 && document["message"].as_str().is_some_and(|message| message.contains("32 other calls"))
+    });
+    daemon.run(&["why", "disk"]).expect(0);
+    let begin = Instant::now();
+    assert_eq!(daemon.unload("disk", &["--force"]).outcome(), "forced");
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    for mut stream in waiting {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200"), "everyone who waited gets the certificate: {answer}");
+    }
+}

@@ -1,0 +1,297 @@
+//! Cofferdam itself: in process through a handle, and through its NBD port.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
+use cofferdam_manager::{
+    Binding, BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, LoadSpec, Manager,
+    UnloadOptions,
+};
+use cofferdam_port_nbd::{NbdAddress, NbdOptions, NbdPort};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::nbd::NbdClient;
+use crate::backend::Backend;
+use crate::engine::{Engine, Io, Job, Mode, Op, PATIENCE};
+
+/// One host for all measurements: the driver is compiled once.
+pub struct Host {
+    /// The library.
+    pub manager: Manager,
+    /// The driver's component.
+    pub component: Vec<u8>,
+}
+
+/// Where `cargo xtask build` puts the driver.
+#[must_use]
+pub fn driver_path() -> PathBuf {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/drivers/virtio-blk.wasm");
+    std::env::var_os("COFFERDAM_BENCH_DRIVER").map_or_else(|| PathBuf::from(default), PathBuf::from)
+}
+
+impl Host {
+    /// Starts it, with compiled code kept in `cache` if that is given.
+    ///
+    /// # Errors
+    /// When the driver was not built.
+    pub fn start(cache: Option<&Path>) -> Result<Host> {
+        let path = driver_path();
+        let component =
+            std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build'", path.display()))?;
+        Ok(Host { manager: Manager::new(Config { cache_dir: cache.map(Path::to_owned) })?, component })
+    }
+
+    /// Joins the driver and a device.
+    ///
+    /// # Errors
+    /// When the load fails.
+    pub fn load(&self, device: &Backend, queues: u16) -> Result<Arc<Binding>> {
+        let transport = connect(&device.socket())?;
+        let mut spec = LoadSpec::new("virtio-blk.wasm", self.component.clone(), Box::new(transport));
+        spec.queues = Some(queues);
+        // The same ring as blkio's and the bare one's: three descriptors for each of 128 requests.
+        spec.ring_entries = super::bare::RING_ENTRIES;
+        Ok(self.manager.load(spec)?)
+    }
+
+    /// Takes a binding down.
+    ///
+    /// # Errors
+    /// When something of it is left.
+    pub fn unload(&self, binding: &Binding) -> Result<()> {
+        let certificate = self.manager.unload(binding.name(), &UnloadOptions::default())?;
+        ensure!(certificate.residual.is_zero(), "something is left of {}", binding.name());
+        Ok(())
+    }
+}
+
+/// Connects to a device, which may be busy for a moment with the end of its last client.
+///
+/// # Errors
+/// As [`VhostUser::connect`].
+pub fn connect(socket: &Path) -> Result<VhostUser> {
+    let address = format!("vhost-user:{}", socket.display());
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match VhostUser::connect(&address) {
+            Err(ConnectError::NobodyListens(_) | ConnectError::NotFound(_)) if Instant::now() < deadline => {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// A loaded binding that leaves when this is dropped.
+struct Loaded {
+    manager: Manager,
+    binding: Arc<Binding>,
+}
+
+impl Loaded {
+    fn crossings(&self) -> u64 {
+        self.binding.status().calls.iter().map(|core| core.crossings).sum()
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if let Err(error) = self.manager.unload(self.binding.name(), &UnloadOptions::default()) {
+            eprintln!("{}: {error}", self.binding.name());
+        }
+    }
+}
+
+/// The embedding API, as a program would use it: one handle per lane, buffers leased once and used again.
+pub struct InProcess {
+    handles: Vec<Handle>,
+    mode: Mode,
+    op: BlockOp,
+    bytes: u32,
+    /// By tag, while no request has it.
+    buffers: Vec<Option<Buffer>>,
+    requests: Vec<Vec<BlockRequest>>,
+    completions: Vec<Completion>,
+    capacity: u64,
+    /// Last: it takes the device away.
+    loaded: Loaded,
+}
+
+impl InProcess {
+    /// Loads the driver and opens a handle per queue.
+    ///
+    /// # Errors
+    /// When the load fails.
+    pub fn connect(host: &Host, device: &Backend, mode: Mode, queues: u16) -> Result<InProcess> {
+        InProcess::of(host, host.load(device, queues)?, mode)
+    }
+
+    /// The same on a binding that was loaded in whatever way.
+    ///
+    /// # Errors
+    /// When no handle can be had.
+    pub fn of(host: &Host, binding: Arc<Binding>, mode: Mode) -> Result<InProcess> {
+        let loaded = Loaded { manager: host.manager.clone(), binding };
+        let mut handles = Vec::new();
+        for lane in 0..loaded.binding.lanes() {
+            let spec = HandleSpec { label: "in-process".into(), lane, ..HandleSpec::default() };
+            handles.push(loaded.binding.open(spec)?);
+        }
+        ensure!(mode == Mode::Poll || handles.len() == 1, "several queues are measured polling only");
+        let capacity = handles[0].geometry().capacity_bytes;
+        let requests = handles.iter().map(|_| Vec::with_capacity(1024)).collect();
+        let (buffers, completions) = (Vec::new(), Vec::with_capacity(1024));
+        Ok(InProcess { handles, mode, op: BlockOp::Read, bytes: 0, buffers, requests, completions, capacity, loaded })
+    }
+
+    /// Looks once.
+    fn look(&mut self, arm: bool) {
+        for handle in &self.handles {
+            handle.poll(arm, &mut self.completions);
+        }
+    }
+
+    /// Sleeps as soon as there is nothing.
+    fn sleep(&mut self) -> Result<()> {
+        self.look(true);
+        if !self.completions.is_empty() {
+            return Ok(());
+        }
+        let handle = &self.handles[0];
+        let mut fds = [
+            PollFd::from_borrowed_fd(handle.device_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(handle.notify().fd(), PollFlags::IN),
+        ];
+        let limit = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+        poll(&mut fds, Some(&limit))?;
+        if !fds[1].revents().is_empty() {
+            handle.notify().clear();
+        }
+        self.look(false);
+        Ok(())
+    }
+}
+
+impl Engine for InProcess {
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn prepare(&mut self, job: Job) -> Result<()> {
+        self.op = if job.op.reads() { BlockOp::Read } else { BlockOp::Write };
+        self.bytes = job.op.bytes();
+        self.buffers.clear();
+        for tag in 0..job.depth as usize {
+            let buffer = self.handles[tag % self.handles.len()].lease(self.bytes)?;
+            buffer.fill(0, self.bytes, 0x5a)?;
+            self.buffers.push(Some(buffer));
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, requests: &[Io]) -> Result<()> {
+        let lanes = self.handles.len();
+        for io in requests {
+            let buffer = self.buffers[io.tag as usize].take();
+            let request = BlockRequest {
+                user: u64::from(io.tag),
+                op: self.op,
+                offset: io.offset,
+                length: self.bytes,
+                flags: BlockFlags::default(),
+                buffer,
+            };
+            let lane = if lanes == 1 { 0 } else { io.tag as usize % lanes };
+            self.requests[lane].push(request);
+        }
+        for (handle, requests) in self.handles.iter().zip(&mut self.requests) {
+            if !requests.is_empty() {
+                handle.submit(requests)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<u32>) -> Result<()> {
+        match self.mode {
+            Mode::Poll => self.look(false),
+            Mode::Event => self.sleep()?,
+            Mode::Adaptive => {
+                self.handles[0].wait(PATIENCE, &mut self.completions);
+            }
+        }
+        for completion in self.completions.drain(..) {
+            completion.result?;
+            self.buffers[completion.user as usize] = completion.buffer;
+            done.push(completion.user as u32);
+        }
+        Ok(())
+    }
+
+    fn crossings(&self) -> Option<u64> {
+        Some(self.loaded.crossings())
+    }
+}
+
+/// A pipelined NBD client in front of our own NBD port, in this process.
+pub struct OverNbd {
+    client: NbdClient,
+    loaded: Loaded,
+}
+
+impl OverNbd {
+    /// Loads the driver, attaches a port on a Unix socket, connects to it.
+    ///
+    /// # Errors
+    /// When any of it fails.
+    pub fn connect(host: &Host, device: &Backend) -> Result<OverNbd> {
+        let binding = host.load(device, 1)?;
+        let loaded = Loaded { manager: host.manager.clone(), binding };
+        let socket = device.path("cofferdam-nbd.sock");
+        attach(&loaded.binding, &socket)?;
+        let client = NbdClient::connect(&socket, "")?;
+        Ok(OverNbd { client, loaded })
+    }
+}
+
+/// Serves a binding over NBD on a Unix socket.
+///
+/// # Errors
+/// When the port cannot be made.
+pub fn attach(binding: &Arc<Binding>, socket: &Path) -> Result<()> {
+    let address: NbdAddress = format!("nbd:{}", socket.display()).parse()?;
+    let port = NbdPort::start(Arc::clone(binding), &address, NbdOptions::default())?;
+    ensure!(binding.attach_port(Box::new(port)).is_ok(), "the binding takes no port");
+    Ok(())
+}
+
+impl Engine for OverNbd {
+    fn capacity(&self) -> u64 {
+        self.client.capacity()
+    }
+
+    fn prepare(&mut self, job: Job) -> Result<()> {
+        self.client.prepare(job)
+    }
+
+    fn submit(&mut self, requests: &[Io]) -> Result<()> {
+        self.client.submit(requests)
+    }
+
+    fn reap(&mut self, done: &mut Vec<u32>) -> Result<()> {
+        self.client.reap(done)
+    }
+
+    fn crossings(&self) -> Option<u64> {
+        Some(self.loaded.crossings())
+    }
+}
+
+/// The operation of a job, for requests that are made by hand.
+#[must_use]
+pub fn block_op(op: Op) -> BlockOp {
+    if op.reads() { BlockOp::Read } else { BlockOp::Write }
+}

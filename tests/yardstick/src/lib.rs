@@ -1,0 +1,20 @@
+//! The yardstick of the block data path: Cofferdam beside what people would use instead, on the same device, in the same run.
+//!
+//! `cargo xtask bench block` runs it; `docs/PERFORMANCE.md` says what came of it.
+//!
+//! ```text
+//! backend  devices as processes: qemu-storage-daemon, and null, which answers at once
+//! clients  ours in process, ours over NBD, libblkio, a bare ring, the same driver natively
+//! engine   one closed loop for all of them
+//! run      rounds A B C A B C on one device; stats: medians, and intervals of ratios of the same round
+//! budget   what is not a rate: memory, loads, allocations, system calls
+//! report   table, aims, JSON; plot: SVG
+//! ```
+
+pub mod backend;
+pub mod clients;
+pub mod counting;
+pub mod engine;
+pub mod machine;
+pub mod memory;
+pub mod null;
