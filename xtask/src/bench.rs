@@ -1,21 +1,36 @@
 //! `cargo xtask bench NAME`: the benches, each a program of the crate that it measures. Each prints a table and writes `target/bench/NAME.json`.
 
-use crate::{step, workspace};
+use crate::{build, packages, step, workspace};
 use anyhow::{Result, bail};
+use std::process::Command;
 
 struct Bench {
     name: &'static str,
     measures: &'static str,
-    package: &'static str,
-    target: &'static str,
+    scope: Scope,
 }
 
-const BENCHES: &[Bench] = &[Bench {
-    name: "gate",
-    measures: "what an admitted call costs, on one core and on many",
-    package: "cofferdam-gate",
-    target: "gate",
-}];
+/// What has to be there for a bench, and how it is selected.
+enum Scope {
+    /// Its package alone: it needs none of the big dependencies.
+    Package(&'static str),
+    /// Whole bindings: a driver, devices in other processes, and the features of the whole workspace, for the reason that `build::programs` gives.
+    Workspace,
+}
+
+/// A bench's name is also that of its target.
+const BENCHES: &[Bench] = &[
+    Bench {
+        name: "gate",
+        measures: "what an admitted call costs, on one core and on many",
+        scope: Scope::Package("cofferdam-gate"),
+    },
+    Bench {
+        name: "unload",
+        measures: "how long an unload takes, stage by stage, idle and under load",
+        scope: Scope::Workspace,
+    },
+];
 
 /// Runs the bench called `name`, or lists what there is.
 pub(crate) fn run(name: Option<&str>, arguments: &[String]) -> Result<()> {
@@ -29,16 +44,67 @@ pub(crate) fn run(name: Option<&str>, arguments: &[String]) -> Result<()> {
         let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).collect();
         bail!("no bench is called {name:?}; there is {}", names.join(", "));
     };
+    if let Scope::Workspace = bench.scope {
+        packages::ensure()?;
+        build::drivers()?;
+        build::programs(&["cofferdam-sim-blk"])?;
+    }
     let folder = workspace::root().join("target/bench");
     std::fs::create_dir_all(&folder)?;
     let json = folder.join(format!("{name}.json"));
-    step::run(
-        &format!("bench {name}: {}", bench.measures),
-        workspace::cargo()
-            .args(["bench", "-p", bench.package, "--bench", bench.target, "--", "--json"])
-            .arg(&json)
-            .args(arguments),
-    )?;
+    step::run(&format!("bench {name}: {}", bench.measures), command(bench).arg("--json").arg(&json).args(arguments))?;
     println!("{}", json.display());
     Ok(())
+}
+
+/// Cargo's command for it, up to the program's own arguments.
+fn command(bench: &Bench) -> Command {
+    let mut cargo = workspace::cargo();
+    cargo.arg("bench");
+    match bench.scope {
+        Scope::Package(package) => cargo.args(["--package", package]),
+        Scope::Workspace => cargo.arg("--workspace"),
+    };
+    cargo.args(["--bench", bench.name, "--"]);
+    cargo
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metadata::Metadata;
+
+    #[test]
+    fn every_bench_is_a_target_of_the_workspace_and_every_such_target_is_listed() {
+        let root = workspace::root();
+        let mut declared = Vec::new();
+        for package in &Metadata::read(&[]).expect("cargo metadata").packages {
+            let Some(folder) = package.id.split_once("path+file://").and_then(|(_, id)| id.split('#').next()) else {
+                continue;
+            };
+            let manifest = std::fs::read_to_string(format!("{folder}/Cargo.toml")).expect("a manifest");
+            let benches = manifest.split("[[bench]]").skip(1);
+            let name = |text: &str| text.lines().find_map(|line| line.strip_prefix("name = ")).map(str::to_owned);
+            declared.extend(benches.filter_map(name).map(|name| name.trim_matches('"').to_owned()));
+        }
+        declared.sort();
+        let mut listed: Vec<_> = BENCHES.iter().map(|bench| bench.name.to_owned()).collect();
+        listed.sort();
+        assert_eq!(
+            declared,
+            listed,
+            "left: [[bench]] in the manifests below {}; right: what xtask runs",
+            root.display()
+        );
+    }
+
+    #[test]
+    fn a_bench_of_whole_bindings_is_built_with_the_features_of_the_workspace() {
+        let arguments = |name: &str| {
+            let bench = BENCHES.iter().find(|bench| bench.name == name).expect("it is listed");
+            step::shown(&command(bench))
+        };
+        assert!(arguments("unload").ends_with("bench --workspace --bench unload --"), "{}", arguments("unload"));
+        assert!(arguments("gate").ends_with("bench --package cofferdam-gate --bench gate --"), "{}", arguments("gate"));
+    }
 }

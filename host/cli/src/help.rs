@@ -81,7 +81,7 @@ Examples:
 
 /// `cofferdam events --help`.
 pub(crate) const EVENTS: &str = "\
-Numbers count from the daemon's start; the last 4096 events are kept. A reader that is too slow is told how many it missed.
+Numbers count from the daemon's start; the last 4096 events are kept. A number not given out yet is taken for one of an earlier daemon: then it begins with the oldest. A reader that is too slow is told how many it missed.
 Exit codes: 0 done, Ctrl-C, or the daemon has ended while it was followed; 1 failed (also: 16 others follow already), 2 usage.
 
 Examples:

@@ -320,7 +320,8 @@ impl Client {
             let length = match rustix::net::recv(socket, &mut packet, RecvFlags::DONTWAIT) {
                 Ok((_, length)) => length,
                 Err(Errno::AGAIN) => return None,
-                Err(Errno::INTR) => continue,
+                // Reset: the host closed with wakes unread. That is said once, before its own last packets.
+                Err(Errno::INTR | Errno::CONNRESET) => continue,
                 Err(_) => 0,
             };
             match packet.get(..length) {

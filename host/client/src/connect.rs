@@ -96,8 +96,8 @@ fn receive(socket: &OwnedFd, packet: &mut [u8]) -> Result<Option<(usize, Vec<Own
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let received = match rustix::net::recvmsg(socket.as_fd(), &mut [IoSliceMut::new(packet)], &mut control, flags) {
-        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-        Err(Errno::CONNRESET) => return Err(Error::Revoked),
+        // Reset: the host closed without reading the hello. That is said once; behind it is what it had to say, or a hang-up.
+        Err(Errno::AGAIN | Errno::INTR | Errno::CONNRESET) => return Ok(None),
         result => result.map_err(Error::io("recvmsg"))?,
     };
     let mut descriptors = Vec::new();

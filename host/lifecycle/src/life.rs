@@ -44,7 +44,8 @@ impl Marks {
     fn after(mut self, state: State, event: Event) -> Marks {
         match event {
             Event::Leave { cause, force } => {
-                self.forced |= force;
+                // Too late to cut anything short: it would only change what the end is called.
+                self.forced |= force && !state.is_settled();
                 self.because(state, cause);
             }
             Event::DeviceLost => self.because(state, Cause::Removed),

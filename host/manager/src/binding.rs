@@ -192,6 +192,13 @@ impl Binding {
         self.life.lock().clone()
     }
 
+    /// Writes into the log that there is a new binding.
+    pub(crate) fn announce(&self) {
+        let life = self.life.lock();
+        let (to, phase) = (life.state().as_str().to_owned(), life.phase().as_str().to_owned());
+        self.record(EventKind::State { from: String::new(), to, phase, cause: None, detail: None });
+    }
+
     /// Tells its life what has happened. The manager owns no transition: what comes next is in the table of `cofferdam-lifecycle`.
     pub(crate) fn step(&self, event: Event) -> Result<(), Refused> {
         let mut life = self.life.lock();
@@ -201,12 +208,6 @@ impl Binding {
         }
         let (from, to, phase) = (step.from.as_str(), step.to.as_str(), step.to.phase().as_str());
         let cause = step.cause.map(|cause| cause.as_str());
-        // The ladder's steps are many and quick; its beginning and its end are what an operator looks for.
-        if step.from.phase() == step.to.phase() {
-            tracing::debug!(binding = self.name, from, to, cause, "life");
-        } else {
-            tracing::info!(binding = self.name, from, to, cause, "life");
-        }
         if matches!(event, Event::Leave { .. }) {
             let _ = self.leaving_since.set(Instant::now());
         }
@@ -221,6 +222,14 @@ impl Binding {
             cause: cause.map(str::to_owned),
             detail,
         });
+        // Whoever reads the log of the process may be slow; nobody who asks where the binding is waits for that.
+        drop(life);
+        // The ladder's steps are many and quick; its beginning and its end are what an operator looks for.
+        if step.from.phase() == step.to.phase() {
+            tracing::debug!(binding = self.name, from, to, cause, "life");
+        } else {
+            tracing::info!(binding = self.name, from, to, cause, "life");
+        }
         Ok(())
     }
 
@@ -241,6 +250,10 @@ impl Binding {
 
     /// Driver or device broke the rules. Only the first fault counts: what comes after it may be its consequence.
     pub(crate) fn set_fault(&self, fault: LaneFault) {
+        if fault.is_interruption() {
+            // The ladder's own doing, and no reason of its own to leave.
+            return self.record(fault.to_event());
+        }
         if self.fault.set(fault).is_ok()
             && let Some(fault) = self.fault()
         {
@@ -337,16 +350,17 @@ impl Binding {
 
     /// Reaps for closed handles; whether any has something in flight still.
     pub(crate) fn reap_orphans(&self) -> bool {
-        let mut orphans = self.orphans.lock();
+        // Looked at without the lock: a look may cross into the driver, and whoever closes a handle waits for nothing.
+        let lanes: Vec<_> = self.orphans.lock().iter().map(|(_, lane)| Arc::clone(lane)).collect();
         // Of a binding that has ended nothing is left to reap.
         let over = self.phase() == Phase::Detached;
-        orphans.retain(|(handle, lane)| {
-            let waits = |handle: &HandleShared| handle.in_flight.load(Ordering::Acquire) > 0;
-            if !over && waits(handle) {
+        if !over {
+            for lane in lanes {
                 lane.try_reap();
             }
-            !over && waits(handle)
-        });
+        }
+        let mut orphans = self.orphans.lock();
+        orphans.retain(|(handle, _)| !over && handle.in_flight.load(Ordering::Acquire) > 0);
         !orphans.is_empty()
     }
 

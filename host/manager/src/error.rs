@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cofferdam_device::error::{ArenaError, DeviceFault, TransportError};
-use cofferdam_runtime::{CallError, GuestFault, InstantiateError, RuntimeError};
+use cofferdam_runtime::{CallError, FaultKind, GuestFault, InstantiateError, RuntimeError};
 
 use crate::certificate::Certificate;
 use crate::events::EventKind;
@@ -66,6 +66,9 @@ pub enum LoadError {
     /// The host has no memory or descriptors for it.
     #[error("the host cannot provide what the binding needs: {0}")]
     Host(String),
+    /// Somebody unloaded it before it had been loaded.
+    #[error("the binding was unloaded while it was loading")]
+    CalledOff,
     /// The manager is shutting down.
     #[error("the daemon is shutting down")]
     ShuttingDown,
@@ -170,6 +173,11 @@ pub(crate) enum LaneFault {
 }
 
 impl LaneFault {
+    /// Whether the host ended the driver, by its kill switch.
+    pub(crate) fn is_interruption(&self) -> bool {
+        matches!(self, LaneFault::Guest(fault) if fault.kind == FaultKind::Killed)
+    }
+
     /// What the log of events says of it.
     pub(crate) fn to_event(&self) -> EventKind {
         let (kind, message, backtrace) = match self {

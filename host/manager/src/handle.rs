@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use cofferdam_device::Buffer;
 pub use cofferdam_gate::HandleState;
 use cofferdam_gate::{Cancel, Guard, HandleError, HandleRefused, Notify};
+use cofferdam_runtime::clean;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -40,6 +41,9 @@ pub struct HandleSpec {
 
 /// How long a client of a revoked handle sleeps between two looks for its last answers.
 const REVOKED_SLICE: Duration = Duration::from_millis(5);
+
+/// Longest label and peer, in bytes: they are shown to operators, and what is in them may be a client's.
+const LABEL_BYTES: usize = 256;
 
 /// Answers that a client may leave unfetched before nothing more of it is admitted.
 const BACKLOG: u32 = 4096;
@@ -186,8 +190,8 @@ impl Handle {
             })?;
         let shared = Arc::new(HandleShared {
             id,
-            label: spec.label,
-            peer: spec.peer,
+            label: clean(&spec.label, LABEL_BYTES),
+            peer: clean(&spec.peer, LABEL_BYTES),
             lane: spec.lane,
             opened: Instant::now(),
             notify,
@@ -319,7 +323,7 @@ impl Drop for Handle {
         if self.in_flight() > 0 {
             // Nobody may be left to look at the device for what is still on it.
             self.binding.adopt_orphan(&self.shared, &self.lane);
-            self.lane.wake_watch();
+            self.lane.wake_reaper();
         }
         // The watching thread takes the region away, once nothing is in flight.
         if let Some(mapped) = self.shared.mapped.get() {

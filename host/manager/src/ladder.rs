@@ -24,6 +24,7 @@ use parking_lot::MutexGuard;
 use crate::binding::{Binding, Parts};
 use crate::certificate::{Certificate, Outcome};
 use crate::error::UnloadError;
+use crate::ports::Within;
 use crate::watch::Watch;
 
 pub use cofferdam_lifecycle::Cause;
@@ -77,7 +78,7 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
         tracing::info_span!("ladder", binding = binding.name(), driver = binding.driver(), device = binding.device());
     let _entered = span.enter();
     // Before anybody's turn is over: a force is heard by a run that is under way, and a load that is still at it will find that it has to roll back.
-    enter(binding, options)?;
+    enter(binding, options, watch)?;
     let Some(mut parts) = lock_parts(binding, &wait) else {
         binding.gate().close();
         return Err(still_draining(
@@ -87,8 +88,9 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
             "another load or unload of this binding is running".into(),
         ));
     };
+    let _within = Within::enter();
     // Again: a run before this one may have given up meanwhile.
-    enter(binding, options)?;
+    enter(binding, options, watch)?;
     loop {
         let effect = binding.life().effect();
         if effect == Effect::Nothing {
@@ -113,9 +115,10 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
 }
 
 /// Tells the binding's life that somebody wants it to leave.
-fn enter(binding: &Binding, options: &UnloadOptions) -> Result<(), UnloadError> {
-    if options.force && options.cause == Cause::Unload {
+fn enter(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch) -> Result<(), UnloadError> {
+    if options.force && matches!(options.cause, Cause::Unload | Cause::Shutdown) {
         binding.hurried.store(true, Ordering::Release);
+        watch.end_guests_of(binding);
     }
     match binding.step(Event::Leave { cause: options.cause, force: options.force }) {
         Ok(_) => Ok(()),

@@ -14,7 +14,7 @@
 mod inside;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -77,7 +77,10 @@ pub(crate) struct LaneParts {
     pub(crate) geometry: BlockGeometry,
     pub(crate) requests: usize,
     pub(crate) binding: Weak<Binding>,
+    /// Wakes who looks for faults.
     pub(crate) wake: Arc<Notify>,
+    /// Wakes who reaps for closed handles.
+    pub(crate) reaper: Arc<Notify>,
 }
 
 /// See the module.
@@ -88,17 +91,19 @@ pub(crate) struct Lane {
     call: OwnedFd,
     binding: Weak<Binding>,
     wake: Arc<Notify>,
+    reaper: Arc<Notify>,
     board: Arc<Board>,
+    lost: Arc<AtomicU64>,
     inside: Mutex<Inside>,
 }
 
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
-        let LaneParts { driver, queue, arena, geometry, requests, binding, wake } = parts;
+        let LaneParts { driver, queue, arena, geometry, requests, binding, wake, reaper } = parts;
         let call = queue.events.call;
         let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests);
-        let board = Arc::clone(inside.ledger.board());
-        Lane { geometry, arena, call, binding, wake, board, inside: Mutex::new(inside) }
+        let (board, lost) = (Arc::clone(inside.ledger.board()), Arc::clone(&inside.lost));
+        Lane { geometry, arena, call, binding, wake, reaper, board, lost, inside: Mutex::new(inside) }
     }
 
     pub(crate) fn geometry(&self) -> &BlockGeometry {
@@ -195,9 +200,9 @@ impl Lane {
         let _ = rustix::io::preadv2(&self.call, into, u64::MAX, ReadWriteFlags::NOWAIT);
     }
 
-    /// Has the watching thread look at its bindings.
-    pub(crate) fn wake_watch(&self) {
-        self.wake.signal();
+    /// Has the reaping thread look at what closed handles left in flight.
+    pub(crate) fn wake_reaper(&self) {
+        self.reaper.signal();
     }
 
     fn report(&self, fault: LaneFault) {
@@ -231,6 +236,16 @@ impl Lane {
     /// Whether the device broke the ring's rules, so that waiting for it is pointless.
     pub(crate) fn device_is_broken(&self) -> bool {
         self.inside.try_lock().is_some_and(|inside| inside.device_fault.is_some())
+    }
+
+    /// Requests so far that were failed before the device had them.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Requests that are not answered, as the board has them: needs no lease.
+    pub(crate) fn unanswered(&self) -> u64 {
+        self.board.read(0).stages.iter().sum()
     }
 
     /// Requests that are not answered; `None` without the lease.

@@ -8,7 +8,7 @@ use cofferdam_device::DmaArena;
 use cofferdam_device::dma::DmaRegion;
 use cofferdam_device::queue::{QueueConfig, SplitQueue};
 use cofferdam_device::transport::{QueueSetup, Transport};
-use cofferdam_lifecycle::Event;
+use cofferdam_lifecycle::{Event, Phase};
 use cofferdam_runtime::{
     Attachment, Grants, GuestLimits, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime,
 };
@@ -20,6 +20,7 @@ use crate::device::{DeviceWindow, F_EVENT_IDX, F_INDIRECT_DESC, host_features};
 use crate::error::LoadError;
 use crate::lane::{Lane, LaneParts, LaneQueue};
 use crate::mapped::{MapLimits, Site};
+use crate::ports::Within;
 use crate::residue::Marks;
 use crate::watch::Watch;
 
@@ -88,6 +89,7 @@ impl LoadSpec {
 /// Builds up `binding`, which is registered and `loading`. On error the caller runs the ladder on it.
 pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, spec: LoadSpec) -> Result<(), LoadError> {
     let mut parts = binding.parts.lock();
+    let _within = Within::enter();
     let mappings = MapLimits { handles: spec.mapped_handles, bytes: spec.mapped_bytes };
     let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, ring_entries, .. } =
         spec;
@@ -174,12 +176,13 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             requests: requests_per_lane,
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
+            reaper: watch.reaper(),
         });
         parts.lanes.push(Arc::new(lane));
     }
     transport.lock().start().map_err(device_error)?;
     let site =
-        Site { transport: Arc::downgrade(&transport), memory: memory.clone(), wake: watch.waker(), limits: mappings };
+        Site { transport: Arc::downgrade(&transport), memory: memory.clone(), wake: watch.reaper(), limits: mappings };
     binding.regions().open(site);
     open_for_business(binding, &mut parts, geometry, watch, &transport)
 }
@@ -196,7 +199,7 @@ fn open_for_business(
     // Before anybody can reach it: a fault that comes with the first request is looked for in bindings that serve. An unload that came while this went on has
     // called it off, and waits for the parts that are locked here.
     if binding.step(Event::Loaded).is_err() {
-        return Err(LoadError::Host("the binding was unloaded while it was loading".into()));
+        return Err(LoadError::CalledOff);
     }
     if binding.serving.set(serving).is_err() {
         return Err(LoadError::Host("a binding was built twice".into()));
@@ -217,6 +220,10 @@ struct InstanceMaker<'a> {
 
 impl InstanceMaker<'_> {
     fn make(&self, lane: LaneId) -> Result<(cofferdam_runtime::Instance, KillSwitch), LoadError> {
+        // Called off meanwhile: no more guest code is run for it.
+        if self.binding.phase() != Phase::Loading {
+            return Err(LoadError::CalledOff);
+        }
         let kill = KillSwitch::new();
         let instance = self.module.instantiate(InstanceSpec {
             binding: self.binding.name().to_owned(),

@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     pub(crate) runtime: Runtime,
     pub(crate) registry: Registry,
     watch: Arc<Watch>,
-    watcher: Mutex<Option<JoinHandle<()>>>,
+    watchers: Mutex<Vec<JoinHandle<()>>>,
     stopping: AtomicBool,
     departed: Departed,
     events: Arc<EventLog>,
@@ -68,15 +68,19 @@ impl Drop for LastUser {
             return;
         }
         // Dropped by a driver's call or by a teardown: to wait here would be to wait for ourselves.
-        let ladder = std::thread::Builder::new().name("cofferdam-ladder".into());
-        if let Err(error) = ladder.spawn(move || shared.shutdown(LAST_USER)) {
-            tracing::error!(%error, "no thread to take the last bindings down on");
-        }
+        shut_down_elsewhere(shared, LAST_USER);
+    }
+}
+
+fn shut_down_elsewhere(shared: Arc<Shared>, bound: Duration) {
+    let ladder = std::thread::Builder::new().name("cofferdam-ladder".into());
+    if let Err(error) = ladder.spawn(move || shared.shutdown(bound)) {
+        tracing::error!(%error, "no thread to take the bindings down on");
     }
 }
 
 impl Manager {
-    /// Makes a manager: one compiler and one watching thread.
+    /// Makes a manager: one compiler, one watching and one reaping thread.
     ///
     /// # Errors
     /// [`ManagerError`] when the host has no memory, thread or descriptor for it.
@@ -89,12 +93,12 @@ impl Manager {
             runtime,
             registry: Registry::new(),
             watch: Arc::clone(&watch),
-            watcher: Mutex::new(None),
+            watchers: Mutex::new(Vec::new()),
             stopping: AtomicBool::new(false),
             departed: Departed::default(),
             events: EventLog::new(),
         });
-        *shared.watcher.lock() = Some(watch::spawn(watch, Arc::downgrade(&shared))?);
+        *shared.watchers.lock() = watch::spawn(&watch, &Arc::downgrade(&shared))?;
         let users = Arc::new(LastUser(Arc::downgrade(&shared)));
         Ok(Manager { shared, _users: users })
     }
@@ -125,7 +129,10 @@ impl Manager {
                 Arc::clone(&shared.events),
             ));
             match shared.registry.insert(Arc::clone(&binding)) {
-                Ok(()) => break binding,
+                Ok(()) => {
+                    binding.announce();
+                    break binding;
+                }
                 Err(taken) if spec.name.is_some() => return Err(LoadError::NameTaken(taken.name().to_owned())),
                 // Somebody took the made-up name first: make up another.
                 Err(_) => {}
@@ -204,7 +211,8 @@ impl Manager {
     /// [`RevokeError`].
     pub fn revoke(&self, name: &str, handle: u64, deadline: Duration) -> Result<RevokeReport, RevokeError> {
         let binding = self.get(name).ok_or_else(|| RevokeError::NoSuchBinding(name.to_owned()))?;
-        binding.revoke_handle(handle, deadline)
+        // From inside a call, what that call carries cannot be answered before it ends.
+        binding.revoke_handle(handle, if must_defer() { Duration::ZERO } else { deadline })
     }
 
     /// What happened, from record `from` on, or from the oldest that is kept.
@@ -238,8 +246,14 @@ impl Manager {
     }
 
     /// Takes every binding down, all at once, within `bound`: first politely, then by force. Later loads are refused.
+    ///
+    /// From inside a call into a driver, or from inside a teardown, it goes on in the background, and the answer is empty (G8).
     pub fn shutdown(&self, bound: Duration) -> Vec<Certificate> {
-        self.shared.shutdown(bound)
+        if !must_defer() {
+            return self.shared.shutdown(bound);
+        }
+        shut_down_elsewhere(Arc::clone(&self.shared), bound);
+        Vec::new()
     }
 
     fn free_name(&self, driver: &str) -> String {
@@ -273,10 +287,10 @@ impl Shared {
             leaving.into_iter().filter_map(|thread| thread.join().ok().flatten()).collect()
         });
         self.watch.stop();
-        if let Some(watcher) = self.watcher.lock().take()
-            && watcher.thread().id() != std::thread::current().id()
-        {
-            let _ = watcher.join();
+        for watcher in std::mem::take(&mut *self.watchers.lock()) {
+            if watcher.thread().id() != std::thread::current().id() {
+                let _ = watcher.join();
+            }
         }
         certificates
     }

@@ -152,7 +152,7 @@ thread_local! {
     static WITHIN: Cell<u32> = const { Cell::new(0) };
 }
 
-/// While it lives, this thread does a part of a binding's teardown: a wait here for a teardown could be a wait for itself, or for one that waits for this one.
+/// While it lives, this thread does a part of a binding's teardown, or of its load: a wait here for a teardown could be a wait for itself, or for one that waits for this one.
 pub(crate) struct Within(());
 
 impl Within {

@@ -2,14 +2,10 @@
 
 use std::sync::atomic::Ordering;
 
-use cofferdam_runtime::clean;
 use serde::{Deserialize, Serialize};
 
 use crate::binding::Binding;
 use crate::handle::HandleShared;
-
-/// Longest label or peer that is shown, in bytes of what the port or client said; control characters are escaped.
-const MAX_LABEL_BYTES: usize = 256;
 
 /// Calls counted on one core.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,8 +84,8 @@ impl HandleStatus {
     fn of(handle: &HandleShared) -> HandleStatus {
         HandleStatus {
             id: handle.id,
-            port: clean(&handle.label, MAX_LABEL_BYTES),
-            peer: clean(&handle.peer, MAX_LABEL_BYTES),
+            port: handle.label.clone(),
+            peer: handle.peer.clone(),
             lane: handle.lane,
             age_seconds: handle.opened.elapsed().as_secs(),
             in_flight: handle.in_flight.load(Ordering::Relaxed),

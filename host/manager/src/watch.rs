@@ -1,24 +1,26 @@
 //! The thread that notices lost devices and faulty drivers, and sends their bindings down the ladder.
 //!
-//! It only looks and starts: the ladder itself runs on a thread of its own, so that one binding that takes long to leave hides no other's loss.
+//! It only looks and starts: the ladder itself runs on a thread of its own, so that one binding that takes long to leave hides no other's loss. A second thread reaps for
+//! handles that were closed with requests in flight, which may cross into a driver and take as long as a guest call may.
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Transport;
 use cofferdam_gate::Notify;
 use cofferdam_lifecycle::Phase;
 use parking_lot::Mutex;
-use rustix::event::{Timespec, epoll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 use crate::binding::Binding;
 use crate::device::SharedTransport;
 use crate::ladder::{Cause, UnloadOptions};
 use crate::manager::Shared;
+use crate::ports::Within;
 
 /// How long a binding that leaves by itself waits for its device before the drain is cut short.
 const SELF_DRAIN: Duration = Duration::from_secs(5);
@@ -26,6 +28,8 @@ const SELF_DRAIN: Duration = Duration::from_secs(5);
 const LOCK_BOUND: Duration = Duration::from_millis(20);
 /// How often the devices of closed handles are looked at. Only while there are any.
 const ORPHAN_LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+/// How long after a force the driver's code may go on by itself: what the ladder gives a drain, and a little.
+const GUEST_PATIENCE: Duration = Duration::from_millis(150);
 /// The epoll key of the waker; bindings count from 1.
 const WAKER: u64 = 0;
 
@@ -42,7 +46,10 @@ struct Watched {
 pub(crate) struct Watch {
     epoll: OwnedFd,
     wake: Arc<Notify>,
+    reaper: Arc<Notify>,
     stop: AtomicBool,
+    /// When the guests of which binding are to be ended, if it has not left by then.
+    ends: Mutex<Vec<(Instant, Weak<Binding>)>>,
     next: AtomicU64,
     /// By epoll key.
     watched: Mutex<HashMap<u64, Watched>>,
@@ -56,7 +63,9 @@ impl Watch {
         Ok(Watch {
             epoll,
             wake,
+            reaper: Notify::new()?,
             stop: AtomicBool::new(false),
+            ends: Mutex::new(Vec::new()),
             next: AtomicU64::new(WAKER + 1),
             watched: Mutex::new(HashMap::new()),
         })
@@ -65,6 +74,37 @@ impl Watch {
     /// Signalled by whoever has put a fault into its binding.
     pub(crate) fn waker(&self) -> Arc<Notify> {
         Arc::clone(&self.wake)
+    }
+
+    /// Signalled by whoever leaves something to be reaped, or mapped memory to be taken away.
+    pub(crate) fn reaper(&self) -> Arc<Notify> {
+        Arc::clone(&self.reaper)
+    }
+
+    /// Somebody forces a binding out: should a driver's code still run in a while (in a load, or in the drain's own look at the device), it is ended. The ladder does so
+    /// itself as soon as it can; this is for when it is the ladder's own thread, or a load's, that is in there.
+    pub(crate) fn end_guests_of(&self, binding: &Arc<Binding>) {
+        self.ends.lock().push((Instant::now() + GUEST_PATIENCE, Arc::downgrade(binding)));
+        self.wake.signal();
+    }
+
+    /// Ends the guests whose time is over; how long until the next.
+    fn end_guests(&self) -> Option<Duration> {
+        let mut ends = self.ends.lock();
+        let now = Instant::now();
+        ends.retain(|(at, binding)| {
+            let Some(binding) = binding.upgrade().filter(|binding| binding.phase() != Phase::Detached) else {
+                return false;
+            };
+            if *at > now {
+                return true;
+            }
+            for (_, view) in binding.views() {
+                view.kill();
+            }
+            false
+        });
+        ends.iter().map(|(at, _)| at.saturating_duration_since(now)).min()
     }
 
     /// Looks at the binding's transport whenever `fd` has something new. Edge-triggered: a descriptor that stays readable costs one look.
@@ -96,10 +136,11 @@ impl Watch {
         });
     }
 
-    /// Ends the thread.
+    /// Ends the threads.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.wake.signal();
+        self.reaper.signal();
     }
 
     fn of(&self, key: u64) -> Option<(Arc<Binding>, SharedTransport)> {
@@ -109,39 +150,55 @@ impl Watch {
     }
 }
 
-/// Starts the thread. It holds the manager weakly between two looks.
-pub(crate) fn spawn(watch: Arc<Watch>, manager: Weak<Shared>) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name("cofferdam-watch".into()).spawn(move || {
-        let mut events = Vec::with_capacity(32);
-        let mut orphans = false;
-        while !watch.stop.load(Ordering::Acquire) {
-            events.clear();
-            // An error here is EINTR; the loop looks again.
-            let soon = orphans.then_some(&ORPHAN_LOOK);
-            let _ = epoll::wait(&watch.epoll, rustix::buffer::spare_capacity(&mut events), soon);
-            let Some(manager) = manager.upgrade() else { return };
-            for event in &events {
-                match event.data.u64() {
-                    WAKER => {
-                        watch.wake.clear();
-                        look_for_faults(&manager);
-                    }
-                    key => {
-                        if let Some((binding, transport)) = watch.of(key) {
-                            look_for_loss(&manager, &binding, &transport);
-                        }
+/// Starts both threads. They hold the manager weakly between two looks.
+pub(crate) fn spawn(watch: &Arc<Watch>, manager: &Weak<Shared>) -> std::io::Result<Vec<JoinHandle<()>>> {
+    let (for_watch, for_reaper) = ((Arc::clone(watch), manager.clone()), (Arc::clone(watch), manager.clone()));
+    let watcher =
+        std::thread::Builder::new().name("cofferdam-watch".into()).spawn(move || look(&for_watch.0, &for_watch.1))?;
+    let reaper =
+        std::thread::Builder::new().name("cofferdam-reap".into()).spawn(move || reap(&for_reaper.0, &for_reaper.1))?;
+    Ok(vec![watcher, reaper])
+}
+
+fn look(watch: &Watch, manager: &Weak<Shared>) {
+    // A device's code that unloads its binding from in here would wait for this thread to notice something.
+    let _within = Within::enter();
+    let mut events = Vec::with_capacity(32);
+    let mut soon = None;
+    while !watch.stop.load(Ordering::Acquire) {
+        events.clear();
+        // An error here is EINTR; the loop looks again.
+        let _ = epoll::wait(&watch.epoll, rustix::buffer::spare_capacity(&mut events), soon.as_ref());
+        let Some(manager) = manager.upgrade() else { return };
+        for event in &events {
+            match event.data.u64() {
+                WAKER => {
+                    watch.wake.clear();
+                    look_for_faults(&manager);
+                }
+                key => {
+                    if let Some((binding, transport)) = watch.of(key) {
+                        look_for_loss(&manager, &binding, &transport);
                     }
                 }
             }
-            orphans = manager
-                .registry
-                .snapshot()
-                .values()
-                .filter(|binding| binding.reap_orphans() | binding.revoke_regions())
-                .count()
-                > 0;
         }
-    })
+        soon = watch.end_guests().and_then(|left| Timespec::try_from(left).ok());
+    }
+}
+
+fn reap(watch: &Watch, manager: &Weak<Shared>) {
+    let _within = Within::enter();
+    let mut soon = None;
+    while !watch.stop.load(Ordering::Acquire) {
+        let mut fds = [PollFd::from_borrowed_fd(watch.reaper.fd(), PollFlags::IN)];
+        let _ = poll(&mut fds, soon);
+        watch.reaper.clear();
+        let Some(manager) = manager.upgrade() else { return };
+        let bindings = manager.registry.snapshot();
+        let waits = bindings.values().filter(|binding| binding.reap_orphans() | binding.revoke_regions()).count();
+        soon = (waits > 0).then_some(&ORPHAN_LOOK);
+    }
 }
 
 fn look_for_faults(manager: &Arc<Shared>) {

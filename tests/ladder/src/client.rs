@@ -16,6 +16,15 @@ pub const DEPTH: usize = 32;
 /// Bytes of the disk that belong to one of [`Client::traffic`]'s slots.
 const SLOT_BYTES: u64 = 64 << 10;
 
+/// How far [`Client::traffic`] is, for other threads.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Requests that were answered.
+    pub answered: AtomicU64,
+    /// Of those, with an error.
+    pub failed: AtomicU64,
+}
+
 /// What became of a client's requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -209,8 +218,8 @@ impl Client {
         Ok(())
     }
 
-    /// Keeps [`DEPTH`] requests in flight, writes and then reads of each of as many slots of the disk, until told to stop or revoked. `progress` counts answers.
-    pub fn traffic(&mut self, stop: &AtomicBool, progress: &AtomicU64) -> anyhow::Result<()> {
+    /// Keeps [`DEPTH`] requests in flight, writes and then reads of each of as many slots of the disk, until told to stop or revoked.
+    pub fn traffic(&mut self, stop: &AtomicBool, progress: &Progress) -> anyhow::Result<()> {
         /// By slot: the byte it was filled with when that is known, and what its requests began with.
         #[derive(Clone, Copy, Default)]
         struct Slot {
@@ -249,7 +258,8 @@ impl Client {
                 }
                 idle.push(slot);
             }
-            progress.store(self.tally.answered, Ordering::Release);
+            progress.failed.store(self.tally.failed, Ordering::Release);
+            progress.answered.store(self.tally.answered, Ordering::Release);
             if self.handle.state() == HandleState::Revoked && self.waiting.is_empty() {
                 break;
             }

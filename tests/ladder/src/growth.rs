@@ -20,6 +20,7 @@ const MAPPINGS_TOLERANCE: usize = 4;
 pub struct Holdings {
     /// What its descriptors refer to, and how many do. Numbers of sockets and pipes are left out, memory files of bindings are not in here.
     descriptors: BTreeMap<String, usize>,
+    /// Without those that the control API's library keeps for its next blocking call.
     threads: BTreeMap<String, usize>,
     /// Without those of bindings' memory.
     mappings: usize,
@@ -49,7 +50,9 @@ impl Holdings {
         let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
         Holdings {
             descriptors: counted(others.iter().map(|target| kind(target))),
-            threads: counted(entries("task").map(|task| thread_name(&task.path()))),
+            threads: counted(
+                entries("task").map(|task| thread_name(&task.path())).filter(|name| !name.starts_with("tokio-rt")),
+            ),
             mappings: rest.len(),
             binding_bytes: memory.iter().map(|line| mapped_bytes(line)).sum(),
             binding_descriptors: bindings.len(),

@@ -12,6 +12,7 @@ pub mod loads;
 pub mod neighbour;
 pub mod plan;
 pub mod scene;
+pub mod shell;
 pub mod sleeper;
 pub mod stage;
 pub mod table;

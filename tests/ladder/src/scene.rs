@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use cofferdam_process_tests::nbd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 
-use crate::client::{Client, DEPTH, Tally};
+use crate::client::{Client, DEPTH, Progress, Tally};
 use crate::plan::Situation;
 use crate::stage::{SITUATION_LANE, Stage, command_offset};
 
@@ -59,10 +59,10 @@ impl Scene {
         };
         match situation {
             Situation::Idle => scene.clients.push(Client::open(&stage.binding, SITUATION_LANE, "idle")?),
-            Situation::Depth32 => scene.traffic(stage, WARM, false)?,
-            Situation::Mapped => scene.traffic(stage, WARM, true)?,
+            Situation::Depth32 => scene.traffic(stage, WARM, false, false)?,
+            Situation::Mapped => scene.traffic(stage, WARM, true, false)?,
             // The second forgotten answer is that of the 80th write.
-            Situation::Lying => scene.traffic(stage, 200, false)?,
+            Situation::Lying => scene.traffic(stage, 200, false, true)?,
             Situation::Stuck => scene.call(stage, "loop")?,
             Situation::Asleep => scene.call(stage, "sleep")?,
             Situation::Hung => {
@@ -97,12 +97,12 @@ impl Scene {
         Ok(scene)
     }
 
-    fn traffic(&mut self, stage: &Stage, answers: u64, mapped: bool) -> anyhow::Result<()> {
+    fn traffic(&mut self, stage: &Stage, answers: u64, mapped: bool, may_fail: bool) -> anyhow::Result<()> {
         let mut client = Client::open(&stage.binding, SITUATION_LANE, "traffic")?;
         if mapped {
             client.map()?;
         }
-        let (stop, progress) = (Arc::clone(&self.stop), Arc::new(AtomicU64::new(0)));
+        let (stop, progress) = (Arc::clone(&self.stop), Arc::new(Progress::default()));
         let count = Arc::clone(&progress);
         let thread = std::thread::Builder::new().name("traffic".into()).spawn(move || {
             client.traffic(&stop, &count)?;
@@ -111,8 +111,11 @@ impl Scene {
         self.threads.push(thread);
         until("traffic", || {
             ensure!(!self.threads[0].is_finished(), "the traffic has ended");
-            Ok(progress.load(Ordering::Acquire) > answers)
-        })
+            Ok(progress.answered.load(Ordering::Acquire) > answers)
+        })?;
+        let failed = progress.failed.load(Ordering::Acquire);
+        ensure!(failed == 0 || may_fail, "{failed} requests failed before anything happened");
+        Ok(())
     }
 
     /// A guest that stays in the call that a command is.
@@ -176,7 +179,7 @@ impl Scene {
 }
 
 /// What the server sent before it hung up: answers to requests that were made, each at most once.
-fn answers_then_end(connection: &mut nbd::Client, sent: usize) -> anyhow::Result<()> {
+pub fn answers_then_end(connection: &mut nbd::Client, sent: usize) -> anyhow::Result<()> {
     connection.stream.set_read_timeout(Some(PATIENCE))?;
     let mut answered = HashSet::new();
     loop {

@@ -70,6 +70,10 @@ impl Stage {
     /// Makes everything but the situation.
     pub fn set(manager: &Manager, entry: Entry, situation: Situation) -> anyhow::Result<Stage> {
         let mut arguments = vec!["--memory", "16M", "--queues", "2"];
+        if matches!(situation, Situation::Depth32 | Situation::Mapped) {
+            // So that all of the depth is with the device when the entry comes.
+            arguments.extend(["--fault", "slow:1..4,queue=0"]);
+        }
         if situation == Situation::Lying {
             for fault in [
                 "lie:answer-forgotten@nth=40,op=write,queue=0",
@@ -82,6 +86,10 @@ impl Stage {
         }
         if entry == Entry::DeviceLies {
             arguments.extend(["--fault", "lie:used-id-unknown,op=flush"]);
+        }
+        if entry == Entry::TrapInComplete {
+            // The host asks the guest about what is out of the ordinary.
+            arguments.extend(["--fault", "fail:io,op=flush"]);
         }
         let device = Backend::sim(&arguments);
         let transport = connect(&device)?;
@@ -128,8 +136,12 @@ impl Stage {
     /// Tells the guest by a request of its own.
     fn command(&mut self, name: &str) -> anyhow::Result<()> {
         ensure!(self.entry.start(BlockOp::Write, command_offset(name)?, 4096, 0)?, "the command was not admitted");
-        // Answers bring the completion that a command may be about.
-        self.entry.collect(Duration::ZERO);
+        Ok(())
+    }
+
+    /// A request that nobody else makes: the device was told what to do with it.
+    fn flush(&mut self) -> anyhow::Result<()> {
+        ensure!(self.entry.start(BlockOp::Flush, 0, 0, 0)?, "the flush was not admitted");
         Ok(())
     }
 
@@ -174,13 +186,16 @@ impl Stage {
                 rustix::net::shutdown(&socket, rustix::net::Shutdown::Both)?;
             }
             Entry::Trap => self.command("trap")?,
-            Entry::TrapInComplete => self.command("trap-complete")?,
+            Entry::TrapInComplete => {
+                self.command("trap-complete")?;
+                self.flush()?;
+            }
             // In the situation a guest is in a call that lasts too long already.
             Entry::Overrun if situation.holds_the_guest() => {}
             Entry::Overrun => self.command("loop")?,
             Entry::Violation => self.command("eat")?,
             Entry::Layout => self.command("no-words")?,
-            Entry::DeviceLies => ensure!(self.entry.start(BlockOp::Flush, 0, 0, 0)?, "the flush was not admitted"),
+            Entry::DeviceLies => self.flush()?,
         }
         while self.binding.certificate().is_none() {
             ensure!(begin.elapsed() < patience, "after {patience:?} still there: {:?}", self.binding.status());

@@ -42,10 +42,24 @@ impl Daemon {
         Daemon { process: Daemon::start_on(&folder.path().join("control.sock")), folder }
     }
 
+    /// Starts one with these variables in its environment and waits until it serves.
+    #[track_caller]
+    pub fn start_in(environment: &[(&str, &str)]) -> Daemon {
+        let folder = tempfile::tempdir().expect("a directory");
+        Daemon { process: Daemon::start_with(&folder.path().join("control.sock"), environment), folder }
+    }
+
     /// Starts one on `socket` and waits until it serves.
     #[track_caller]
     pub fn start_on(socket: &Path) -> Process {
-        let process = Process::start(&mut command(&["daemon", "--socket", &text(socket)]));
+        Daemon::start_with(socket, &[])
+    }
+
+    /// The same with these variables in its environment.
+    #[track_caller]
+    pub fn start_with(socket: &Path, environment: &[(&str, &str)]) -> Process {
+        let mut command = command(&["daemon", "--socket", &text(socket)]);
+        let process = Process::start(command.envs(environment.iter().copied()));
         process.wait_stdout("cofferdam daemon on");
         process
     }

@@ -17,6 +17,8 @@ use cofferdam_process_tests::nbd;
 const BLOCK: u32 = 4096;
 /// Requests go to the first half of the medium; what the drivers that fail on command listen to is in the other half.
 const BLOCKS: u64 = crate::backend::MEDIUM_BYTES / 2 / BLOCK as u64;
+/// `NBD_EIO`: how a fault of the device or of its driver is answered.
+const EIO: u32 = 5;
 /// Longest wait for anything that has to come.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -51,11 +53,11 @@ impl Client {
         Ok((Client::start("soak-client", work)?, id))
     }
 
-    /// An NBD client on the Unix socket `path`.
-    pub fn nbd(path: &Path, depth: usize, seed: u64) -> anyhow::Result<Client> {
+    /// An NBD client on the Unix socket `path`; `faulty` as above.
+    pub fn nbd(path: &Path, depth: usize, seed: u64, faulty: bool) -> anyhow::Result<Client> {
         let client = nbd::Client::new(path);
         let mut random = fastrand::Rng::with_seed(seed);
-        Client::start("soak-nbd", move |answered, _| over_nbd(client, depth, &mut random, answered))
+        Client::start("soak-nbd", move |answered, _| over_nbd(client, depth, &mut random, answered, faulty))
     }
 
     /// Waits until it has had some answers: then it has as many requests in flight as it can.
@@ -138,7 +140,7 @@ impl InProcess {
             self.outstanding -= 1;
             match completion.result {
                 Ok(()) | Err(BlockError::Revoked) => {}
-                Err(BlockError::DeviceFault) if self.faulty => {}
+                Err(BlockError::DeviceFault | BlockError::Io) if self.faulty => {}
                 Err(error) => bail!("request {} was answered: {error}", completion.user),
             }
             answered.fetch_add(1, Ordering::Relaxed);
@@ -153,6 +155,7 @@ fn over_nbd(
     depth: usize,
     random: &mut fastrand::Rng,
     answered: &AtomicU64,
+    faulty: bool,
 ) -> anyhow::Result<()> {
     let data = vec![0x5a; BLOCK as usize];
     let (mut outstanding, mut going) = (0, false);
@@ -169,7 +172,7 @@ fn over_nbd(
             outstanding += 1;
         }
         match client.reply() {
-            Ok(reply) if reply.error == 0 => outstanding -= 1,
+            Ok(reply) if reply.error == 0 || faulty && reply.error == EIO => outstanding -= 1,
             Ok(reply) if reply.error == nbd::ESHUTDOWN => {
                 outstanding -= 1;
                 going = true;
@@ -191,10 +194,13 @@ fn request(user: u64, op: BlockOp, offset: u64, buffer: Buffer) -> BlockRequest 
     BlockRequest { user, op, offset, length, flags: BlockFlags::default(), buffer: Some(buffer) }
 }
 
-/// Submits one request whose answer nobody waits for here.
+/// Submits one request whose answer nobody waits for here. If the driver fails over it at once, the handle is over before this comes back.
 pub fn send(handle: &Handle, op: BlockOp, offset: u64) -> anyhow::Result<()> {
     let buffer = handle.lease(BLOCK)?;
-    Ok(handle.submit(&mut vec![request(0, op, offset, buffer)])?)
+    match handle.submit(&mut vec![request(0, op, offset, buffer)]) {
+        Ok(()) | Err(SubmitError::Revoked) => Ok(()),
+        Err(error) => bail!(error),
+    }
 }
 
 /// Writes a stamp and reads it back, each waited for.

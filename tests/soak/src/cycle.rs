@@ -115,7 +115,7 @@ impl Use {
             if self.binding.attach_port(Box::new(port)).is_err() {
                 bail!("a binding that serves refuses a port");
             }
-            self.nbd = Some(Client::nbd(&path, plan.nbd, plan.seed)?);
+            self.nbd = Some(Client::nbd(&path, plan.nbd, plan.seed, faulty)?);
         }
         if plan.in_process > 0 {
             self.in_process = Some(Client::in_process(&self.binding, plan.in_process, !plan.seed, faulty)?);
@@ -231,7 +231,7 @@ fn outcomes(way: Way) -> &'static [Outcome] {
         Way::Killed => &[Outcome::Removed],
         Way::Trap(_) => &[Outcome::Failed],
         Way::Shutdown | Way::LastUser => &[Outcome::Shutdown],
-        _ => &[Outcome::Unloaded, Outcome::Forced],
+        _ => &[Outcome::Unloaded],
     }
 }
 

@@ -69,7 +69,10 @@ impl Backend {
             Kind::Qsd => {
                 let mut command = Command::new("qemu-storage-daemon");
                 command.args(["--object", "iothread,id=io0"]);
-                command.args(["--blockdev", &format!("driver=null-co,node-name=null0,size={CAPACITY_BYTES},read-zeroes=off")]);
+                command.args([
+                    "--blockdev",
+                    &format!("driver=null-co,node-name=null0,size={CAPACITY_BYTES},read-zeroes=off"),
+                ]);
                 let export = format!(
                     "type=vhost-user-blk,id=blk0,node-name=null0,iothread=io0,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
                     blk.display()

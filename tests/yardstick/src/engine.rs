@@ -143,6 +143,31 @@ pub struct Slice {
     pub allocations: u64,
     /// System calls of the client's thread, where they are counted.
     pub system_calls: Option<u64>,
+    /// Processor time.
+    pub times: Times,
+}
+
+/// Processor time, so far or in between.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Of the calling thread.
+    pub client: Duration,
+    /// Of all other threads of this process: a port's, if there is one.
+    pub port: Duration,
+    /// Of the device's process.
+    pub device: Duration,
+}
+
+impl Times {
+    /// What has passed since `before`.
+    #[must_use]
+    pub fn since(self, before: Times) -> Times {
+        Times {
+            client: self.client.saturating_sub(before.client),
+            port: self.port.saturating_sub(before.port),
+            device: self.device.saturating_sub(before.device),
+        }
+    }
 }
 
 /// Latencies that one slice keeps.
@@ -184,23 +209,31 @@ impl Loop {
         })
     }
 
-    /// Runs for `warm_up`, then for `length`, and counts the latter.
+    /// Runs for `warm_up`, then for `length`, and counts the latter; `times` is asked before and after.
     ///
     /// # Errors
     /// What the engine says; a device that does not answer.
-    pub fn run(&mut self, engine: &mut dyn Engine, warm_up: Duration, length: Duration) -> Result<Slice> {
+    pub fn run(
+        &mut self,
+        engine: &mut dyn Engine,
+        warm_up: Duration,
+        length: Duration,
+        times: &dyn Fn() -> Result<Times>,
+    ) -> Result<Slice> {
         self.done.extend(0..self.job.depth);
         self.turns(engine, warm_up)?;
         let latencies_ns = std::mem::take(&mut self.slice.latencies_ns);
         self.slice = Slice { latencies_ns, ..Slice::default() };
         self.slice.latencies_ns.clear();
         let crossings = engine.crossings();
+        let before = times()?;
         let (allocations, calls) = (counting::allocations(), counting::system_calls());
         self.turns(engine, length)?;
         let system_calls = counting::system_calls().zip(calls).map(|(after, before)| after - before);
         let allocations = counting::allocations() - allocations;
         let crossings = engine.crossings().zip(crossings).map(|(after, before)| after - before);
-        let slice = Slice { crossings, allocations, system_calls, ..std::mem::take(&mut self.slice) };
+        let times = times()?.since(before);
+        let slice = Slice { crossings, allocations, system_calls, times, ..std::mem::take(&mut self.slice) };
         self.finish(engine)?;
         Ok(slice)
     }
@@ -228,7 +261,8 @@ impl Loop {
                 heard = now;
             }
             ensure!(now - heard < PATIENCE, "the device does not answer");
-            if now - start >= length {
+            // On a busy machine the device may not have had a turn yet, and a rate of nothing is no figure.
+            if now - start >= length && self.slice.requests > 0 {
                 self.slice.elapsed += now - start;
                 return Ok(());
             }

@@ -11,10 +11,17 @@
 //! report   table, aims, JSON; plot: SVG
 //! ```
 
+pub mod aims;
 pub mod backend;
+pub mod budget;
 pub mod clients;
 pub mod counting;
 pub mod engine;
 pub mod machine;
 pub mod memory;
 pub mod null;
+pub mod plan;
+pub mod plot;
+pub mod report;
+pub mod run;
+pub mod stats;

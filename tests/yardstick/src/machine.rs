@@ -157,3 +157,13 @@ pub fn distance_ns(cores: Cores) -> Result<f64> {
     }
     Ok(best)
 }
+
+/// The machine in a line.
+#[must_use]
+pub fn describe() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split(':').nth(1));
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{}, {cores} cores, Linux {}", model.unwrap_or("unknown processor").trim(), kernel.trim())
+}

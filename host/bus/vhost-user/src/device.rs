@@ -413,7 +413,7 @@ impl Transport for VhostUser {
                 Silence::Confirmed
             }
             Err(reason) => {
-                tracing::warn!(address = self.address, reason, "vhost-user device may still act");
+                tracing::debug!(address = self.address, reason, "vhost-user device may still act");
                 Silence::Unconfirmed { reason }
             }
         }

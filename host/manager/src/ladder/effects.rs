@@ -72,11 +72,17 @@ fn revoke_handles(binding: &Binding, parts: &mut Parts) -> Event {
         parts.progress.counted = true;
         parts.progress.calls_at_close = binding.gate().crossings();
         // A pinned gate counts nothing; the ledgers do.
-        let ledgers: usize = parts.lanes.iter().filter_map(|lane| lane.in_ledger()).sum();
-        parts.progress.requests_at_close = binding.gate().operations().max(ledgers as u64);
+        let ledgers: u64 = parts.lanes.iter().map(|lane| lane.unanswered()).sum();
+        parts.progress.requests_at_close = binding.gate().operations().max(ledgers);
+        parts.progress.lost_before = lost(parts);
     }
     parts.progress.handles_revoked += binding.revoke_handles();
     Event::HandlesRevoked
+}
+
+/// Requests that were failed before the device had them.
+fn lost(parts: &Parts) -> u64 {
+    parts.lanes.iter().map(|lane| lane.lost()).sum()
 }
 
 /// Waits for operations and crossings, and reaps every vacant lane meanwhile, so that a client that stopped polling holds up nothing (L3).
@@ -298,6 +304,7 @@ fn release(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) -> Event {
     let since = Instant::now();
     watch.remove(binding);
     parts.transport = None;
+    parts.progress.failed += lost(parts) - parts.progress.lost_before;
     let lanes = std::mem::take(&mut parts.lanes);
     let leased: u64 = lanes.iter().map(|lane| lane.arena().live_buffers()).max().unwrap_or(0);
     // A lane that cannot be looked into counts as one. An operation is in a ledger and in the gate: the larger number has them all.

@@ -15,6 +15,8 @@ pub(crate) struct Progress {
     pub(super) calls_interrupted: u64,
     pub(super) requests_at_close: u64,
     pub(super) failed: u64,
+    /// What the lanes had lost before the gate was closed.
+    pub(super) lost_before: u64,
     pub(super) abandoned: u64,
     pub(super) leaked: Leaked,
     pub(super) times: Vec<StageTime>,

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{
@@ -34,6 +34,8 @@ pub(super) struct Inside {
     sleepers: Vec<Arc<Notify>>,
     /// Crossings that ended by the kill switch.
     pub(super) interrupted: usize,
+    /// Requests that were failed because the driver or the ring broke down before the device had them.
+    pub(super) lost: Arc<AtomicU64>,
     /// The ladder has begun to silence the device: nothing more is published.
     withdrawn: bool,
     pub(super) scratch: Scratch,
@@ -81,6 +83,7 @@ impl Inside {
             driver_fault: false,
             sleepers: Vec::new(),
             interrupted: 0,
+            lost: Arc::new(AtomicU64::new(0)),
             withdrawn: false,
             scratch: Scratch::default(),
         }
@@ -244,6 +247,7 @@ impl Inside {
     /// Fails requests that the device was never given.
     fn fail(&mut self, tokens: &[u32], owner: &Arc<HandleShared>) {
         let mut nobody = Vec::new();
+        self.lost.fetch_add(tokens.len() as u64, Ordering::Relaxed);
         for token in tokens {
             self.answer(*token, Err(BlockError::DeviceFault), &mut Sink { me: None, out: &mut nobody });
         }

@@ -301,6 +301,11 @@ impl Regions {
         leaked
     }
 
+    /// Bytes that are kept because the device has not let go of them, or that were leaked for it at the end.
+    pub(crate) fn retired_bytes(&self) -> u64 {
+        self.used().retired_bytes
+    }
+
     /// What counts against the bounds now, and what of it is kept because the device has not let go of it.
     pub(super) fn used(&self) -> MappedUse {
         let table = self.table.lock();

@@ -81,6 +81,8 @@ fn two_bindings_that_unload_each_other_from_their_ports() {
         attach(own, move || {
             meeting.wait();
             asked.send(Asked::unload(&inside, other)).unwrap();
+            // Neither is over before the other has asked for it.
+            meeting.wait();
         });
     }
     let both = ["mutual-a", "mutual-b"].map(|name| {

@@ -3,15 +3,15 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
-    Binding, BlockOp, BlockRequest, Certificate, Completion, Config, EventKind, Handle, HandleSpec, LoadSpec, Manager,
-    Port, PortReport, UnloadError, UnloadOptions,
+    Binding, BlockOp, BlockRequest, Certificate, Completion, Config, EventKind, GuestLimits, Handle, HandleSpec,
+    LoadSpec, Manager, Port, PortReport, UnloadError, UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Options, Rule, Sim, Storage};
 
@@ -43,7 +43,12 @@ pub(crate) fn gated() -> Sim {
 
 pub(crate) fn spec(sim: &Sim, name: &str, component: &str) -> LoadSpec {
     let transport = Box::new(sim.transport(Drive::Threads).unwrap());
-    LoadSpec { name: Some(name.into()), ..LoadSpec::new(component, driver(component), transport) }
+    let mut spec = LoadSpec { name: Some(name.into()), ..LoadSpec::new(component, driver(component), transport) };
+    if component == LOGS_IN_SUBMIT {
+        // Ten thousand lines on a busy machine are no fault that these tests want.
+        spec.limits = GuestLimits { call_deadline_ms: 5000, ..GuestLimits::default() };
+    }
+    spec
 }
 
 /// The ordinary driver.
@@ -104,16 +109,23 @@ pub(crate) fn until(what: &str, done: impl Fn() -> bool) {
 /// Runs `body` on a thread of its own and waits for it, so that a deadlock is a failure and not a hang.
 pub(crate) fn bounded<T: Send + 'static>(what: &str, limit: Duration, body: impl FnOnce() -> T + Send + 'static) -> T {
     let (answer, answered) = channel();
-    std::thread::spawn(move || {
+    let thread = std::thread::spawn(move || {
         let _ = answer.send(body());
     });
-    answered.recv_timeout(limit).unwrap_or_else(|_| panic!("{what}: not within {limit:?}"))
+    match answered.recv_timeout(limit) {
+        Ok(value) => value,
+        Err(RecvTimeoutError::Timeout) => panic!("{what}: not within {limit:?}"),
+        Err(RecvTimeoutError::Disconnected) => {
+            let panicked = thread.join().expect_err("it sent nothing");
+            std::panic::resume_unwind(panicked)
+        }
+    }
 }
 
 /// Waits until the binding has left, and checks that it left nothing.
 pub(crate) fn left_clean(binding: &Binding) -> Certificate {
-    until("the binding has left", || binding.certificate().is_some());
-    let certificate = binding.certificate().unwrap().clone();
+    until("the binding has left", || phase(binding) == "detached");
+    let certificate = binding.certificate().expect("it has left").clone();
     assert!(certificate.residual.is_zero(), "{certificate:?}");
     assert_eq!(certificate.leaked.bytes, 0, "{certificate:?}");
     certificate

@@ -127,7 +127,11 @@ mod tests {
     fn one_that_does_not_end_is_left_behind_and_the_others_are_not() {
         let mut threads = Threads::default();
         let (go, gone) = channel::<()>();
-        threads.spawn("stuck".into(), move || drop(gone.recv())).unwrap();
+        threads
+            .spawn("stuck".into(), move || {
+                let _ = gone.recv();
+            })
+            .unwrap();
         threads.spawn("good".into(), || {}).unwrap();
         assert!(threads.running.wait(1, Instant::now() + Duration::from_secs(10)));
         let ended = threads.end(soon());

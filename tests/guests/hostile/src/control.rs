@@ -93,7 +93,7 @@ impl BlockDriver for Hostile {
 }
 
 /// Behaviours of `complete` whose names do not say so.
-const COMPLETE_TOO: [&str; 3] = ["wrong-answer-token", "unknown-status", "on-command"];
+const COMPLETE_TOO: [&str; 2] = ["wrong-answer-token", "unknown-status"];
 
 fn plan(index: u16, size: u16) -> QueuePlan {
     QueuePlan { index, size, ordinary_response: None }

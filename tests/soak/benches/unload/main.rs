@@ -90,7 +90,7 @@ fn unload(world: &mut World, backend: Kind, load: Load, number: u64) -> anyhow::
             if binding.attach_port(Box::new(port)).is_err() {
                 bail!("a binding that serves refuses a port");
             }
-            Some(Client::nbd(&path, DEPTH, number)?)
+            Some(Client::nbd(&path, DEPTH, number, false)?)
         }
     };
     if let Some(client) = &client {

@@ -92,11 +92,8 @@ impl Bare {
         for index in 0..queues {
             let base = usize::from(index) * QUEUE_BYTES;
             let iova = RINGS_IOVA + base as u64;
-            let addresses = QueueAddresses {
-                descriptors: iova,
-                available: iova + AVAILABLE as u64,
-                used: iova + USED as u64,
-            };
+            let addresses =
+                QueueAddresses { descriptors: iova, available: iova + AVAILABLE as u64, used: iova + USED as u64 };
             let events = transport.setup_queue(QueueSetup { index, size: RING_ENTRIES, addresses })?;
             made.push(Queue { base, doorbell: events.doorbell, call: events.call, available: 0, used: 0 });
         }
@@ -206,7 +203,8 @@ impl Engine for Bare {
             *before = queue.available;
         }
         for io in requests {
-            let (at, slot) = if width == 1 { (0, io.tag as usize) } else { (io.tag as usize % width, io.tag as usize / width) };
+            let (at, slot) =
+                if width == 1 { (0, io.tag as usize) } else { (io.tag as usize % width, io.tag as usize / width) };
             let queue = &mut self.queues[at];
             self.rings.word64(queue.base + HEADERS + 16 * slot + 8).store(io.offset / 512, Ordering::Relaxed);
             self.rings.byte(queue.base + STATUSES + slot).store(0xff, Ordering::Relaxed);

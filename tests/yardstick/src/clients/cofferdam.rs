@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::nbd::NbdClient;
 use crate::backend::Backend;
-use crate::engine::{Engine, Io, Job, Mode, Op, PATIENCE};
+use crate::engine::{Engine, Io, Job, Mode, PATIENCE};
 
 /// One host for all measurements: the driver is compiled once.
 pub struct Host {
@@ -39,8 +39,7 @@ impl Host {
     /// When the driver was not built.
     pub fn start(cache: Option<&Path>) -> Result<Host> {
         let path = driver_path();
-        let component =
-            std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build'", path.display()))?;
+        let component = std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build'", path.display()))?;
         Ok(Host { manager: Manager::new(Config { cache_dir: cache.map(Path::to_owned) })?, component })
     }
 
@@ -145,6 +144,11 @@ impl InProcess {
         let requests = handles.iter().map(|_| Vec::with_capacity(1024)).collect();
         let (buffers, completions) = (Vec::new(), Vec::with_capacity(1024));
         Ok(InProcess { handles, mode, op: BlockOp::Read, bytes: 0, buffers, requests, completions, capacity, loaded })
+    }
+
+    /// Waits in the default mode, for at most so long.
+    pub fn wait(&mut self, limit: Duration) {
+        self.handles[0].wait(limit, &mut self.completions);
     }
 
     /// Looks once.
@@ -288,10 +292,4 @@ impl Engine for OverNbd {
     fn crossings(&self) -> Option<u64> {
         Some(self.loaded.crossings())
     }
-}
-
-/// The operation of a job, for requests that are made by hand.
-#[must_use]
-pub fn block_op(op: Op) -> BlockOp {
-    if op.reads() { BlockOp::Read } else { BlockOp::Write }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use cofferdam_client::{Client, Completion as Answer, Error, Op, Options, Request, Slot};
@@ -54,7 +54,7 @@ pub(crate) struct State {
     pub(crate) open_error: Mutex<Option<OpenError>>,
     pub(crate) map_error: Mutex<Option<MapError>>,
     regions: Mutex<Vec<Arc<DmaRegion>>>,
-    notifies: Mutex<Vec<Arc<Notify>>>,
+    notifies: Mutex<Vec<Weak<Notify>>>,
     ids: AtomicU64,
 }
 
@@ -110,7 +110,7 @@ impl Mock {
 
     pub(crate) fn set(&self, what: impl Fn(&State) -> &AtomicBool, value: bool) {
         what(&self.0).store(value, Ordering::SeqCst);
-        lock(&self.0.notifies).iter().for_each(|notify| notify.signal());
+        self.0.notify();
     }
 
     /// Answers all late requests, as the device does or with `error`.
@@ -120,6 +120,11 @@ impl Mock {
             self.0.serve(&answers, request, error);
         }
         self.0.ring();
+    }
+
+    /// Forgets regions that nobody else holds.
+    pub(crate) fn prune(&self) {
+        lock(&self.0.regions).retain(|region| Arc::strong_count(region) > 1);
     }
 
     pub(crate) fn assert_all_returned(&self) {
@@ -133,6 +138,10 @@ impl Mock {
 }
 
 impl State {
+    fn notify(&self) {
+        lock(&self.notifies).iter().filter_map(Weak::upgrade).for_each(|notify| notify.signal());
+    }
+
     fn ring(&self) {
         rustix::io::write(&self.device, &1u64.to_ne_bytes()).expect("an eventfd takes a count");
     }
@@ -213,7 +222,7 @@ impl Service for Mock {
             return Err(OpenError::Revoked);
         }
         self.0.handles.fetch_add(1, Ordering::SeqCst);
-        lock(&self.0.notifies).extend(spec.notify);
+        lock(&self.0.notifies).extend(spec.notify.as_ref().map(Arc::downgrade));
         let id = self.0.ids.fetch_add(1, Ordering::SeqCst);
         Ok(MockDisk { state: Arc::clone(&self.0), id, answers: Answers::default(), region: Mutex::default() })
     }
@@ -267,7 +276,7 @@ impl Disk for MockDisk {
         let mut count = [0; 8];
         if rustix::io::read(&self.state.device, &mut count).is_ok() {
             // The event may be another handle's: pass it on, as a lane does.
-            lock(&self.state.notifies).iter().for_each(|notify| notify.signal());
+            self.state.notify();
         }
         let mut ready = lock(&self.answers);
         let found = ready.len();

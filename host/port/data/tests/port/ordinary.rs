@@ -154,15 +154,22 @@ fn who_cannot_be_served_is_told_why() {
     let served = Served::new(DataOptions { max_clients: 2, ..DataOptions::default() });
     let open = |error| *served.mock.0.open_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     let map = |error| *served.mock.0.map_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-    let connect = || served.try_connect(Options::default()).map(|_| ()).unwrap_err();
+    let connect = || {
+        let error = served.try_connect(Options::default()).map(|_| ()).unwrap_err();
+        eventually("the refused one has left", || served.clients() == 0 || matches!(error, Error::Busy(_)));
+        error
+    };
     open(OpenError::TooMany(3));
     assert!(matches!(connect(), Error::Busy(text) if text.contains('3')));
+    eventually("the refused are gone", || served.clients() == 0);
     open(OpenError::Revoked);
     assert!(matches!(connect(), Error::Revoked));
     open(OpenError::Host("out of it".into()));
     assert!(matches!(connect(), Error::Host(text) if text.contains("out of it")));
+    eventually("the refused are gone", || served.clients() == 0);
     map(MapError::Busy { limit: "16 mapped handles".into() });
     assert!(matches!(connect(), Error::Busy(text) if text.contains("16 mapped handles")));
+    eventually("the refused are gone", || served.clients() == 0);
     map(MapError::Unsupported("it is old".into()));
     assert!(matches!(connect(), Error::Unsupported(text) if text.contains("it is old")));
     map(MapError::Revoked);

@@ -67,7 +67,7 @@ impl Raw {
                     }
                     return (packet[..received.bytes].to_vec(), descriptors);
                 }
-                Err(rustix::io::Errno::AGAIN) => {}
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::CONNRESET) => {}
                 Err(_) => return (Vec::new(), Vec::new()),
             }
             assert!(start.elapsed() < PATIENCE, "waited in vain for a packet");

@@ -139,7 +139,8 @@ fn failure(child: Child) -> String {
 /// One of two clients is revoked in the middle of its work: it says why it failed, the other one's copy is whole.
 #[test]
 fn a_revoked_nbdcopy_and_qemu_io_say_why_and_others_do_not_notice() {
-    let revoked: [(&str, fn(&Path) -> Vec<String>); 2] = [
+    type Arguments = fn(&Path) -> Vec<String>;
+    let revoked: [(&str, Arguments); 2] = [
         ("nbdcopy", |path| vec!["--connections=1".into(), uri(path), "null:".into()]),
         ("qemu-io", |path| {
             let path = format!("nbd:unix:{}", path.display());

@@ -1,0 +1,158 @@
+//! Rounds: on one device, one client after the other, each in all its jobs, and again from the beginning.
+//!
+//! A device serves one client at a time, so each turn connects, works through the jobs, and leaves. What is compared is a round's own: ratios of the same round, seconds apart.
+//! Whoever begins changes with the round.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::backend::{Backend, Kind};
+use crate::clients::Client;
+use crate::clients::cofferdam::Host;
+use crate::engine::{Job, Loop, Mode, Slice, Times};
+use crate::machine::{self, Cores, Pinned};
+use crate::null::Pace;
+use crate::plan::{Group, Plan};
+
+/// One thing that was measured once per round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cell {
+    /// The device.
+    pub backend: Kind,
+    /// How the client waits.
+    pub mode: Mode,
+    /// Queues.
+    pub queues: u16,
+    /// The load.
+    pub job: Job,
+    /// Who.
+    pub client: Client,
+}
+
+/// What was measured, by cell and round.
+#[derive(Default)]
+pub struct Results {
+    /// The slice of each round; a round in which it was not measured has none.
+    pub cells: BTreeMap<Cell, Vec<Option<Slice>>>,
+    /// Distance of the two cores at the beginning of each round.
+    pub distances_ns: Vec<f64>,
+    /// Clients that this build does not have.
+    pub absent: Vec<Client>,
+}
+
+impl Results {
+    /// One number per round: NaN where it was not measured.
+    #[must_use]
+    pub fn series(&self, cell: &Cell, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
+        let slices = self.cells.get(cell).map(Vec::as_slice).unwrap_or_default();
+        slices.iter().map(|slice| slice.as_ref().map_or(f64::NAN, &of)).collect()
+    }
+}
+
+/// Thousands of requests per second.
+#[must_use]
+pub fn kiops(slice: &Slice) -> f64 {
+    slice.requests as f64 / slice.elapsed.as_secs_f64() / 1e3
+}
+
+/// Microseconds per request.
+#[must_use]
+pub fn per_request_us(slice: &Slice, time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6 / (slice.requests.max(1)) as f64
+}
+
+/// The devices of one run, started when they are first needed.
+struct Devices<'a> {
+    null_program: &'a Path,
+    running: Vec<((Kind, Pace, bool), Backend)>,
+}
+
+impl Devices<'_> {
+    /// The device for clients that wait like this. Its core is its own, unless an NBD server and its client need both.
+    fn get(&mut self, kind: Kind, mode: Mode, nbd: bool, cores: Cores) -> Result<&Backend> {
+        let pace = if mode == Mode::Poll || kind == Kind::Qsd { Pace::Poll } else { Pace::Event };
+        let key = (kind, pace, nbd);
+        let at = match self.running.iter().position(|(known, _)| *known == key) {
+            Some(at) => at,
+            None => {
+                self.running.push((key, Backend::start(kind, pace, 2, self.null_program)?));
+                self.running.len() - 1
+            }
+        };
+        let device = &self.running[at].1;
+        if !nbd {
+            device.pin(cores.device)?;
+        }
+        Ok(device)
+    }
+}
+
+/// Measures everything in `plan`.
+///
+/// # Errors
+/// When a device or a client fails: a bench that left something out in silence would flatter somebody.
+pub fn measure(plan: &Plan, host: &Host, null_program: &Path, cores: Cores) -> Result<Results> {
+    let mut results = Results::default();
+    let mut devices = Devices { null_program, running: Vec::new() };
+    let start = Instant::now();
+    for round in 0..plan.rounds {
+        results.distances_ns.push(machine::distance_ns(cores)?);
+        for group in &plan.groups {
+            let count = group.clients.len();
+            for client in (0..count).map(|at| group.clients[(at + round) % count]) {
+                let device = devices.get(group.backend, group.mode, client.is_nbd(), cores)?;
+                turn(plan, group, client, host, device, cores, round, &mut results)
+                    .with_context(|| format!("{} on {}, {}", client.name(), group.backend.name(), group.mode.name()))?;
+            }
+        }
+        let near = results.distances_ns.last().copied().unwrap_or_default();
+        eprintln!(
+            "round {}/{}: {near:.0} ns between the cores, {:.0} s",
+            round + 1,
+            plan.rounds,
+            start.elapsed().as_secs_f64()
+        );
+    }
+    Ok(results)
+}
+
+#[expect(clippy::too_many_arguments, reason = "one turn of one client in one group of one round")]
+fn turn(
+    plan: &Plan,
+    group: &Group,
+    client: Client,
+    host: &Host,
+    device: &Backend,
+    cores: Cores,
+    round: usize,
+    results: &mut Results,
+) -> Result<()> {
+    let Some(mut engine) = client.connect(host, device, group.mode, group.queues)? else {
+        if !results.absent.contains(&client) {
+            results.absent.push(client);
+        }
+        return Ok(());
+    };
+    // Connecting starts threads, which must not be pinned with this one.
+    let _pinned = if client.is_nbd() { None } else { Some(Pinned::to(cores.client)?) };
+    for job in &group.jobs {
+        let mut work = Loop::new(&mut *engine, *job)?;
+        let slice = work.run(&mut *engine, plan.warm_up, plan.slice, &|| times(device))?;
+        let cell = Cell { backend: group.backend, mode: group.mode, queues: group.queues, job: *job, client };
+        let rounds = results.cells.entry(cell).or_insert_with(|| vec![None; plan.rounds]);
+        rounds[round] = Some(slice);
+    }
+    Ok(())
+}
+
+/// Who has used the processor for how long.
+///
+/// # Errors
+/// When the device has ended.
+pub fn times(device: &Backend) -> Result<Times> {
+    let client = machine::thread_time();
+    Ok(Times { client, port: machine::own_time().saturating_sub(client), device: device.time()? })
+}
