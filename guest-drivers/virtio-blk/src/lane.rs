@@ -34,8 +34,8 @@ const STATUS_UNSUPP: u8 = 2;
 /// Flag of a range: write-zeroes may deallocate it (section 5.2.6).
 const RANGE_UNMAP: u32 = 1;
 
-/// Tokens below this are remembered, for the bound of requests in flight on one lane; the host uses small tokens.
-const REMEMBERED_TOKENS: usize = 4096;
+/// The lower half of a token tells the requests apart that are in flight on one lane (`wit/block.wit`): a place to remember something of it.
+const PLACE: u32 = 0xffff;
 /// What is remembered of a token that another instance submitted, or none: no written length is enough.
 const UNKNOWN: u32 = u32::MAX;
 
@@ -47,9 +47,9 @@ pub struct VirtioBlkLane {
     queues: Vec<u16>,
     /// The queue of the next batch.
     next: usize,
-    /// By token, how many bytes a successful response must at least report: the payload of a read, and nothing of a write, because the
+    /// By the token's place, the token and how many bytes a successful response must at least report: the payload of a read, and nothing of a write, because the
     /// reported length may be an underestimate (section 2.7.8.2). A hint: a lane that replaced a crashed one does not have it.
-    least_written: Vec<u32>,
+    least_written: Vec<(u32, u32)>,
 }
 
 impl VirtioBlkLane {
@@ -62,7 +62,7 @@ impl VirtioBlkLane {
             limits: LaneState::decode(&setup.state)?,
             queues: setup.queues.clone(),
             next: 0,
-            least_written: vec![UNKNOWN; REMEMBERED_TOKENS],
+            least_written: Vec::new(),
         })
     }
 
@@ -109,9 +109,12 @@ impl VirtioBlkLane {
         });
         // `check` keeps every request inside the layout's bounds; were it wrong, the request is refused and nothing else suffers.
         written.map_err(|_| Status::Invalid)?;
-        if let Some(slot) = self.least_written.get_mut(request.token as usize) {
-            *slot = least_written;
+        let place = (request.token & PLACE) as usize;
+        if place >= self.least_written.len() {
+            // The host uses low places first, so this grows to what is in flight at most.
+            self.least_written.resize(place + 1, (0, UNKNOWN));
         }
+        self.least_written[place] = (request.token, least_written);
         Ok(())
     }
 
@@ -151,7 +154,8 @@ impl VirtioBlkLane {
         };
         match status {
             plan::STATUS_OK => {
-                let least = self.least_written.get(response.token as usize).copied().unwrap_or(UNKNOWN);
+                let known = self.least_written.get((response.token & PLACE) as usize);
+                let least = known.filter(|(token, _)| *token == response.token).map_or(UNKNOWN, |(_, least)| *least);
                 if response.written >= least { Status::Ok } else { Status::DeviceFault }
             }
             STATUS_IOERR => Status::Io,

@@ -77,7 +77,7 @@ pub(crate) struct BindArgs {
     /// The device: vhost-user:/path.sock
     #[arg(long, value_name = "ADDR")]
     pub(crate) device: String,
-    /// Where to serve it; may be given more than once: nbd:/path.sock, nbd:127.0.0.1:10809
+    /// Where to serve it; may be given more than once: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock
     #[arg(long = "port", value_name = "PORT")]
     pub(crate) ports: Vec<String>,
     /// Name of the binding [default: the driver's file name and a number].

@@ -9,6 +9,7 @@ use cofferdam_manager::{
     Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Phase,
     Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
 };
+use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
 use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 
 use crate::args::BindArgs;
@@ -97,6 +98,7 @@ fn connect(address: &str) -> Result<Box<dyn Transport>, ErrorBody> {
 /// A port's address, checked before anything is claimed.
 enum PortAddress {
     Nbd(NbdAddress),
+    Data(DataAddress),
 }
 
 impl PortAddress {
@@ -106,7 +108,12 @@ impl PortAddress {
             Some(("nbd", _)) => {
                 address.parse().map(PortAddress::Nbd).map_err(|error: NbdError| usage(error.to_string()))
             }
-            _ => Err(usage(format!("'{address}' is not a port: nbd:/path.sock or nbd:127.0.0.1:10809"))),
+            Some(("data", _)) => {
+                address.parse().map(PortAddress::Data).map_err(|error: DataError| usage(error.to_string()))
+            }
+            _ => {
+                Err(usage(format!("'{address}' is not a port: nbd:/path.sock, nbd:127.0.0.1:10809 or data:/path.sock")))
+            }
         }
     }
 
@@ -114,6 +121,7 @@ impl PortAddress {
     fn canonical(&self) -> String {
         match self {
             PortAddress::Nbd(address) => address.to_string(),
+            PortAddress::Data(address) => address.to_string(),
         }
     }
 
@@ -122,6 +130,10 @@ impl PortAddress {
         match self {
             PortAddress::Nbd(address) => {
                 let port = NbdPort::start(Arc::clone(binding), address, NbdOptions::default());
+                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+            }
+            PortAddress::Data(address) => {
+                let port = DataPort::start(Arc::clone(binding), address, DataOptions::default());
                 Ok(Box::new(port.map_err(ErrorBody::failed)?))
             }
         }

@@ -87,6 +87,8 @@ pub struct Binding {
     fault: OnceLock<LaneFault>,
     /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
     pub(crate) hurried: AtomicBool,
+    /// How it ended is remembered.
+    pub(crate) remembered: AtomicBool,
     /// The watch has a ladder under way for it.
     pub(crate) leaving: AtomicBool,
     pub(crate) serving: OnceLock<Serving>,
@@ -144,6 +146,7 @@ impl Binding {
             leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
             hurried: AtomicBool::new(false),
+            remembered: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             serving: OnceLock::new(),
             parts: Mutex::new(Parts::default()),

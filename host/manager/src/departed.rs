@@ -48,6 +48,13 @@ impl Departed {
         }
     }
 
+    /// Somebody has been given the certificate of the newest binding of this name, or takes its name.
+    pub(crate) fn is_told(&self, name: &str) {
+        for gone in self.0.lock().gone.iter_mut().filter(|gone| gone.explanation.name == name) {
+            gone.untold = false;
+        }
+    }
+
     /// The newest certificate under this name that nobody has been given; once.
     pub(crate) fn tell(&self, name: &str) -> Option<Certificate> {
         let mut inside = self.0.lock();

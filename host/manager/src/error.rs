@@ -132,6 +132,9 @@ pub enum SubmitError {
     /// The handle is revoked, for good.
     #[error("the handle is revoked")]
     Revoked,
+    /// Called from inside a call into this very driver, whose lane is taken by that call: a mistake of the caller's.
+    #[error("called from inside a call into the driver")]
+    Inside,
 }
 
 /// An unload that is not over.

@@ -153,6 +153,11 @@ impl HandleShared {
     }
 
     /// From here on requests may use windows of the region.
+    /// Whether a region is this handle's.
+    pub(crate) fn has_mapped(&self) -> bool {
+        self.mapped.get().is_some()
+    }
+
     pub(crate) fn set_mapped(&self, share: &Arc<Share>) -> bool {
         self.mapped.set(Arc::clone(share)).is_ok()
     }
@@ -251,6 +256,9 @@ impl Handle {
         if self.state() == HandleState::Revoked {
             return Err(SubmitError::Revoked);
         }
+        if self.binding.gate().in_crossing() {
+            return Err(SubmitError::Inside);
+        }
         match self.lane.submit(&self.shared, requests) {
             Ok(()) => Ok(()),
             Err(crate::lane::Stop::Full) => Err(SubmitError::Full),
@@ -267,6 +275,10 @@ impl Handle {
     /// handle or for handles that share its notify: only after a 0 with `arm` from each of those is it safe to sleep on
     /// [`Handle::device_fd`] and [`Handle::notify`] (without `arm` the device is not asked to notify, which is cheaper while polling).
     pub fn poll(&self, arm: bool, out: &mut Vec<Completion>) -> usize {
+        // From inside a call into this driver, its lane is taken by that call.
+        if self.binding.gate().in_crossing() {
+            return self.shared.take_answers(out);
+        }
         let found = self.lane.poll(&self.shared, arm, out);
         found + self.shared.take_answers(out)
     }

@@ -11,7 +11,7 @@ use cofferdam_runtime::{Runtime, RuntimeConfig};
 use parking_lot::Mutex;
 
 use crate::binding::{Binding, RevokeReport};
-use crate::certificate::Certificate;
+use crate::certificate::{Certificate, Outcome};
 use crate::departed::Departed;
 use crate::error::{LoadError, ManagerError, RevokeError, UnloadError};
 use crate::events::{EventLog, EventReader};
@@ -130,6 +130,8 @@ impl Manager {
             ));
             match shared.registry.insert(Arc::clone(&binding)) {
                 Ok(()) => {
+                    // The name is another one's from here on.
+                    shared.departed.is_told(binding.name());
                     binding.announce();
                     break binding;
                 }
@@ -270,10 +272,15 @@ impl Manager {
 impl Shared {
     pub(crate) fn leave(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
         let certificate = ladder::run(binding, options, &self.watch)?;
-        if self.registry.remove(binding) {
-            let by_itself = matches!(options.cause, Cause::Removed | Cause::Fault);
+        // Remembered before it is gone, so that at no moment nobody knows of it.
+        if !binding.remembered.swap(true, Ordering::AcqRel) {
+            let by_itself = matches!(certificate.outcome, Outcome::Removed | Outcome::Failed);
             self.departed.add(binding.explain(), binding.status(), by_itself);
         }
+        if matches!(options.cause, Cause::Unload | Cause::Shutdown) {
+            self.departed.is_told(binding.name());
+        }
+        self.registry.remove(binding);
         Ok(certificate)
     }
 

@@ -43,15 +43,13 @@ impl Registry {
         Ok(())
     }
 
-    /// Removes this very binding; another one of the same name stays. Whether it was there.
-    pub(crate) fn remove(&self, binding: &Arc<Binding>) -> bool {
+    /// Removes this very binding; another one of the same name stays.
+    pub(crate) fn remove(&self, binding: &Arc<Binding>) {
         let _turn = self.writer.lock();
         let mut next = BTreeMap::clone(&self.current.load());
-        let is_there = next.get(binding.name()).is_some_and(|found| Arc::ptr_eq(found, binding));
-        if is_there {
+        if next.get(binding.name()).is_some_and(|found| Arc::ptr_eq(found, binding)) {
             next.remove(binding.name());
             self.current.store(Arc::new(next));
         }
-        is_there
     }
 }

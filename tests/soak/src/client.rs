@@ -129,7 +129,9 @@ impl InProcess {
         let result = self.handle.submit(&mut batch);
         self.outstanding += asked - batch.len();
         match result {
-            Ok(()) | Err(SubmitError::Full | SubmitError::Held) => Ok(self.handle.state() != HandleState::Revoked),
+            Ok(()) | Err(SubmitError::Full | SubmitError::Held | SubmitError::Inside) => {
+                Ok(self.handle.state() != HandleState::Revoked)
+            }
             Err(SubmitError::Revoked) => Ok(false),
         }
     }

@@ -45,7 +45,7 @@ pub const BAD_DRIVERS: [&str; 10] = [
 
 /// The ways to fail of `on-command` that end at once, by their place in its list: trap, no-words, trap-complete.
 const QUICK_COMMANDS: [usize; 3] = [0, 3, 4];
-/// The one that takes until the deadline of a call, 100 ms: loop.
+/// The one that takes until the deadline of a call: loop.
 const SLOW_COMMAND: usize = 1;
 
 impl Way {
@@ -79,7 +79,7 @@ impl Way {
             22..34 => Way::Force,
             34..46 => Way::Revoke,
             46..55 => Way::Killed,
-            // One in eight of them takes its 100 ms.
+            // One in eight of them takes until its deadline.
             55..64 if random.u32(..8) == 0 => Way::Trap(SLOW_COMMAND),
             55..64 => Way::Trap(QUICK_COMMANDS[random.usize(..QUICK_COMMANDS.len())]),
             64..70 => Way::Shutdown,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -50,6 +51,25 @@ struct Row {
     census: Census,
 }
 
+/// How the allocator is told to keep nothing for later: one arena for all threads, and free memory at its end given back from 128 KiB on. Threads come and go in each
+/// cycle, and with an arena for every few of them resident memory takes thousands of cycles to settle.
+const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
+
+/// Runs the test `name` of this program once more in a process of its own whose allocator is set up for [`soak`], which it then calls; here it only waits for it.
+///
+/// # Errors
+/// See [`soak`]; its message was printed there.
+pub fn alone(name: &str, span: Span) -> anyhow::Result<()> {
+    if ALLOCATOR.iter().all(|(variable, value)| std::env::var(variable).is_ok_and(|is| is == *value)) {
+        return soak(span);
+    }
+    let mut again = Command::new(std::env::current_exe()?);
+    again.args(["--exact", name, "--include-ignored", "--nocapture"]).envs(ALLOCATOR);
+    let status = again.status()?;
+    ensure!(status.success(), "the soak failed, see above ({status})");
+    Ok(())
+}
+
 /// Goes through the cycles; writes `soak.csv` and a plot of each series into `target/soak`, also when a cycle fails.
 ///
 /// # Errors
@@ -84,9 +104,6 @@ fn cycles(span: Span, rows: &mut Vec<Row>) -> anyhow::Result<()> {
     let mut world = World::new(&drivers)?;
     for number in span.first..span.first.saturating_add(span.cycles) {
         let plan = Plan::draw(span.seed, number);
-        if std::env::var("XWAY").is_ok_and(|way| !way.split(',').any(|w| w == plan.way.name())) {
-            continue;
-        }
         let begin = Instant::now();
         let replay = || {
             format!(

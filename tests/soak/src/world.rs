@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use cofferdam_bus_vhost_user::VhostUser;
-use cofferdam_manager::{Config, LoadSpec, Manager};
+use cofferdam_manager::{Config, GuestLimits, LoadSpec, Manager};
 use cofferdam_process_tests::programs;
 use tempfile::TempDir;
 
@@ -15,6 +15,11 @@ use crate::backend::{Backend, Kind};
 pub const ON_COMMAND: &str = "on-command";
 /// The good one.
 pub const GOOD: &str = "virtio-blk";
+
+/// Longest call of a driver. Far above the 100 ms of a daemon: it is wall-clock time, and a busy machine must not make a driver faulty that is not.
+const DEADLINE_MS: u64 = 2000;
+/// The same for the driver that may be told to loop, which takes so long then.
+const LOOP_DEADLINE_MS: u64 = 300;
 
 /// See the module.
 pub struct World {
@@ -77,7 +82,9 @@ impl World {
     /// A load of `driver` on a device as binding `name`. The buffers are few, so that a request may also find none.
     pub fn spec(&self, driver: &'static str, name: &str, device: VhostUser) -> anyhow::Result<LoadSpec> {
         let component = self.components.get(driver).with_context(|| driver.to_owned())?.clone();
+        let call_deadline_ms = if driver == ON_COMMAND { LOOP_DEADLINE_MS } else { DEADLINE_MS };
+        let limits = GuestLimits { call_deadline_ms, ..GuestLimits::default() };
         let spec = LoadSpec::new(driver, component, Box::new(device));
-        Ok(LoadSpec { name: Some(name.to_owned()), arena_bytes: 4 << 20, ..spec })
+        Ok(LoadSpec { name: Some(name.to_owned()), arena_bytes: 4 << 20, limits, ..spec })
     }
 }

@@ -128,6 +128,20 @@ impl Backend {
         machine::process_time(self.pid())
     }
 
+    /// What its threads are doing, for the message of an error: state, place in the kernel and processor time of each.
+    #[must_use]
+    pub fn threads(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let line = |task: std::fs::DirEntry| {
+            let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            // The state is the letter behind the name, which ends at the last parenthesis (proc(5)).
+            let state = read("stat").rsplit_once(')').map(|(_, rest)| rest.chars().take(2).collect::<String>());
+            let state = state.unwrap_or_default();
+            format!("{}:{state} in {} after {} ns", read("comm").trim(), read("wchan"), read("schedstat").trim())
+        };
+        tasks.map(line).collect::<Vec<_>>().join("; ")
+    }
+
     /// Puts it on one core.
     ///
     /// # Errors

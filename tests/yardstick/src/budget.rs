@@ -25,8 +25,8 @@ pub struct Budget {
     pub cold_load_ms: f64,
     /// The same by a new host with the compiled code in its cache.
     pub cached_load_ms: f64,
-    /// The same by a host that has loaded it before.
-    pub warm_load_ms: f64,
+    /// The same by a host that runs already and has no cache: the compilation is most of it.
+    pub uncached_load_ms: f64,
     /// By depth and mode.
     pub hot_path: Vec<HotPath>,
     /// Per cent of a core that an idle client in the default mode takes, with everything else of its process.
@@ -84,7 +84,7 @@ pub fn measure(host: &Host, null_program: &Path, quick: bool) -> Result<Budget> 
     let cache = scratch.path().join("cache");
     drop(first_answer(&Host::start(Some(&cache))?, &device)?);
     let cached_load_ms = repeat(loads, &mut || load_ms(&Host::start(Some(&cache))?, &device))?;
-    let warm_load_ms = repeat(loads, &mut || load_ms(host, &device))?;
+    let uncached_load_ms = repeat(loads, &mut || load_ms(host, &device))?;
     let idle_cpu_percent = idle(host, &device)?;
     drop(device);
     let idle_binding_bytes = idle_memory(host, null_program)?;
@@ -100,7 +100,15 @@ pub fn measure(host: &Host, null_program: &Path, quick: bool) -> Result<Budget> 
         hot_path.push(count(host, null_program, mode, depth)?);
     }
     let nbdcopy = nbdcopy(host, null_program, if quick { 1 } else { 6 })?;
-    Ok(Budget { idle_binding_bytes, cold_load_ms, cached_load_ms, warm_load_ms, hot_path, idle_cpu_percent, nbdcopy })
+    Ok(Budget {
+        idle_binding_bytes,
+        cold_load_ms,
+        cached_load_ms,
+        uncached_load_ms,
+        hot_path,
+        idle_cpu_percent,
+        nbdcopy,
+    })
 }
 
 /// A binding that has answered one read.

@@ -7,6 +7,7 @@
 //! clients  ours in process, ours over NBD, libblkio, a bare ring, the same driver natively
 //! engine   one closed loop for all of them
 //! run      rounds A B C A B C on one device; stats: medians, and intervals of ratios of the same round
+//! solo     the host's path by itself, on one thread
 //! budget   what is not a rate: memory, loads, allocations, system calls
 //! report   table, aims, JSON; plot: SVG
 //! ```
@@ -24,4 +25,5 @@ pub mod plan;
 pub mod plot;
 pub mod report;
 pub mod run;
+pub mod solo;
 pub mod stats;

@@ -45,9 +45,15 @@ pub struct Arguments {
     /// Rates only: no memory, load and count figures
     #[arg(long)]
     pub rates_only: bool,
+    /// Only the host's path by itself, each batch (`--depth`) for a second: for a profiler
+    #[arg(long)]
+    pub solo: bool,
     /// Where the list of measurements goes; the summary and the plot go beside it
     #[arg(long)]
     pub json: Option<PathBuf>,
+    /// Another null device that knows the options of `cofferdam-null-blk`
+    #[arg(long, hide = true)]
+    pub null_program: Option<PathBuf>,
     /// What cargo gives every bench
     #[arg(long, hide = true)]
     pub bench: bool,
@@ -75,7 +81,7 @@ pub struct Plan {
     pub groups: Vec<Group>,
     /// Rounds.
     pub rounds: usize,
-    /// Before a slice is measured.
+    /// Before a slice is measured: qemu-storage-daemon takes some milliseconds to make up its mind about polling.
     pub warm_up: Duration,
     /// What is measured of one job in one round. Short, and often: what interrupts a slice spoils that one, and the median does not see it; two processes that poll
     /// are interrupted every few milliseconds on a machine that does anything else.
@@ -95,7 +101,7 @@ impl Plan {
     /// What the arguments leave.
     #[must_use]
     pub fn new(arguments: &Arguments) -> Plan {
-        let (rounds, slice_ms) = if arguments.quick { (24, 5) } else { (60, 20) };
+        let (rounds, warm_up_ms, slice_ms) = if arguments.quick { (24, 3, 5) } else { (60, 5, 20) };
         let jobs = |ops: &[Op], depths: &[u32]| {
             let mut jobs = Vec::new();
             for op in chosen(ops, &arguments.op) {
@@ -136,7 +142,7 @@ impl Plan {
         }
         add(Kind::Qsd, Mode::Event, 1, &OVER_NBD, over_nbd);
         let slice = Duration::from_millis(arguments.slice_ms.unwrap_or(slice_ms));
-        Plan { groups, rounds: arguments.rounds.unwrap_or(rounds), warm_up: slice / 10, slice }
+        Plan { groups, rounds: arguments.rounds.unwrap_or(rounds), warm_up: Duration::from_millis(warm_up_ms), slice }
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::backend::{Backend, Kind};
 use crate::clients::Client;
@@ -41,6 +41,8 @@ pub struct Results {
     pub distances_ns: Vec<f64>,
     /// Clients that this build does not have.
     pub absent: Vec<Client>,
+    /// Turns that failed and were done again on a new device. To be looked into: none is expected.
+    pub mishaps: Vec<String>,
 }
 
 impl Results {
@@ -49,6 +51,16 @@ impl Results {
     pub fn series(&self, cell: &Cell, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
         let slices = self.cells.get(cell).map(Vec::as_slice).unwrap_or_default();
         slices.iter().map(|slice| slice.as_ref().map_or(f64::NAN, &of)).collect()
+    }
+}
+
+impl Results {
+    /// The 10th and the 90th of a hundred distances of the cores: a core that was busy when it was asked says nothing.
+    #[must_use]
+    pub fn distances(&self) -> Option<(f64, f64)> {
+        let mut sorted: Vec<f64> = self.distances_ns.iter().copied().filter(|distance| distance.is_finite()).collect();
+        sorted.sort_by(f64::total_cmp);
+        Some((*sorted.get(sorted.len() / 10)?, *sorted.get(sorted.len() * 9 / 10)?))
     }
 }
 
@@ -63,6 +75,9 @@ pub fn kiops(slice: &Slice) -> f64 {
 pub fn per_request_us(slice: &Slice, time: Duration) -> f64 {
     time.as_secs_f64() * 1e6 / (slice.requests.max(1)) as f64
 }
+
+/// Turns that may fail in one run before it is given up: qemu-storage-daemon 10 ends by an assertion of its own once in some thousand connections.
+const MISHAPS: usize = 3;
 
 /// The devices of one run, started when they are first needed.
 struct Devices<'a> {
@@ -88,6 +103,11 @@ impl Devices<'_> {
         }
         Ok(device)
     }
+
+    /// Ends those of this kind; they are started again when they are needed.
+    fn forget(&mut self, kind: Kind) {
+        self.running.retain(|((known, _, _), _)| *known != kind);
+    }
 }
 
 /// Measures everything in `plan`.
@@ -103,9 +123,20 @@ pub fn measure(plan: &Plan, host: &Host, null_program: &Path, cores: Cores) -> R
         for group in &plan.groups {
             let count = group.clients.len();
             for client in (0..count).map(|at| group.clients[(at + round) % count]) {
-                let device = devices.get(group.backend, group.mode, client.is_nbd(), cores)?;
-                turn(plan, group, client, host, device, cores, round, &mut results)
-                    .with_context(|| format!("{} on {}, {}", client.name(), group.backend.name(), group.mode.name()))?;
+                loop {
+                    let device = devices.get(group.backend, group.mode, client.is_nbd(), cores)?;
+                    let Err(error) = turn(plan, group, client, host, device, cores, round, &mut results) else { break };
+                    let (name, backend, mode) = (client.name(), group.backend.name(), group.mode.name());
+                    let threads = device.threads();
+                    let error = error.context(format!("{name} on {backend}, {mode}, round {round}; device: {threads}"));
+                    // What was measured of the turn is measured again: nothing is left out.
+                    if results.mishaps.len() == MISHAPS {
+                        return Err(error);
+                    }
+                    eprintln!("{error:#}");
+                    results.mishaps.push(format!("{error:#}"));
+                    devices.forget(group.backend);
+                }
             }
         }
         let near = results.distances_ns.last().copied().unwrap_or_default();

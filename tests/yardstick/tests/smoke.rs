@@ -12,7 +12,7 @@ use cofferdam_yardstick::engine::{Engine, Job, Loop, Mode, Op, Times};
 use cofferdam_yardstick::machine::Cores;
 use cofferdam_yardstick::null::Pace;
 use cofferdam_yardstick::plan::{Group, Plan};
-use cofferdam_yardstick::{aims, plot, report, run};
+use cofferdam_yardstick::{aims, plot, report, run, solo};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -66,7 +66,7 @@ fn every_client_answers_what_it_submits_and_the_report_names_it() -> anyhow::Res
     let json = folder.path().join("block.json");
     let aims = aims::aims(&results, None);
     assert!(aims.len() >= 10, "{aims:?}");
-    report::write(&json, &rows, &results, None, &aims)?;
+    report::write(&json, &rows, &results, &solo::all(&host, &[1, 128], Duration::from_millis(2))?, None, &aims)?;
     plot::draw(&json.with_extension("svg"), &rows)?;
     let read: Vec<serde_json::Value> = serde_json::from_str(&std::fs::read_to_string(&json)?)?;
     for key in [

@@ -197,7 +197,7 @@ impl VhostUser {
                 Err(reason) => reason,
             }
         } else {
-            format!("{unanswered} requests are with the backend, and stopping a ring does not wait for them")
+            format!("requests that the backend has: {unanswered}, and stopping a ring does not wait for them")
         };
         let Some(open) = &self.open else {
             return Err(reason);

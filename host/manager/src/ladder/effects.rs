@@ -48,11 +48,11 @@ pub(super) fn carry_out(
             binding.take_down_ports();
             (Stage::Ports, Event::PortsDetached)
         }
-        Effect::Unmap => (Stage::Unmap, unmap(binding, parts)),
-        Effect::Retire => (Stage::Unmap, retire(binding, parts)),
+        Effect::Unmap => (Stage::Unmap, unmap(binding, parts, watch)),
+        Effect::Retire => (Stage::Unmap, retire(binding, parts, watch)),
         Effect::DropCode => (Stage::Drop, drop_code(parts)),
         Effect::KeepCode => (Stage::Drop, keep_code(parts)),
-        Effect::Release => return release(binding, parts, watch),
+        Effect::Release => return release(binding, parts),
         // States in which nobody is on the ladder, or nothing is left to do. `run` enters the ladder before it asks, so these have no result to tell.
         Effect::Build | Effect::Serve | Effect::Pause | Effect::Nothing => return Event::GaveUp,
     };
@@ -210,11 +210,13 @@ fn abandon(parts: &mut Parts) -> Event {
     finish(parts, false);
     let abandoned = parts.progress.abandoned;
     if abandoned > 0 {
-        parts
-            .progress
-            .leak(0, &format!("{abandoned} requests that the device may still act on were answered to nobody"));
+        parts.progress.leak(0, &format!("{} that the device may still act on answered to nobody", count(abandoned)));
     }
     Event::Abandoned
+}
+
+fn count(requests: u64) -> String {
+    if requests == 1 { "1 request".to_owned() } else { format!("{requests} requests") }
 }
 
 /// Whether every lane could be looked into.
@@ -234,8 +236,8 @@ fn finish(parts: &mut Parts, silent: bool) -> bool {
 }
 
 /// Frees what the device could reach: it does not any more.
-fn unmap(binding: &Binding, parts: &mut Parts) -> Event {
-    give_up_transport(parts);
+fn unmap(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) -> Event {
+    give_up_transport(binding, parts, watch);
     binding.regions().end(true);
     if let Some(rings) = parts.rings.take() {
         rings.revoke();
@@ -247,11 +249,11 @@ fn unmap(binding: &Binding, parts: &mut Parts) -> Event {
 }
 
 /// Keeps what the device may still reach, or what calls that nobody counted may still reach, for as long as the process lives.
-fn retire(binding: &Binding, parts: &mut Parts) -> Event {
+fn retire(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) -> Event {
     if binding.life().silent() == Some(true) {
         parts.progress.leak(0, PINNED);
     }
-    give_up_transport(parts);
+    give_up_transport(binding, parts, watch);
     parts.progress.leaked.bytes += binding.regions().end(false);
     if let Some(rings) = parts.rings.take() {
         parts.progress.leaked.bytes += rings.retire();
@@ -262,7 +264,9 @@ fn retire(binding: &Binding, parts: &mut Parts) -> Event {
     Event::Retired
 }
 
-fn give_up_transport(parts: &mut Parts) {
+fn give_up_transport(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) {
+    // What hangs up from here on does so because it is given up.
+    watch.remove(binding);
     for lane in &parts.lanes {
         lane.drop_rings();
     }
@@ -300,9 +304,8 @@ fn keep_code(parts: &mut Parts) -> Event {
 }
 
 /// Gives the device up, looks up what is left (L7) and writes the certificate.
-fn release(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) -> Event {
+fn release(binding: &Arc<Binding>, parts: &mut Parts) -> Event {
     let since = Instant::now();
-    watch.remove(binding);
     parts.transport = None;
     parts.progress.failed += lost(parts) - parts.progress.lost_before;
     let lanes = std::mem::take(&mut parts.lanes);

@@ -14,6 +14,8 @@ use crate::device::SharedTransport;
 use crate::handle::HandleShared;
 use crate::lane::Lane;
 
+/// How long a revoked region stays for whoever has it in hand (DESIGN section 5).
+const IN_HAND: Duration = Duration::from_millis(100);
 /// I/O address of the first mapped region: above the rings' and the largest arena. It only grows from there; 47 bits leave room for half a million regions of the
 /// default bound's size.
 const FIRST_IOVA: u64 = 0x100_0000_0000;
@@ -58,8 +60,20 @@ struct Row {
     owner: Arc<HandleShared>,
     lane: Arc<Lane>,
     stage: Stage,
+    /// Since when nothing of its handle is in flight.
+    quiet: Option<Instant>,
     /// Since when the device has been asked to let it go.
     asked: Option<Instant>,
+}
+
+impl Row {
+    /// Whether a client or port holds the region, and has done so for less than it is given since its last request was answered.
+    fn is_in_hand(&mut self) -> bool {
+        let since = *self.quiet.get_or_insert_with(Instant::now);
+        // This table has one reference, the handle may have another.
+        let is_held = Arc::strong_count(&self.share) > 1 + usize::from(self.owner.has_mapped());
+        is_held && since.elapsed() < IN_HAND
+    }
 }
 
 /// Invariant: a region is in `rows` or in `retired` from before the device hears of it until it is revoked or leaked, and `bytes` is the sum of both.
@@ -211,6 +225,7 @@ impl Regions {
             owner: Arc::clone(owner),
             lane: Arc::clone(lane),
             stage: Stage::Mapping,
+            quiet: None,
             asked: None,
         });
         Ok((share, transport))
@@ -245,6 +260,11 @@ impl Regions {
             // Who had the lease before has counted what it admitted, and nothing is admitted after the revocation: behind this look the count only falls.
             let looked = lane.try_reap().is_some();
             if !looked || owner.in_flight.load(Ordering::Acquire) > 0 {
+                found.waits = true;
+                continue;
+            }
+            // Whoever still has it in hand (a port that is about to tell its client) gets a moment, so that nobody takes the zeroes for data.
+            if self.table.lock().row(iova).is_some_and(|row| row.is_in_hand()) {
                 found.waits = true;
                 continue;
             }

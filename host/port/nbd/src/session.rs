@@ -287,7 +287,7 @@ impl<D: Disk> Session<D> {
         self.in_flight += before - self.queue.len();
         self.stuck = match result {
             Ok(()) if self.queue.is_empty() => Stuck::No,
-            Ok(()) | Err(SubmitError::Full) => Stuck::Full,
+            Ok(()) | Err(SubmitError::Full | SubmitError::Inside) => Stuck::Full,
             Err(SubmitError::Held) => Stuck::Held,
             Err(SubmitError::Revoked) => Stuck::No,
         };

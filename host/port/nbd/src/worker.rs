@@ -461,8 +461,8 @@ impl<S: Service> Worker<S> {
 
     fn may_stop(&mut self, now: Instant) -> bool {
         // Requests that came before the end are answered, if only with a refusal.
-        let quiet = self.ready.is_empty() && self.connections.iter().flatten().all(Connection::is_quiet);
-        quiet || self.stop_at.is_some_and(|at| at <= now)
+        self.stop_at.is_some_and(|at| at <= now)
+            || self.ready.is_empty() && self.connections.iter().flatten().all(Connection::is_quiet)
     }
 
     /// Puts the lane's device descriptor in the epoll set. It is the lane's, so any handle's will do, and it stays when

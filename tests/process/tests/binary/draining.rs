@@ -115,7 +115,7 @@ fn force_ends_it_at_once_and_says_what_was_retired() {
     assert_eq!(certificate.outcome(), "forced");
     certificate.assert_nothing_left();
     assert!(certificate.leaked_bytes() > 0);
-    assert!(certificate.leak_reason().contains("1 requests are with the backend"), "{}", certificate.leak_reason());
+    assert!(certificate.leak_reason().contains("requests that the backend has: 1"), "{}", certificate.leak_reason());
     assert_eq!((certificate.number("requests_completed"), certificate.number("requests_failed")), (0, 0));
     assert!(client.reply().is_err(), "what the device may still do is answered to nobody (L1)");
     assert!(daemon.bindings().is_empty());

@@ -211,7 +211,7 @@ fn a_guest_that_is_only_a_nuisance_serves_and_unloads() {
             let socket = daemon.path(&format!("{name}.nbd"));
             let port = format!("nbd:{}", socket.display());
             load(daemon, name, &sim.address(), &port).expect(0);
-            assert_eq!(use_up(&socket), Ok(()), "{name}");
+            assert_eq!(use_up(&socket), Ok(()), "{name}: {}", daemon.process.stderr());
             daemon.unload(name, &[]).assert_clean();
         }
         // 9,000 of a flood's lines are counted, not written (DESIGN section 9); a guest's line ends where the log's does.

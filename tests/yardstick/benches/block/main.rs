@@ -1,6 +1,7 @@
 //! `cargo xtask bench block`: see the library.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
@@ -8,14 +9,15 @@ use cofferdam_yardstick::clients::cofferdam::Host;
 use cofferdam_yardstick::counting::Counting;
 use cofferdam_yardstick::machine::{self, Cores};
 use cofferdam_yardstick::plan::{Arguments, Plan};
-use cofferdam_yardstick::{aims, budget, plot, report, run};
+use cofferdam_yardstick::{aims, budget, plot, report, run, solo};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let null_program = Path::new(env!("CARGO_BIN_EXE_cofferdam-null-blk"));
+    let null_program = arguments.null_program.as_deref();
+    let null_program = null_program.unwrap_or(Path::new(env!("CARGO_BIN_EXE_cofferdam-null-blk")));
     let cores = Cores::of_this_process()?;
     println!("{}", machine::describe());
     println!(
@@ -25,21 +27,35 @@ fn main() -> Result<()> {
         cores.device
     );
     let host = Host::start(None)?;
+    if arguments.solo {
+        print!("{}", solo::lines(&solo::all(&host, &arguments.depth, Duration::from_secs(1))?));
+        return Ok(());
+    }
     let plan = Plan::new(&arguments);
     let results = run::measure(&plan, &host, null_program, cores)?;
     let budget = if arguments.rates_only { None } else { Some(budget::measure(&host, null_program, arguments.quick)?) };
+    let parts = solo::all(&host, &arguments.depth, Duration::from_millis(100))?;
     let rows = report::rows(&results);
     print!("{}", report::table(&rows));
+    print!("{}", solo::lines(&parts));
     if let Some(budget) = &budget {
         print!("{}", report::budget_lines(budget));
+    }
+    if let Some((near, far)) = results.distances()
+        && far > 2.0 * near
+    {
+        println!("the cores moved during the run ({near:.0} to {far:.0} ns apart): ratios mix two machines");
+    }
+    for mishap in &results.mishaps {
+        println!("had to be done again: {mishap}");
     }
     for client in &results.absent {
         println!("not in this build: {}", client.name());
     }
     let aims = aims::aims(&results, budget.as_ref());
     print!("{}", aims::lines(&aims));
-    let json = arguments.json.unwrap_or_else(|| PathBuf::from("target/bench/block.json"));
-    report::write(&json, &rows, &results, budget.as_ref(), &aims)?;
+    let json = arguments.json.clone().unwrap_or_else(|| PathBuf::from("target/bench/block.json"));
+    report::write(&json, &rows, &results, &parts, budget.as_ref(), &aims)?;
     let svg = json.with_extension("svg");
     plot::draw(&svg, &rows)?;
     println!("{}", svg.display());

@@ -19,19 +19,6 @@ use super::regions::Regions;
 use super::ring::DeviceRing;
 use super::worker::Worker;
 
-/// Virtio block features (virtio 1.2, section 5.2.3).
-const SEG_MAX: u64 = 1 << 2;
-const BLK_SIZE: u64 = 1 << 6;
-const FLUSH: u64 = 1 << 9;
-const MQ: u64 = 1 << 12;
-/// Ring and transport features (section 6).
-const INDIRECT_DESC: u64 = 1 << 28;
-const EVENT_IDX: u64 = 1 << 29;
-const VERSION_1: u64 = 1 << 32;
-
-/// Segments of one request that the device takes.
-const SEGMENTS: u32 = 126;
-
 /// Listens on `path` and serves one front end after another, for ever.
 ///
 /// # Errors
@@ -118,7 +105,7 @@ impl Device {
                     available,
                     used,
                     size: state.size,
-                    event_index: self.features & EVENT_IDX != 0,
+                    event_index: self.features & super::EVENT_IDX != 0,
                     next: state.next,
                     kick,
                     call: state.call.take(),
@@ -141,16 +128,6 @@ impl Device {
     fn ring(&mut self, index: u32) -> Result<&mut RingState> {
         self.rings.get_mut(index as usize).ok_or(Error::InvalidParam)
     }
-
-    /// `struct virtio_blk_config` (virtio 1.2, section 5.2.4).
-    fn config(&self) -> [u8; 64] {
-        let mut config = [0; 64];
-        config[..8].copy_from_slice(&(self.disk.capacity_bytes / 512).to_le_bytes());
-        config[12..16].copy_from_slice(&SEGMENTS.to_le_bytes());
-        config[20..24].copy_from_slice(&512u32.to_le_bytes());
-        config[34..36].copy_from_slice(&self.disk.queues.to_le_bytes());
-        config
-    }
 }
 
 impl Handler for Device {
@@ -168,7 +145,7 @@ impl Handler for Device {
 
     fn get_features(&mut self) -> Result<u64> {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        Ok(SEG_MAX | BLK_SIZE | FLUSH | MQ | INDIRECT_DESC | EVENT_IDX | VERSION_1 | protocol)
+        Ok(NullDisk::FEATURES | protocol)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
@@ -278,7 +255,7 @@ impl Handler for Device {
 
     fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let mut bytes = vec![0; size as usize];
-        let config = self.config();
+        let config = self.disk.config();
         let from = config.get(offset as usize..).unwrap_or_default();
         let count = from.len().min(bytes.len());
         bytes[..count].copy_from_slice(&from[..count]);

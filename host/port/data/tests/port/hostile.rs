@@ -126,7 +126,8 @@ fn an_index_that_cannot_be_ends_its_client_alone() {
     // Back and forth: what was taken cannot be put in again.
     let guest = Guest::new(&served, 8);
     guest.put(&[entry(1), entry(2)]);
-    (guest.take(), guest.take());
+    guest.take();
+    guest.take();
     guest.rings.store(Word::SubmitTail, 1);
     guest.wake();
     assert_eq!(guest.raw.receive_news(), [TAG_VIOLATION]);
@@ -236,7 +237,7 @@ fn step() -> impl Strategy<Value = Step> {
         8 => (any::<u32>(), any::<[u64; 4]>(), 0..12u64).prop_map(|(place, mut words, op)| {
             // Half of them are nearly requests.
             if place % 2 == 0 {
-                words = [words[0], words[1] % 64 * 512, words[2] % 128 * 512, op << 32 | words[3] % 9 * 512];
+                words = [words[0], words[1] % 64 * 512, words[2] % 128 * 512, (op << 32) | (words[3] % 9 * 512)];
             }
             Step::Entry(place, words)
         }),

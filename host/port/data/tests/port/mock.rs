@@ -131,9 +131,8 @@ impl Mock {
         eventually("all handles closed", || self.0.handles.load(Ordering::SeqCst) == 0);
         self.release(Some(BlockError::Revoked));
         assert_eq!(self.in_flight(), 0);
-        for region in lock(&self.0.regions).drain(..) {
-            assert_eq!(Arc::strong_count(&region), 1, "somebody holds a region");
-        }
+        self.prune();
+        assert!(lock(&self.0.regions).is_empty(), "somebody holds a region");
     }
 }
 

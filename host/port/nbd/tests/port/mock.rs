@@ -337,13 +337,14 @@ impl Disk for MockDisk {
         let count = requests.len().min(room);
         for request in requests.drain(..count) {
             self.state.check(&request);
+            // Whoever sees it in flight finds it decided and in its place: under the lock until it is there.
+            let late = self.state.slow.load(Ordering::SeqCst).then(|| lock(&lane.late));
             self.state.in_flight.fetch_add(1, Ordering::SeqCst);
             let BlockRequest { op, offset, length, flags, .. } = request;
             lock(&self.state.asked).push(Asked { op, offset, length, may_unmap: flags.may_unmap });
-            if self.state.slow.load(Ordering::SeqCst) {
-                lock(&lane.late).push_back((Arc::clone(&self.answers), request));
-            } else {
-                self.state.serve(&self.answers, request, None);
+            match late {
+                Some(mut late) => late.push_back((Arc::clone(&self.answers), request)),
+                None => self.state.serve(&self.answers, request, None),
             }
         }
         lane.ring();
