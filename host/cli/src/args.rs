@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::control::LONGEST_REVOKE;
+use crate::control::{LONGEST_REVOKE, mapped_handles, mapped_mib};
 use crate::help;
 
 /// Device drivers as WebAssembly components: loaded, bound to real devices, and taken out safely while they are in use.
@@ -77,7 +77,7 @@ pub(crate) struct BindArgs {
     /// The device: vhost-user:/path.sock
     #[arg(long, value_name = "ADDR")]
     pub(crate) device: String,
-    /// Where to serve it; may be given more than once: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock
+    /// Where to serve it; may be given more than once: nbd:/path.sock, nbd:127.0.0.1:10809, or data:/path.sock for zero-copy clients.
     #[arg(long = "port", value_name = "PORT")]
     pub(crate) ports: Vec<String>,
     /// Name of the binding [default: the driver's file name and a number].
@@ -107,6 +107,12 @@ pub(crate) struct BindArgs {
     /// Open handles of the binding.
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) handles: u32,
+    /// Clients that may share memory with the device for zero-copy I/O (data ports).
+    #[arg(long, value_name = "N", default_value_t = mapped_handles(), value_parser = clap::value_parser!(u32).range(0..=4096))]
+    pub(crate) mapped_handles: u32,
+    /// Memory that all of them may share with it together, in MiB; taken when touched.
+    #[arg(long, value_name = "MIB", default_value_t = mapped_mib(), value_parser = clap::value_parser!(u32).range(0..=65_536))]
+    pub(crate) mapped_mib: u32,
 }
 
 #[derive(Args)]
@@ -242,7 +248,7 @@ pub(crate) enum PortCommand {
 pub(crate) struct PortChangeArgs {
     /// The binding.
     pub(crate) name: String,
-    /// The address: nbd:/path.sock, nbd:127.0.0.1:10809
+    /// The address: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock
     #[arg(value_name = "PORT")]
     pub(crate) port: String,
     #[command(flatten)]

@@ -13,16 +13,24 @@
 //! | `POST /v1/bindings/NAME/ports/detach` | [`PortBody`] | [`PortChange`] |
 //! | `GET /v1/events?since=SEQ&follow=BOOL` | | [`EventRecord`](cofferdam_manager::EventRecord)s, one a line (`application/x-ndjson`) |
 //!
+//! Every answer has the header [`DAEMON_HEADER`] with a text that no two daemons share: numbers of events, generations and handles are one daemon's, and a client that
+//! keeps them and comes back can tell that it has found another one.
+//!
 //! Errors are an [`ErrorBody`] with status 400 (usage), 404 (no such thing), 409 (still draining) or 422 (failed).
 //!
 //! An unload ends with its client: when the connection closes, the wait does, and the binding stays `draining`. An unload with `force` goes through in any case;
-//! so do all other calls, each within its bound.
+//! so do all other calls, each within its bound. An unload or a revocation is answered soon after its deadline whatever holds it up; what is under way for it then ends
+//! by itself.
+//!
+//! Connections are for one call each, and bounded: see [`crate::serve`].
 
 use std::time::Duration;
 
 use cofferdam_manager::{Certificate, Explanation, RevokeReport};
 use serde::{Deserialize, Serialize};
 
+/// Header of every answer: which daemon gave it.
+pub(crate) const DAEMON_HEADER: &str = "x-cofferdam-daemon";
 /// Longest wait of an unload.
 pub(crate) const LONGEST_UNLOAD: Duration = Duration::from_secs(86_400);
 /// Longest wait of a revocation: it goes on without its client.
@@ -48,6 +56,20 @@ pub(crate) struct LoadBody {
     pub(crate) ring_entries: u16,
     pub(crate) requests: u32,
     pub(crate) handles: u32,
+    #[serde(default = "mapped_handles")]
+    pub(crate) mapped_handles: u32,
+    #[serde(default = "mapped_mib")]
+    pub(crate) mapped_mib: u32,
+}
+
+/// Clients that may share memory with the device, unless a load says otherwise.
+pub(crate) const fn mapped_handles() -> u32 {
+    16
+}
+
+/// How much memory they may share together, in MiB, unless a load says otherwise.
+pub(crate) const fn mapped_mib() -> u32 {
+    256
 }
 
 /// An unload.

@@ -1,23 +1,21 @@
 //! `cofferdam daemon`: the control API's server.
 //!
 //! One daemon per socket: an advisory lock on `SOCKET.lock` decides, so a socket file that a dead daemon left is taken over and a living one is never
-//! displaced. The socket has mode 0600 and every peer's credentials are looked at: only the daemon's own user and root may speak.
+//! displaced. The socket has mode 0600; who may speak on it, and what of the daemon a client can have, is in [`crate::serve`].
 
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::Request;
-use axum::response::Response;
-use hyper_util::rt::TokioIo;
 use rustix::fs::FlockOperation;
-use tokio::net::{UnixListener, UnixStream};
+use rustix::process::Signal;
+use tokio::net::UnixListener;
 
 use crate::args::DaemonArgs;
 use crate::control::ErrorBody;
 use crate::follow::Followers;
-use crate::{api, host, signals};
+use crate::serve::serve;
+use crate::{api, host, log, signals};
 
 /// The whole of a stop, whatever happens.
 const STOP: Duration = Duration::from_millis(4500);
@@ -25,12 +23,8 @@ const STOP: Duration = Duration::from_millis(4500);
 const LAST_RESORT: Duration = Duration::from_millis(4900);
 /// How long those who follow the events may take to hear of the last ones.
 const LAST_EVENTS: Duration = Duration::from_millis(200);
-/// Control connections served at once.
-const CONNECTIONS: usize = 64;
-/// What may wait in one connection for a client that does not read, beside the document itself, in bytes.
-const CONNECTION_BUFFER_BYTES: usize = 32 << 10;
-/// How long a control client may take to say what it wants.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the last resort takes to say so, and to end the process in the ordinary way.
+const LAST_RESORT_WORDS: Duration = Duration::from_millis(40);
 
 /// Where the socket is when nobody says.
 pub(crate) fn socket_path(given: Option<&Path>) -> PathBuf {
@@ -63,9 +57,10 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
             result = serve(listener, router) => result,
         }
     })?;
+    // Before anything else, so that nothing that is said or done from here on can hold it up.
+    end_in_any_case();
     tracing::info!("daemon stopping");
     let _ = std::fs::remove_file(&path);
-    end_in_any_case();
     for certificate in manager.shutdown(STOP) {
         let clean = certificate.residual.is_zero();
         tracing::info!(binding = certificate.name, outcome = ?certificate.outcome, clean, leaked_bytes = certificate.leaked.bytes, "unloaded");
@@ -78,12 +73,19 @@ pub(crate) fn run(args: DaemonArgs) -> Result<(), ErrorBody> {
 
 /// Everything on the ladder has a bound; should the sum of them be too long for once, the process still ends in time. Its memory outlives it where a device may reach it:
 /// a vhost-user backend has its own mappings.
+///
+/// The thread that waits does nothing that could block; what could (a lock of the log, another thread that is ending the process and is stuck) is left to a second one.
 fn end_in_any_case() {
     let last_resort = std::thread::Builder::new().name("cofferdam-last-resort".into());
     let ended = last_resort.spawn(|| {
         std::thread::sleep(LAST_RESORT);
-        tracing::error!("bindings could not leave in time, ending without them");
-        std::process::exit(1);
+        let _ = std::thread::Builder::new().spawn(|| {
+            tracing::error!("bindings could not leave in time, ending without them");
+            log::finish(LAST_RESORT_WORDS, LAST_RESORT_WORDS);
+            std::process::exit(1);
+        });
+        std::thread::sleep(2 * LAST_RESORT_WORDS);
+        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
     });
     if let Err(error) = ended {
         tracing::warn!(%error, "no thread for the last resort");
@@ -135,60 +137,4 @@ fn listen(path: &Path) -> Result<UnixListener, ErrorBody> {
     std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
     std::fs::rename(&fresh, path).map_err(fail)?;
     Ok(listener)
-}
-
-async fn serve(listener: UnixListener, router: Router) -> Result<(), ErrorBody> {
-    let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
-    loop {
-        let Ok(slot) = std::sync::Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, most likely: wait for some to come back instead of spinning.
-                tracing::warn!(%error, "cannot accept a control connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        if !may_speak(&stream) {
-            continue;
-        }
-        let router = router.clone();
-        tokio::spawn(async move {
-            let _slot = slot;
-            let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
-                let router = router.clone();
-                async move { tower_call(router, request).await }
-            });
-            let connection = hyper::server::conn::http1::Builder::new()
-                .timer(hyper_util::rt::TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .max_buf_size(CONNECTION_BUFFER_BYTES)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "control connection ended");
-            }
-        });
-    }
-}
-
-async fn tower_call(
-    router: Router,
-    request: Request<hyper::body::Incoming>,
-) -> Result<Response, std::convert::Infallible> {
-    use tower_service::Service;
-    let mut router = router;
-    router.call(request).await
-}
-
-fn may_speak(stream: &UnixStream) -> bool {
-    let own = rustix::process::geteuid().as_raw();
-    match stream.peer_cred() {
-        Ok(peer) if peer.uid() == own || peer.uid() == 0 => true,
-        Ok(peer) => {
-            tracing::warn!(uid = peer.uid(), "control connection refused");
-            false
-        }
-        Err(_) => false,
-    }
 }

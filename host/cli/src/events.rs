@@ -9,7 +9,7 @@ use crate::args::EventsArgs;
 use crate::client::{ANSWER, PROGRESS};
 use crate::control::ErrorBody;
 use crate::link::{End, Lines, Link};
-use crate::{show, signals};
+use crate::{log, show, signals};
 
 /// How long the streaming may take to end after Ctrl-C when nobody reads what it writes.
 const LAST_WORDS: Duration = Duration::from_millis(100);
@@ -75,8 +75,7 @@ async fn next(lines: &mut Lines, follow: bool) -> Result<Result<Vec<u8>, End>, E
 }
 
 fn ended(why: &str) -> Result<(), ErrorBody> {
-    // Nothing can be done about a stderr that is closed.
-    let _ = writeln!(std::io::stderr().lock(), "cofferdam: {why}");
+    log::say(&format!("cofferdam: {why}"));
     Ok(())
 }
 

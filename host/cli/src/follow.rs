@@ -20,6 +20,8 @@ use crate::control::ErrorBody;
 
 /// Followers at a time.
 const FOLLOWERS: usize = 16;
+/// Clients at a time that are told what is kept.
+const READERS: usize = 8;
 /// Pieces that wait for a slow follower.
 const QUEUED: usize = 4;
 /// A piece is sent when it has this many bytes, or when there is nothing more to put in it.
@@ -29,15 +31,17 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Records in one answer to a client that does not follow: more than are ever kept, so that it ends while more happens.
 const ANSWER_RECORDS: usize = 8192;
 
-/// Everyone who follows.
+/// Everyone who follows, or is being told what is kept.
 pub(crate) struct Followers {
     slots: Arc<Semaphore>,
+    readers: Arc<Semaphore>,
     stopping: AtomicBool,
 }
 
 impl Followers {
     pub(crate) fn new() -> Arc<Followers> {
-        Arc::new(Followers { slots: Arc::new(Semaphore::new(FOLLOWERS)), stopping: AtomicBool::new(false) })
+        let (slots, readers) = (Arc::new(Semaphore::new(FOLLOWERS)), Arc::new(Semaphore::new(READERS)));
+        Arc::new(Followers { slots, readers, stopping: AtomicBool::new(false) })
     }
 
     /// The body that brings `reader`'s records until the client goes or the daemon stops.
@@ -56,6 +60,16 @@ impl Followers {
         };
         thread.spawn(run).map_err(|error| ErrorBody::failed(format!("no thread to follow the events on: {error}")))?;
         Ok(Body::new(Following { pieces: rest, _slot: slot }))
+    }
+
+    /// The body that brings what is kept from `reader`'s place on.
+    pub(crate) fn kept(&self, reader: EventReader) -> Result<Body, ErrorBody> {
+        let slot = Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
+            ErrorBody::failed(format!(
+                "{READERS} clients are being told the events already; try again when one has ended"
+            ))
+        })?;
+        Ok(Body::new(Kept { reader, left: ANSWER_RECORDS, _slot: slot }))
     }
 
     fn feed(&self, mut reader: EventReader, pieces: &mpsc::Sender<Bytes>) {
@@ -83,11 +97,6 @@ impl Followers {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-}
-
-/// What is kept from `reader`'s place on.
-pub(crate) fn kept(reader: EventReader) -> Body {
-    Body::new(Kept { reader, left: ANSWER_RECORDS })
 }
 
 /// Lines of the next records, and how many: waits for the first for at most `wait`.
@@ -128,6 +137,7 @@ impl HttpBody for Following {
 struct Kept {
     reader: EventReader,
     left: usize,
+    _slot: OwnedSemaphorePermit,
 }
 
 impl HttpBody for Kept {

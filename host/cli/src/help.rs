@@ -9,6 +9,7 @@ Examples:
   cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
   cofferdam daemon &
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --name disk0
+  cofferdam port attach disk0 data:/run/disk.data
   cofferdam ls
   cofferdam events --follow &
   cofferdam why disk0
@@ -16,7 +17,8 @@ Examples:
 
 /// `cofferdam run --help`.
 pub(crate) const RUN: &str = "\
-Exit codes: 0 unloaded, 1 could not serve or the binding left by itself, 2 usage, 3 no such driver file or device.
+Ctrl-C while it loads calls the load off.
+Exit codes: 0 unloaded, 1 could not serve or the binding left by itself, 2 usage, 3 no such driver file or device, 4 still draining even after the force.
 
 Examples:
   cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
@@ -37,7 +39,8 @@ Exit codes: 0 it serves, 1 failed and everything was given back, 2 usage, 3 no s
 
 Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --name disk0
-  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json";
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64";
 
 /// `cofferdam ls --help`.
 pub(crate) const LS: &str = "\
@@ -82,7 +85,7 @@ Examples:
 /// `cofferdam events --help`.
 pub(crate) const EVENTS: &str = "\
 Numbers count from the daemon's start; the last 4096 events are kept. A number not given out yet is taken for one of an earlier daemon: then it begins with the oldest. A reader that is too slow is told how many it missed.
-Exit codes: 0 done, Ctrl-C, or the daemon has ended while it was followed; 1 failed (also: 16 others follow already), 2 usage.
+Exit codes: 0 done, Ctrl-C, or the daemon has ended while it was followed; 1 failed (also: 16 others follow already, or 8 others are being answered), 2 usage.
 
 Examples:
   cofferdam events
@@ -101,9 +104,11 @@ Examples:
 
 /// `cofferdam port --help`.
 pub(crate) const PORT: &str = "\
+nbd: serves any NBD client; data: serves programs that use cofferdam-client (examples/zero-copy), in memory that they share with the device.
 Exit codes: 0 done, 1 failed, 2 a bad address, 3 no such binding or port.
 
 Examples:
   cofferdam port attach disk0 nbd:/run/disk.sock
   cofferdam port attach disk0 nbd:127.0.0.1:0
+  cofferdam port attach disk0 data:/run/disk.data
   cofferdam port detach disk0 nbd:/run/disk.sock --json";

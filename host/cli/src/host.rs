@@ -55,6 +55,8 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         ring_entries: args.ring_entries,
         requests: args.requests,
         handles: args.handles,
+        mapped_handles: args.mapped_handles,
+        mapped_mib: args.mapped_mib,
     })
 }
 
@@ -169,6 +171,8 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     spec.ring_entries = body.ring_entries;
     spec.requests_per_lane = body.requests as usize;
     spec.handle_limit = body.handles as usize;
+    spec.mapped_handles = body.mapped_handles as usize;
+    spec.mapped_bytes = u64::from(body.mapped_mib) << 20;
     let binding = manager.load(spec).map_err(ErrorBody::failed)?;
     for port in &ports {
         if let Err(error) = open_port(&binding, port) {
@@ -274,20 +278,50 @@ pub(crate) fn unload(
     options: &UnloadOptions,
     explain: bool,
 ) -> Result<Certificate, ErrorBody> {
-    manager.unload(name, options).map_err(|error| {
-        let message = error.to_string();
-        match error {
-            UnloadError::NoSuchBinding(_) => ErrorBody::new(ErrorCode::NoSuchThing, message),
-            UnloadError::StillDraining { waited, waiting_for, so_far } => {
-                let explanation = if explain { why(manager, name).ok().map(Box::new) } else { None };
-                // The explanation says what is waited for, in more words.
-                let what = if explanation.is_some() { String::new() } else { format!(": {waiting_for}") };
-                let message = format!(
-                    "'{name}' is still draining after {waited:.1?}{what}; unload again to go on, or with --force"
-                );
-                ErrorBody { so_far: Some(so_far), explanation, ..ErrorBody::new(ErrorCode::StillDraining, message) }
-            }
-            UnloadError::Pinned(_) | UnloadError::Deferred | UnloadError::NoThread(_) => ErrorBody::failed(message),
+    let explain = || if explain { why(manager, name).ok().map(Box::new) } else { None };
+    manager.unload(name, options).map_err(|error| unload_error(name, error, explain))
+}
+
+/// An unload's error as the control API says it; `explain` is asked when the binding is still draining.
+pub(crate) fn unload_error(
+    name: &str,
+    error: UnloadError,
+    explain: impl FnOnce() -> Option<Box<Explanation>>,
+) -> ErrorBody {
+    let message = error.to_string();
+    match error {
+        UnloadError::NoSuchBinding(_) => ErrorBody::new(ErrorCode::NoSuchThing, message),
+        UnloadError::StillDraining { waited, waiting_for, so_far } => {
+            ErrorBody { so_far: Some(so_far), ..still_draining(name, waited, &waiting_for, explain()) }
         }
-    })
+        UnloadError::Pinned(_) | UnloadError::Deferred | UnloadError::NoThread(_) => ErrorBody::failed(message),
+    }
+}
+
+/// The wait for an unload is over, the unload is not.
+pub(crate) fn still_draining(
+    name: &str,
+    waited: Duration,
+    waiting_for: &str,
+    explanation: Option<Box<Explanation>>,
+) -> ErrorBody {
+    // The explanation says what is waited for, in more words.
+    let what = if explanation.is_some() { String::new() } else { format!(": {waiting_for}") };
+    let message =
+        format!("'{name}' is still draining after {waited:.1?}{what}; unload again to go on, or with --force");
+    ErrorBody { explanation, ..ErrorBody::new(ErrorCode::StillDraining, message) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binding_that_is_still_draining_ends_a_command_with_4() {
+        let late = || still_draining("disk", Duration::from_secs(5), "1 request on the ring", None);
+        assert_eq!(late().code.exit_code(), 4);
+        assert!(late().message.contains("after 5.0s: 1 request on the ring"), "{}", late().message);
+        let pinned = unload_error("disk", UnloadError::Pinned("disk".into()), || None);
+        assert_eq!(pinned.code.exit_code(), 1);
+    }
 }

@@ -7,7 +7,8 @@
 //! run      one binding in the foreground
 //! daemon   the server: its socket, its end · api  its calls · follow  its event streams
 //! link     the client's end of the socket · client, unload, events  the commands
-//! show     what people read: tables, certificates, events, explanations
+//! serve    the daemon's connections and their bounds
+//! show     what people read: tables, certificates, events, explanations · log  stderr, which holds up nobody
 //! ```
 
 mod api;
@@ -20,23 +21,32 @@ mod follow;
 mod help;
 mod host;
 mod link;
+mod log;
 mod run;
+mod serve;
 mod show;
 mod signals;
 mod unload;
 
-use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 
 use crate::args::{Cli, Command, PortCommand};
 use crate::control::ErrorBody;
 
+/// How long the end of the process waits for a stderr that takes nothing, and for one that is slow.
+const LAST_WORDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log(&cli.command);
+    let filter = if matches!(cli.command, Command::Run(_) | Command::Daemon(_)) { "info" } else { "warn" };
     let json = wants_json(&cli.command);
+    if let Err(error) = log::start(filter) {
+        report(&ErrorBody::failed(format!("no log: {error}")), json);
+        return ExitCode::FAILURE;
+    }
     let result = match cli.command {
         Command::Run(args) => run::run(args),
         Command::Daemon(args) => daemon::run(args),
@@ -50,31 +60,29 @@ fn main() -> ExitCode {
         Command::Port(args) => client::port(args),
         Command::Unload(args) => unload::unload(args),
     };
-    match result {
+    let code = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error, json);
             ExitCode::from(error.code.exit_code())
         }
-    }
+    };
+    let (stuck, slow) = LAST_WORDS;
+    log::finish(stuck, slow);
+    code
 }
 
 /// Diagnostics go to stderr; with `--json` a script also finds the error as a document there.
 fn report(error: &ErrorBody, json: bool) {
-    let mut stderr = std::io::stderr().lock();
-    // Nothing can be done about a stderr that is closed.
-    let _ = match serde_json::to_string(&serde_json::json!({ "error": error })) {
-        Ok(text) if json => writeln!(stderr, "{text}"),
-        _ => {
-            let lines = error.message.lines().map(|line| show::harmless(line));
-            writeln!(stderr, "cofferdam: {}", lines.collect::<Vec<_>>().join("\n"))
-        }
-    };
-    // It was asked for beside the error, so it goes the same way.
-    for line in error.explanation.iter().filter(|_| !json).flat_map(|explanation| show::explanation_lines(explanation))
-    {
-        let _ = writeln!(stderr, "{}", show::harmless(&line));
+    if json && let Ok(text) = serde_json::to_string(&serde_json::json!({ "error": error })) {
+        log::say(&text);
+        return;
     }
+    let mut lines: Vec<String> = error.message.lines().map(|line| show::harmless(line).into_owned()).collect();
+    // It was asked for beside the error, so it goes the same way.
+    let explained = error.explanation.iter().flat_map(|explanation| show::explanation_lines(explanation));
+    lines.extend(explained.map(|line| show::harmless(&line).into_owned()));
+    log::say(&format!("cofferdam: {}", lines.join("\n")));
 }
 
 fn wants_json(command: &Command) -> bool {
@@ -92,12 +100,4 @@ fn wants_json(command: &Command) -> bool {
         },
         Command::Unload(args) => args.json,
     }
-}
-
-fn start_log(command: &Command) {
-    use tracing_subscriber::EnvFilter;
-    let default = if matches!(command, Command::Run(_) | Command::Daemon(_)) { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_env("COFFERDAM_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
 }

@@ -12,7 +12,7 @@ use cofferdam_manager::{
     BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport, Stage,
 };
 
-use crate::control::PortChange;
+use crate::control::{PortChange, mapped_handles, mapped_mib};
 
 pub(crate) use event::event;
 pub(crate) use explanation::{explanation, explanation_lines, fingerprint};
@@ -222,6 +222,8 @@ fn limits() -> serde_json::Value {
         "log_lines_per_s": limits.log_lines_per_s,
         "requests_per_lane": 1024,
         "handles": 4096,
+        "mapped_handles": mapped_handles(),
+        "mapped_bytes": u64::from(mapped_mib()) << 20,
     })
 }
 

@@ -1,7 +1,6 @@
 //! `cofferdam unload`: the command that waits, and can be called off.
 
 use std::convert::Infallible;
-use std::io::Write;
 use std::time::Duration;
 
 use cofferdam_manager::{Certificate, Explanation};
@@ -11,7 +10,7 @@ use crate::args::UnloadArgs;
 use crate::client::{ANSWER, millis, progress, url};
 use crate::control::{ErrorBody, ErrorCode, UnloadBody};
 use crate::link::Link;
-use crate::{show, signals};
+use crate::{log, show, signals};
 
 /// After this much waiting `--explain` says what is waited for.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
@@ -78,16 +77,14 @@ async fn look(args: &UnloadArgs) -> Result<Explanation, ErrorBody> {
 
 /// On stderr, because stdout is for the certificate: a document a line for a script, sentences for a person.
 fn say(explanation: &Explanation, json: bool) {
-    let mut stderr = std::io::stderr().lock();
-    // Nothing can be done about a stderr that is closed.
-    let _ = match serde_json::to_string(&serde_json::json!({ "waiting": explanation })) {
-        Ok(text) if json => writeln!(stderr, "{text}"),
+    match serde_json::to_string(&serde_json::json!({ "waiting": explanation })) {
+        Ok(text) if json => log::say(&text),
         _ => {
             let sentences = explanation.waits_for.iter().map(|sentence| show::harmless(sentence));
             let sentences: String = sentences.map(|sentence| format!("\n  {sentence}")).collect();
-            writeln!(stderr, "'{}' waits for{sentences}", explanation.name)
+            log::say(&format!("'{}' waits for{sentences}", explanation.name));
         }
-    };
+    }
 }
 
 /// What an operator is told who has interrupted the wait. It may have been over in that moment: then there is a certificate.

@@ -20,7 +20,7 @@ use crate::handle::{Handle, HandleShared, HandleSpec};
 use crate::ladder::Progress;
 use crate::lane::Lane;
 use crate::mapped::Regions;
-use crate::ports::{Gone, Port, PortReport, Ports};
+use crate::ports::{Gone, Port, PortReport, Ports, Within};
 use crate::residue::Marks;
 
 /// Longest sleep between two looks for the last answers of a handle that is being revoked.
@@ -71,6 +71,15 @@ struct Handles {
     closed: bool,
 }
 
+/// A flag that is lowered when this is dropped.
+pub(crate) struct Lowered<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Lowered<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 /// One driver joined to one device; made by [`crate::Manager::load`].
 pub struct Binding {
     name: String,
@@ -87,6 +96,8 @@ pub struct Binding {
     fault: OnceLock<LaneFault>,
     /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
     pub(crate) hurried: AtomicBool,
+    /// A thread asks the driver about responses.
+    judging: AtomicBool,
     /// How it ended is remembered.
     pub(crate) remembered: AtomicBool,
     /// The watch has a ladder under way for it.
@@ -98,6 +109,8 @@ pub struct Binding {
     ports: Ports,
     events: Arc<EventLog>,
     pub(crate) certificate: OnceLock<Certificate>,
+    /// What the ladder had found after its last step, for callers who cannot have the parts.
+    pub(crate) so_far: Mutex<Progress>,
     /// Looks at its instances, from before each of them is made: at most one per queue, and the control lane's. Locked to add and to copy, never across a call.
     calls: Mutex<Vec<(LaneId, CallView)>>,
     /// Memory that clients have mapped.
@@ -146,6 +159,7 @@ impl Binding {
             leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
             hurried: AtomicBool::new(false),
+            judging: AtomicBool::new(false),
             remembered: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             serving: OnceLock::new(),
@@ -154,6 +168,7 @@ impl Binding {
             ports: Ports::default(),
             events,
             certificate: OnceLock::new(),
+            so_far: Mutex::new(Progress::default()),
             calls: Mutex::new(Vec::new()),
             regions: Regions::default(),
             orphans: Mutex::new(Vec::new()),
@@ -195,11 +210,13 @@ impl Binding {
         self.life.lock().clone()
     }
 
-    /// Writes into the log that there is a new binding.
-    pub(crate) fn announce(&self) {
+    /// Enters it somewhere (`enter` says whether that could be done), and writes into the log that there is a new binding, before anything happens to it.
+    pub(crate) fn announce<E>(&self, enter: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
         let life = self.life.lock();
+        enter()?;
         let (to, phase) = (life.state().as_str().to_owned(), life.phase().as_str().to_owned());
         self.record(EventKind::State { from: String::new(), to, phase, cause: None, detail: None });
+        Ok(())
     }
 
     /// Tells its life what has happened. The manager owns no transition: what comes next is in the table of `cofferdam-lifecycle`.
@@ -332,6 +349,26 @@ impl Binding {
         revoked
     }
 
+    /// Asks the driver about responses that were put aside, on a thread of its own: one at a time, and it takes as long as a guest call may.
+    pub(crate) fn judge_elsewhere(self: &Arc<Self>) {
+        if self.judging.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let binding = Arc::clone(self);
+        let judge = move || {
+            let _within = Within::enter();
+            // Goes down with the thread, however that ends.
+            let _judging = Lowered(&binding.judging);
+            if let Some(serving) = binding.serving.get() {
+                serving.lanes.iter().for_each(|lane| lane.judge());
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("cofferdam-judge".into()).spawn(judge) {
+            self.judging.store(false, Ordering::Release);
+            tracing::error!(binding = self.name, %error, "no thread to ask the driver on");
+        }
+    }
+
     /// Looks after what a closed handle has in flight, for the watching thread to reap.
     pub(crate) fn adopt_orphan(&self, handle: &Arc<HandleShared>, lane: &Arc<Lane>) {
         self.orphans.lock().push((Arc::clone(handle), Arc::clone(lane)));
@@ -377,9 +414,7 @@ impl Binding {
     /// The port back, if the binding is leaving already; the caller shuts it down.
     pub fn attach_port(&self, port: Box<dyn Port>) -> Result<(), Box<dyn Port>> {
         let address = port.address();
-        self.ports.attach(port)?;
-        self.record(EventKind::PortAttached { port: address });
-        Ok(())
+        self.ports.attach(port, || self.record(EventKind::PortAttached { port: address }))
     }
 
     /// Takes one port down: it stops accepting, what was answered goes out within 100 ms, then its clients are severed. The binding serves on (L6).
@@ -397,11 +432,11 @@ impl Binding {
         self.ports.addresses()
     }
 
-    /// The ladder's: refuses new ports and takes all down. Bounded, and idempotent.
-    pub(crate) fn take_down_ports(&self) {
-        for gone in self.ports.take_down() {
-            self.record_detached(&gone);
-        }
+    /// The ladder's: refuses new ports and takes all down; those that did not end. Bounded, and idempotent.
+    pub(crate) fn take_down_ports(&self) -> Vec<String> {
+        let gone = self.ports.take_down();
+        gone.iter().for_each(|gone| self.record_detached(gone));
+        gone.into_iter().filter(|gone| gone.report.is_none()).map(|gone| gone.address).collect()
     }
 
     fn record_detached(&self, gone: &Gone) {
@@ -455,7 +490,10 @@ impl Binding {
             if now >= until {
                 return Err(RevokeError::StillDraining(report));
             }
-            handle.drain(until.min(now + REVOKE_SLICE));
+            if !handle.drain(until.min(now + REVOKE_SLICE)) {
+                // A pinned gate counts nothing, so there is nothing to be woken by; nor is there from inside a call.
+                std::thread::sleep(REVOKE_SLICE.min(until - now));
+            }
         }
     }
 }

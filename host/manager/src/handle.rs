@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::Buffer;
 pub use cofferdam_gate::HandleState;
-use cofferdam_gate::{Cancel, Guard, HandleError, HandleRefused, Notify};
+use cofferdam_gate::{Cancel, DrainError, Guard, HandleError, HandleRefused, Notify};
 use cofferdam_runtime::clean;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -117,9 +117,9 @@ impl HandleShared {
         did
     }
 
-    /// Waits until what was admitted through this handle is answered, at most until `deadline`.
-    pub(crate) fn drain(&self, deadline: Instant) {
-        let _ = self.right.drain(Some(deadline), &Cancel::new());
+    /// Waits until what was admitted through this handle is answered, at most until `deadline`. Whether that could be waited for.
+    pub(crate) fn drain(&self, deadline: Instant) -> bool {
+        matches!(self.right.drain(Some(deadline), &Cancel::new()), Ok(()) | Err(DrainError::Deadline { .. }))
     }
 
     /// Tells the client that its right has ended. A notify of its own was hung up by the gate already.

@@ -81,12 +81,10 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
     enter(binding, options, watch)?;
     let Some(mut parts) = lock_parts(binding, &wait) else {
         binding.gate().close();
-        return Err(still_draining(
-            binding,
-            &Progress::default(),
-            &wait,
-            "another load or unload of this binding is running".into(),
-        ));
+        let mut waits_for = binding.explain().waits_for;
+        waits_for.push("another load or unload of this binding is running".to_owned());
+        let so_far = binding.so_far.lock().clone();
+        return Err(still_draining(binding, &so_far, &wait, waits_for.join("; ")));
     };
     let _within = Within::enter();
     // Again: a run before this one may have given up meanwhile.
@@ -97,6 +95,8 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
             break;
         }
         let event = effects::carry_out(effect, binding, &mut parts, &wait, watch);
+        // For callers who wait for their turn.
+        *binding.so_far.lock() = parts.progress.clone();
         // Asked while it is still true that somebody waits.
         let waiting_for = (event == Event::GaveUp).then(|| binding.explain().waits_for.join("; "));
         if let Err(refused) = binding.step(event) {

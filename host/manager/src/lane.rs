@@ -14,9 +14,9 @@
 mod inside;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::Instant;
 
 use cofferdam_device::words::MAX_BATCH;
 use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
@@ -32,9 +32,6 @@ use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::lane::inside::{Inside, Sink};
 use crate::ledger::Stage;
-
-/// Longest wait of the ladder for one lane's lease. The guest that holds it was interrupted before, or is about to meet its deadline.
-const LADDER_LEASE: Duration = Duration::from_millis(500);
 
 /// Why a submission stopped before its end.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +91,9 @@ pub(crate) struct Lane {
     reaper: Arc<Notify>,
     board: Arc<Board>,
     lost: Arc<AtomicU64>,
+    withdrawn: Arc<AtomicBool>,
+    /// The ladder has waited for the lease once, and in vain: whoever has it is stuck, and is not waited for again.
+    stuck: AtomicBool,
     inside: Mutex<Inside>,
 }
 
@@ -102,8 +102,19 @@ impl Lane {
         let LaneParts { driver, queue, arena, geometry, requests, binding, wake, reaper } = parts;
         let call = queue.events.call;
         let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests);
-        let (board, lost) = (Arc::clone(inside.ledger.board()), Arc::clone(&inside.lost));
-        Lane { geometry, arena, call, binding, wake, reaper, board, lost, inside: Mutex::new(inside) }
+        Lane {
+            geometry,
+            arena,
+            call,
+            binding,
+            wake,
+            reaper,
+            board: Arc::clone(inside.ledger.board()),
+            lost: Arc::clone(&inside.lost),
+            withdrawn: Arc::clone(&inside.withdrawn),
+            stuck: AtomicBool::new(false),
+            inside: Mutex::new(inside),
+        }
     }
 
     pub(crate) fn geometry(&self) -> &BlockGeometry {
@@ -151,7 +162,7 @@ impl Lane {
         let Some(mut lease) = lease else { return 0 };
         let before = out.len();
         lease.awake(&me.notify);
-        self.reap(&mut lease, arm, &mut Sink { me: Some(me), out });
+        self.reap(&mut lease, arm, true, &mut Sink { me: Some(me), out });
         // Answers of handles with a notify of their own are not this poller's business.
         let found = out.len() - before + lease.wake_others(me);
         if arm && found == 0 {
@@ -160,22 +171,37 @@ impl Lane {
         found
     }
 
-    /// The ladder's poll: what is still unanswered afterwards, or `None` while somebody else has the lease.
+    /// The host's own poll: what is still unanswered afterwards, or `None` while somebody else has the lease. It never calls the driver; where the driver has to be
+    /// asked, a thread of its own does that.
     pub(crate) fn try_reap(&self) -> Option<usize> {
         let mut lease = self.inside.try_lock()?;
-        self.reap(&mut lease, true, &mut Sink { me: None, out: &mut Vec::new() });
+        self.reap(&mut lease, true, false, &mut Sink { me: None, out: &mut Vec::new() });
         lease.wake_all();
-        Some(lease.ledger.len())
+        let (left, unjudged) = (lease.ledger.len(), lease.unjudged.len());
+        drop(lease);
+        if unjudged > 0
+            && let Some(binding) = self.binding.upgrade()
+        {
+            binding.judge_elsewhere();
+        }
+        Some(left)
     }
 
-    fn reap(&self, inside: &mut Inside, arm: bool, sink: &mut Sink<'_>) {
+    /// Asks the driver about what [`Lane::try_reap`] put aside. Takes as long as a guest call may.
+    pub(crate) fn judge(&self) {
+        let mut lease = self.inside.lock();
+        self.reap(&mut lease, true, true, &mut Sink { me: None, out: &mut Vec::new() });
+        lease.wake_all();
+    }
+
+    fn reap(&self, inside: &mut Inside, arm: bool, cross: bool, sink: &mut Sink<'_>) {
         if arm {
             self.clear_call();
         }
         // Whoever sleeps on the call descriptor was promised a notification: a poller that takes the answer it was set for has to set it again.
         let arm = arm || inside.somebody_sleeps();
         loop {
-            let (count, fault) = inside.reap_batch(sink);
+            let (count, fault) = inside.reap_batch(cross, sink);
             if let Some(fault) = fault {
                 self.report(fault);
             }
@@ -212,23 +238,29 @@ impl Lane {
         }
     }
 
-    /// The lease for the ladder, which waits no longer than a guest that was interrupted may take.
-    fn lease_for_ladder(&self) -> Option<MutexGuard<'_, Inside>> {
-        self.inside.try_lock_for(LADDER_LEASE)
+    /// The lease for the ladder, which waits until `until`; once in vain, and not again.
+    fn lease_for_ladder(&self, until: Instant) -> Option<MutexGuard<'_, Inside>> {
+        if self.stuck.load(Ordering::Relaxed) {
+            return self.inside.try_lock();
+        }
+        let lease = self.inside.try_lock_until(until);
+        self.stuck.store(lease.is_none(), Ordering::Relaxed);
+        lease
     }
 
-    /// Takes back what the device was never given, and answers it as failed; how many that was. Nothing is published afterwards. `None` without the lease.
-    pub(crate) fn withdraw(&self) -> Option<usize> {
-        let mut lease = self.lease_for_ladder()?;
+    /// Takes back what the device was never given, and answers it as failed; how many that was. Nothing is published afterwards, also if there is no lease (`None`).
+    pub(crate) fn withdraw(&self, until: Instant) -> Option<usize> {
+        self.withdrawn.store(true, Ordering::Release);
+        let mut lease = self.lease_for_ladder(until)?;
         let withdrawn = lease.withdraw();
         lease.wake_all();
         Some(withdrawn)
     }
 
     /// Requests that the device has been given and has not used, after one more look at the ring; `None` without the lease.
-    pub(crate) fn still_published(&self) -> Option<usize> {
-        let mut lease = self.lease_for_ladder()?;
-        self.reap(&mut lease, true, &mut Sink { me: None, out: &mut Vec::new() });
+    pub(crate) fn still_published(&self, until: Instant) -> Option<usize> {
+        let mut lease = self.lease_for_ladder(until)?;
+        self.reap(&mut lease, true, false, &mut Sink { me: None, out: &mut Vec::new() });
         lease.wake_all();
         Some(lease.ring.as_ref().map_or(0, |ring| usize::from(ring.in_flight())))
     }
@@ -249,8 +281,8 @@ impl Lane {
     }
 
     /// Requests that are not answered; `None` without the lease.
-    pub(crate) fn in_ledger(&self) -> Option<usize> {
-        self.lease_for_ladder().map(|inside| inside.ledger.len())
+    pub(crate) fn in_ledger(&self, until: Instant) -> Option<usize> {
+        self.lease_for_ladder(until).map(|inside| inside.ledger.len())
     }
 
     /// What waits on this lane, with the `most` oldest requests. Needs no lease: whoever has it may be stuck in the driver.
@@ -260,12 +292,14 @@ impl Lane {
 
     /// Last look at the ring after the device was silenced; then everything that is left is failed, or abandoned if it was not (L1).
     /// `None` without the lease: then the lane's memory has to be retired as it is.
-    pub(crate) fn finish(&self, silent: bool) -> Option<LaneEnd> {
-        let mut lease = self.lease_for_ladder()?;
+    ///
+    /// The driver may be asked once more: it was killed if it could be stuck, and then answers at once.
+    pub(crate) fn finish(&self, silent: bool, until: Instant) -> Option<LaneEnd> {
+        let mut lease = self.lease_for_ladder(until)?;
         let inside = &mut *lease;
         let mut nobody = Vec::new();
         let mut sink = Sink { me: None, out: &mut nobody };
-        self.reap(inside, false, &mut sink);
+        self.reap(inside, false, true, &mut sink);
         let (mut failed, mut abandoned) = (0, 0);
         for token in inside.ledger.tokens() {
             let published = inside.ledger.stage(token) == Some(Stage::Published);
@@ -281,14 +315,14 @@ impl Lane {
                 abandoned += 1;
             }
         }
-        let interrupted = lease.interrupted;
+        let interrupted = std::mem::take(&mut lease.interrupted);
         lease.wake_all();
         Some(LaneEnd { failed, abandoned, interrupted })
     }
 
     /// Lets go of the ring's memory and of both notification channels. A client that still sleeps on the call descriptor's number is woken by its notify.
-    pub(crate) fn drop_rings(&self) {
-        if let Some(mut inside) = self.lease_for_ladder() {
+    pub(crate) fn drop_rings(&self, until: Instant) {
+        if let Some(mut inside) = self.lease_for_ladder(until) {
             inside.ring = None;
             inside.doorbell = None;
             inside.forget_sleepers();
@@ -299,17 +333,18 @@ impl Lane {
     }
 
     /// Drops the store; whether that could be done. The lane is vacant: this takes its lease.
-    pub(crate) fn drop_driver(&self) -> bool {
+    pub(crate) fn drop_driver(&self, until: Instant) -> bool {
         // G9: a store whose lane is not vacant stays.
-        let Some(driver) = self.lease_for_ladder().map(|mut inside| inside.driver.take()) else { return false };
+        let Some(driver) = self.lease_for_ladder(until).map(|mut inside| inside.driver.take()) else { return false };
         drop(driver);
         true
     }
 
-    /// Keeps the store until the process ends, and nobody enters it any more.
-    pub(crate) fn keep_driver(&self) {
-        if let Some(driver) = self.lease_for_ladder().and_then(|mut inside| inside.driver.take()) {
-            std::mem::forget(driver);
-        }
+    /// Keeps the store until the process ends, and nobody enters it any more; the bytes that it has.
+    pub(crate) fn keep_driver(&self, until: Instant) -> u64 {
+        let Some(driver) = self.lease_for_ladder(until).and_then(|mut inside| inside.driver.take()) else { return 0 };
+        let bytes = driver.memory_bytes();
+        std::mem::forget(driver);
+        bytes
     }
 }

@@ -128,11 +128,10 @@ impl Manager {
                 spec.handle_limit,
                 Arc::clone(&shared.events),
             ));
-            match shared.registry.insert(Arc::clone(&binding)) {
+            match binding.announce(|| shared.registry.insert(Arc::clone(&binding))) {
                 Ok(()) => {
                     // The name is another one's from here on.
                     shared.departed.is_told(binding.name());
-                    binding.announce();
                     break binding;
                 }
                 Err(taken) if spec.name.is_some() => return Err(LoadError::NameTaken(taken.name().to_owned())),
@@ -270,6 +269,11 @@ impl Manager {
 }
 
 impl Shared {
+    /// Whether the manager takes everything down.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn leave(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
         let certificate = ladder::run(binding, options, &self.watch)?;
         // Remembered before it is gone, so that at no moment nobody knows of it.
@@ -310,7 +314,8 @@ impl Shared {
             return Some(certificate);
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let forced = UnloadOptions { deadline: left / 3, force: true, cancel: None, cause: Cause::Shutdown };
+        // The drain itself is cut short by the force; the rest is for whoever else is on the ladder, or still loads.
+        let forced = UnloadOptions { deadline: left, force: true, cancel: None, cause: Cause::Shutdown };
         self.leave(binding, &forced).ok()
     }
 }

@@ -1,7 +1,7 @@
 //! The ports of a binding: attached and detached on their own (L6), or taken down by the ladder.
 //!
 //! A port's shutdown is code of a port, so it runs on a thread of its own with a bound: a port that joins a thread which itself waits for this binding's unload
-//! would otherwise wait for ever. One that does not come back is left behind and told of; what it still holds is found by the residue (L7).
+//! would otherwise wait for ever. One that does not come back is left behind, and the certificate says so.
 
 use std::cell::Cell;
 use std::sync::mpsc;
@@ -58,12 +58,14 @@ pub(crate) struct Ports {
 }
 
 impl Ports {
-    pub(crate) fn attach(&self, port: Box<dyn Port>) -> Result<(), Box<dyn Port>> {
+    /// `told` is called before anybody can detach it again.
+    pub(crate) fn attach(&self, port: Box<dyn Port>, told: impl FnOnce()) -> Result<(), Box<dyn Port>> {
         let mut inside = self.inside.lock();
         if inside.closed {
             return Err(port);
         }
         inside.attached.push(port);
+        told();
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use cofferdam_lifecycle::Phase;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
-use crate::binding::Binding;
+use crate::binding::{Binding, Lowered};
 use crate::device::SharedTransport;
 use crate::ladder::{Cause, UnloadOptions};
 use crate::manager::Shared;
@@ -24,8 +24,8 @@ use crate::ports::Within;
 
 /// How long a binding that leaves by itself waits for its device before the drain is cut short.
 const SELF_DRAIN: Duration = Duration::from_secs(5);
-/// How long a look for a lost device may wait for a load or a ladder of its binding.
-const LOCK_BOUND: Duration = Duration::from_millis(20);
+/// How soon a device that somebody else speaks to is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How often the devices of closed handles are looked at. Only while there are any.
 const ORPHAN_LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 /// How long after a force the driver's code may go on by itself: what the ladder gives a drain, and a little.
@@ -164,6 +164,8 @@ fn look(watch: &Watch, manager: &Weak<Shared>) {
     // A device's code that unloads its binding from in here would wait for this thread to notice something.
     let _within = Within::enter();
     let mut events = Vec::with_capacity(32);
+    // Devices whose lock somebody else had: looked at again soon.
+    let mut again: Vec<u64> = Vec::new();
     let mut soon = None;
     while !watch.stop.load(Ordering::Acquire) {
         events.clear();
@@ -176,14 +178,15 @@ fn look(watch: &Watch, manager: &Weak<Shared>) {
                     watch.wake.clear();
                     look_for_faults(&manager);
                 }
-                key => {
-                    if let Some((binding, transport)) = watch.of(key) {
-                        look_for_loss(&manager, &binding, &transport);
-                    }
-                }
+                key if !again.contains(&key) => again.push(key),
+                _ => {}
             }
         }
-        soon = watch.end_guests().and_then(|left| Timespec::try_from(left).ok());
+        again.retain(|key| {
+            watch.of(*key).is_some_and(|(binding, transport)| !look_for_loss(&manager, &binding, &transport))
+        });
+        let retry = (!again.is_empty()).then_some(LOOK_AGAIN);
+        soon = watch.end_guests().into_iter().chain(retry).min().and_then(|left| Timespec::try_from(left).ok());
     }
 }
 
@@ -210,18 +213,19 @@ fn look_for_faults(manager: &Arc<Shared>) {
     }
 }
 
-fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &SharedTransport) {
-    // Held for long only by a quiesce, which finds out by itself.
-    let lost = transport.try_lock_for(LOCK_BOUND).is_some_and(|mut transport| transport.is_lost());
+/// Whether the device could be looked at. Its lock is held for long by a quiesce, which finds out by itself, and by a client that maps memory, which does not.
+fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &SharedTransport) -> bool {
+    let Some(lost) = transport.try_lock().map(|mut transport| transport.is_lost()) else { return false };
     if lost && may_leave(binding) {
         tracing::warn!(binding = binding.name(), device = binding.device(), "device lost");
         leave(manager, binding, Cause::Removed);
     }
+    true
 }
 
 /// A load that fails rolls back by itself; of what is draining, somebody may have given up waiting (L4).
 fn may_leave(binding: &Binding) -> bool {
-    matches!(binding.phase(), Phase::Serving | Phase::Draining)
+    matches!(binding.phase(), Phase::Serving | Phase::Draining) && !binding.life().state().is_settled()
 }
 
 /// Takes the binding down the ladder on a thread of its own, one at a time.
@@ -232,11 +236,15 @@ fn leave(manager: &Arc<Shared>, binding: &Arc<Binding>, cause: Cause) {
     let (manager, binding) = (Arc::clone(manager), Arc::clone(binding));
     let again = Arc::clone(&binding);
     let ladder = move || {
+        let _leaving = Lowered(&binding.leaving);
         let options = UnloadOptions { deadline: SELF_DRAIN, force: true, cancel: None, cause };
-        if let Err(error) = manager.leave(&binding, &options) {
-            tracing::error!(binding = binding.name(), error = %error, "binding could not leave");
+        // Somebody else's run may have been in the way all that time, and may have given up since.
+        while let Err(error) = manager.leave(&binding, &options) {
+            tracing::error!(binding = binding.name(), error = %error, "binding could not leave yet");
+            if manager.is_stopping() {
+                break;
+            }
         }
-        binding.leaving.store(false, Ordering::Release);
     };
     if let Err(error) = std::thread::Builder::new().name("cofferdam-ladder".into()).spawn(ladder) {
         again.leaving.store(false, Ordering::Release);

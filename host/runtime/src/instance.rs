@@ -295,6 +295,10 @@ impl BlockDriver for Instance {
             self.call(Export::Complete, |store, guest| guest.cofferdam_driver_block().call_complete(store, responses))?;
         self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
     }
+
+    fn memory_bytes(&self) -> u64 {
+        Instance::memory_bytes(self)
+    }
 }
 
 /// Keeps the ticker at its fast pace; also when a capability's panic unwinds through the call.

@@ -165,6 +165,11 @@ pub trait BlockDriver: Send {
     /// # Errors
     /// [`CallError::Fault`] when the driver faulted.
     fn complete(&mut self, responses: &[u32], out: &mut Vec<u32>) -> Result<(), CallError>;
+
+    /// Bytes of memory that only this driver has.
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
 }
 
 #[cfg(test)]

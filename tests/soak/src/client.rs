@@ -22,10 +22,27 @@ const EIO: u32 = 5;
 /// Longest wait for anything that has to come.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// What a client is told.
+#[derive(Default)]
+struct Orders {
+    stop: AtomicBool,
+    driver_fails: AtomicBool,
+}
+
+impl Orders {
+    fn stop(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn driver_fails(&self) -> bool {
+        self.driver_fails.load(Ordering::Acquire)
+    }
+}
+
 /// A client on a thread of its own.
 pub struct Client {
     answered: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
+    orders: Arc<Orders>,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
     name: &'static str,
 }
@@ -33,39 +50,41 @@ pub struct Client {
 impl Client {
     fn start(
         name: &'static str,
-        work: impl FnOnce(&AtomicU64, &AtomicBool) -> anyhow::Result<()> + Send + 'static,
+        work: impl FnOnce(&AtomicU64, &Orders) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Client> {
-        let (answered, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let (count, asked) = (Arc::clone(&answered), Arc::clone(&stop));
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&count, &asked))?;
-        Ok(Client { answered, stop, thread: Some(thread), name })
+        let (answered, orders) = (Arc::new(AtomicU64::new(0)), Arc::new(Orders::default()));
+        let (count, told) = (Arc::clone(&answered), Arc::clone(&orders));
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&count, &told))?;
+        Ok(Client { answered, orders, thread: Some(thread), name })
     }
 
-    /// A client in this process, with `depth` requests in flight. `faulty`: the driver is going to break its contract, so a request may be answered as such.
-    pub fn in_process(binding: &Arc<Binding>, depth: usize, seed: u64, faulty: bool) -> anyhow::Result<(Client, u64)> {
+    /// A client in this process, with `depth` requests in flight.
+    pub fn in_process(binding: &Arc<Binding>, depth: usize, seed: u64) -> anyhow::Result<(Client, u64)> {
         let handle =
             binding.open(HandleSpec { label: "in-process".into(), peer: "soak".into(), ..HandleSpec::default() })?;
         let id = handle.id();
-        let work = move |answered: &AtomicU64, stop: &AtomicBool| {
-            InProcess { handle, depth, faulty, outstanding: 0, next: 0, random: fastrand::Rng::with_seed(seed) }
-                .run(answered, stop)
+        let work = move |answered: &AtomicU64, orders: &Orders| {
+            InProcess { handle, depth, outstanding: 0, next: 0, random: fastrand::Rng::with_seed(seed) }
+                .run(answered, orders)
         };
         Ok((Client::start("soak-client", work)?, id))
     }
 
-    /// An NBD client on the Unix socket `path`; `faulty` as above.
-    pub fn nbd(path: &Path, depth: usize, seed: u64, faulty: bool) -> anyhow::Result<Client> {
+    /// An NBD client on the Unix socket `path`.
+    pub fn nbd(path: &Path, depth: usize, seed: u64) -> anyhow::Result<Client> {
         let client = nbd::Client::new(path);
         let mut random = fastrand::Rng::with_seed(seed);
-        Client::start("soak-nbd", move |answered, _| over_nbd(client, depth, &mut random, answered, faulty))
+        Client::start("soak-nbd", move |answered, orders| over_nbd(client, depth, &mut random, answered, orders))
     }
 
     /// Waits until it has had some answers: then it has as many requests in flight as it can.
-    pub fn wait_busy(&self, answers: u64) -> anyhow::Result<()> {
+    pub fn wait_busy(&mut self, answers: u64) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while self.answered.load(Ordering::Relaxed) < answers {
-            let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
-            ensure!(!ended, "the {} client has ended already", self.name);
+            if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+                self.join()?;
+                bail!("the {} client has ended already", self.name);
+            }
             ensure!(Instant::now() < deadline, "the {} client gets no answers", self.name);
             std::thread::yield_now();
         }
@@ -74,6 +93,16 @@ impl Client {
 
     /// Waits for its end, which the binding's end brings about; what it has to complain about.
     pub fn end(mut self) -> anyhow::Result<()> {
+        self.join()
+    }
+
+    /// Says that the driver is about to be told to fail. From here on a request may be answered with an error: [`BlockError::DeviceFault`] if the driver failed over the
+    /// batch that it came with, [`BlockError::Io`] if the device answered and no driver was left to judge that. Before, no error but a revocation is taken.
+    pub fn expect_failures(&self) {
+        self.orders.driver_fails.store(true, Ordering::Release);
+    }
+
+    fn join(&mut self) -> anyhow::Result<()> {
         let thread = self.thread.take().context("it has a thread")?;
         thread.join().map_err(|_| anyhow!("the {} client panicked", self.name))?.with_context(|| self.name)
     }
@@ -81,32 +110,31 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.orders.stop.store(true, Ordering::Relaxed);
     }
 }
 
 struct InProcess {
     handle: Handle,
     depth: usize,
-    faulty: bool,
     outstanding: usize,
     next: u64,
     random: fastrand::Rng,
 }
 
 impl InProcess {
-    fn run(mut self, answered: &AtomicU64, stop: &AtomicBool) -> anyhow::Result<()> {
+    fn run(mut self, answered: &AtomicU64, orders: &Orders) -> anyhow::Result<()> {
         let mut done = Vec::with_capacity(self.depth);
-        while !stop.load(Ordering::Relaxed) && self.fill()? {
+        while !orders.stop() && self.fill()? {
             self.handle.wait(Duration::from_millis(50), &mut done);
-            self.settle(&mut done, answered)?;
+            self.settle(&mut done, answered, orders)?;
         }
         // What was admitted is answered exactly once, whatever happened.
         let deadline = Instant::now() + PATIENCE;
         while self.outstanding > 0 {
             ensure!(Instant::now() < deadline, "{} requests were admitted and never answered", self.outstanding);
             self.handle.wait(Duration::from_millis(50), &mut done);
-            self.settle(&mut done, answered)?;
+            self.settle(&mut done, answered, orders)?;
         }
         Ok(())
     }
@@ -136,13 +164,13 @@ impl InProcess {
         }
     }
 
-    fn settle(&mut self, done: &mut Vec<Completion>, answered: &AtomicU64) -> anyhow::Result<()> {
+    fn settle(&mut self, done: &mut Vec<Completion>, answered: &AtomicU64, orders: &Orders) -> anyhow::Result<()> {
         for completion in done.drain(..) {
             ensure!(self.outstanding > 0, "request {} was answered twice", completion.user);
             self.outstanding -= 1;
             match completion.result {
                 Ok(()) | Err(BlockError::Revoked) => {}
-                Err(BlockError::DeviceFault | BlockError::Io) if self.faulty => {}
+                Err(BlockError::DeviceFault | BlockError::Io) if orders.driver_fails() => {}
                 Err(error) => bail!("request {} was answered: {error}", completion.user),
             }
             answered.fetch_add(1, Ordering::Relaxed);
@@ -157,7 +185,7 @@ fn over_nbd(
     depth: usize,
     random: &mut fastrand::Rng,
     answered: &AtomicU64,
-    faulty: bool,
+    orders: &Orders,
 ) -> anyhow::Result<()> {
     let data = vec![0x5a; BLOCK as usize];
     let (mut outstanding, mut going) = (0, false);
@@ -174,7 +202,7 @@ fn over_nbd(
             outstanding += 1;
         }
         match client.reply() {
-            Ok(reply) if reply.error == 0 || faulty && reply.error == EIO => outstanding -= 1,
+            Ok(reply) if reply.error == 0 || reply.error == EIO && orders.driver_fails() => outstanding -= 1,
             Ok(reply) if reply.error == nbd::ESHUTDOWN => {
                 outstanding -= 1;
                 going = true;

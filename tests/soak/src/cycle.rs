@@ -60,9 +60,9 @@ pub fn run(world: &mut World, plan: &Plan, number: u64) -> anyhow::Result<Times>
         check(&end, &[Outcome::RolledBack])?;
         return Ok(times);
     }
-    let in_use = Use::begin(world, plan, loaded?, number, &mut times)?;
+    let mut in_use = Use::begin(world, plan, loaded?, number, &mut times)?;
     let begin = Instant::now();
-    let certificates = leave(world, plan, manager, &in_use)?;
+    let certificates = leave(world, plan, manager, &mut in_use)?;
     times.leave = micros(begin);
     ensure!(begin.elapsed() < LEAVE_BOUND, "leaving took {:?}", begin.elapsed());
     ensure!(certificates.len() == 1, "{} certificates", certificates.len());
@@ -86,11 +86,7 @@ impl Use {
     fn begin(world: &World, plan: &Plan, binding: Arc<Binding>, number: u64, times: &mut Times) -> anyhow::Result<Use> {
         let handle = timed(&mut times.first_io, || {
             let handle = binding.open(HandleSpec { label: "first".into(), ..HandleSpec::default() })?;
-            let result = client::write_and_read(&handle, number).context("first I/O");
-            // Of a driver that exists to break its contract nothing is expected but answers.
-            if !matches!(plan.way, Way::Trap(_)) {
-                result?;
-            }
+            client::write_and_read(&handle, number).context("first I/O")?;
             Ok(handle)
         })?;
         let mapped = if plan.mapped { Some(handle.map(MAPPED_BYTES)?) } else { None };
@@ -106,7 +102,6 @@ impl Use {
     }
 
     fn traffic(&mut self, world: &World, plan: &Plan) -> anyhow::Result<()> {
-        let faulty = matches!(plan.way, Way::Trap(_));
         if plan.nbd > 0 {
             let path = world.port_path();
             let port =
@@ -115,15 +110,20 @@ impl Use {
             if self.binding.attach_port(Box::new(port)).is_err() {
                 bail!("a binding that serves refuses a port");
             }
-            self.nbd = Some(Client::nbd(&path, plan.nbd, plan.seed, faulty)?);
+            self.nbd = Some(Client::nbd(&path, plan.nbd, plan.seed)?);
         }
         if plan.in_process > 0 {
-            self.in_process = Some(Client::in_process(&self.binding, plan.in_process, !plan.seed, faulty)?);
+            self.in_process = Some(Client::in_process(&self.binding, plan.in_process, !plan.seed)?);
         }
-        for client in self.nbd.iter().chain(self.in_process.iter().map(|(client, _)| client)) {
+        for client in self.nbd.iter_mut().chain(self.in_process.iter_mut().map(|(client, _)| client)) {
             client.wait_busy(WARM)?;
         }
         Ok(())
+    }
+
+    /// Everybody who may hear of it is told that the driver is about to fail.
+    fn expect_failures(&self) {
+        self.nbd.iter().chain(self.in_process.iter().map(|(client, _)| client)).for_each(Client::expect_failures);
     }
 
     /// The clients end by themselves once the binding has gone; memory that was mapped reaches nothing any more.
@@ -142,7 +142,7 @@ impl Use {
     }
 }
 
-fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &Use) -> anyhow::Result<Vec<Certificate>> {
+fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &mut Use) -> anyhow::Result<Vec<Certificate>> {
     let binding = &in_use.binding;
     let polite = UnloadOptions { deadline: LEAVE_BOUND, ..UnloadOptions::default() };
     match plan.way {
@@ -152,7 +152,7 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &Use) -> anyh
             let (_, id) = in_use.in_process.as_ref().context("there is a client")?;
             let report = manager.revoke(binding.name(), *id, LEAVE_BOUND)?;
             ensure!(report.requests_left == 0, "{report:?}");
-            if let Some(nbd) = &in_use.nbd {
+            if let Some(nbd) = &mut in_use.nbd {
                 // The others are served on.
                 nbd.wait_busy(WARM + 1)?;
             }
@@ -164,6 +164,7 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &Use) -> anyh
         }
         Way::Trap(command) => {
             let handle = in_use.handle.as_ref().context("the handle is open")?;
+            in_use.expect_failures();
             client::send(handle, BlockOp::Write, COMMANDS.0 + COMMANDS.1 * command as u64)?;
             // Somebody has to look at the device for a driver that fails in `complete`.
             handle.wait(LEAVE_BOUND, &mut Vec::new());
@@ -210,10 +211,10 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &Use) -> anyh
 fn wait_for_end(manager: &Manager, binding: &Arc<Binding>) -> anyhow::Result<Certificate> {
     wait("the binding to leave by itself", || binding.certificate().is_some())?;
     let certificate = binding.certificate().context("it was there")?.clone();
-    // It is taken out of the registry a moment later.
-    wait("the binding to be unlisted", || manager.get(binding.name()).is_none())?;
+    // Whether it is listed still or only remembered: at no moment is it unknown.
     let told = manager.unload(binding.name(), &UnloadOptions::default())?;
     ensure!(told == certificate, "the first to ask was given {told:?} instead of {certificate:?}");
+    ensure!(manager.get(binding.name()).is_none(), "it is listed after its certificate was given out");
     Ok(told)
 }
 

@@ -15,12 +15,12 @@ pub const LEAST_CYCLES: usize = 500;
 /// allocator splits and joins its own by what happens to be free.
 pub const COUNT_TOLERANCE: u64 = 3;
 
-/// Growth of resident memory over the judged cycles that is still noise. Its parts are: what is kept on purpose and fills up (4,096 events, 64 ends of bindings: under a MiB,
-/// most of it in the first fifth), what the allocator cannot give back because something small lives at its end (the bytes in use by `mallinfo2` are flat from cycle 1,000
-/// on while the heap still grows by some 100 KiB), pages of the program that the rarest way out touches for the first time, and the kernel's own count, which lags by up
-/// to 63 pages per processor and kind of memory. Measured: 0.5 to 1.6 MiB in the last 800 of 1,000 cycles,
-/// 1.1 MiB in the last 4,800 of 6,000. The least that a binding could leave behind in each cycle, a page of a
-/// ring, is 3.1 MiB in 800.
+/// Growth of resident memory over the judged cycles, all in all, that is still noise.
+///
+/// Measured: about 2 KiB per cycle over the first 1,000 cycles, 242 bytes per cycle over 6,000, and in a trace of all allocations nothing of it was live heap. It is a
+/// sum that fills up, then, and no rate: what nobody holds, but the allocator and the kernel do not give back or have not counted yet. So the bound is a sum as well:
+/// 3,277 bytes per cycle of 1,000, which is below the least that a binding could leave behind in each cycle, a page of a ring; and 33 bytes per cycle of 100,000, over
+/// which the same sum is spread thin and what leaks at a rate stands out.
 const RSS_NOISE_BYTES: f64 = 2560.0 * 1024.0;
 
 /// Points that a series of memory is reduced to, by medians, before a line is fitted.

@@ -225,6 +225,7 @@ impl Loop {
         let latencies_ns = std::mem::take(&mut self.slice.latencies_ns);
         self.slice = Slice { latencies_ns, ..Slice::default() };
         self.slice.latencies_ns.clear();
+        self.submitted = 0;
         let crossings = engine.crossings();
         let before = times()?;
         let (allocations, calls) = (counting::allocations(), counting::system_calls());
@@ -302,7 +303,7 @@ impl Loop {
             }
         };
         self.submitted += 1;
-        if self.submitted.is_multiple_of(self.every) {
+        if self.submitted % self.every == 1 {
             self.stamps[tag as usize] = Some(Instant::now());
         }
         Io { tag, offset: block * bytes }

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{SLICE, Wait, after};
 use crate::binding::{Binding, Parts};
 use crate::certificate::{Outcome, Residual, Stage};
+use crate::device::SharedTransport;
 use crate::events::EventKind;
 use crate::lane::LaneEnd;
 use crate::residue::Marks;
@@ -24,6 +25,12 @@ const FORCED_DRAIN: Duration = Duration::from_millis(100);
 const INTERRUPT_BOUND: Duration = Duration::from_millis(500);
 /// How long a device may take to become silent.
 const QUIESCE_BOUND: Duration = Duration::from_millis(1000);
+/// How long the device's lock may be held by somebody else: a client that was just mapping memory waits for the device's answer.
+const DEVICE_BUSY: Duration = Duration::from_millis(2500);
+/// Longest wait of one effect for the leases of all lanes together. The guest that holds one was interrupted before.
+const LEASES: Duration = Duration::from_millis(500);
+/// How long a binding that leaves by itself waits for its device.
+const SELF_DRAIN: Duration = Duration::from_secs(5);
 /// Why the memory of a pinned binding stays.
 const PINNED: &str = "loaded --pinned: its calls are not counted, so memory and code stay until the daemon stops";
 
@@ -45,7 +52,11 @@ pub(super) fn carry_out(
         Effect::Answer => (Stage::Answer, answer(parts)),
         Effect::Abandon => (Stage::Answer, abandon(parts)),
         Effect::DetachPorts => {
-            binding.take_down_ports();
+            for port in binding.take_down_ports() {
+                parts
+                    .progress
+                    .leak(0, &format!("the port {port} did not end: its threads and sockets are left behind"));
+            }
             (Stage::Ports, Event::PortsDetached)
         }
         Effect::Unmap => (Stage::Unmap, unmap(binding, parts, watch)),
@@ -111,7 +122,9 @@ fn drain(binding: &Binding, parts: &mut Parts, wait: &Wait<'_>) -> Event {
         if pending == 0 && gate.operations() == 0 && gate.crossings() == 0 {
             return Event::Drained;
         }
-        if parts.transport.as_ref().is_some_and(|transport| transport.lock().is_lost()) {
+        // Whoever has the device's lock for long, a client that maps memory, is waiting for the device: it will be looked at again.
+        let is_lost = |transport: &SharedTransport| transport.try_lock().is_some_and(|mut device| device.is_lost());
+        if parts.transport.as_ref().is_some_and(is_lost) {
             return Event::DeviceLost;
         }
         if parts.lanes.iter().any(|lane| lane.device_is_broken()) {
@@ -121,8 +134,8 @@ fn drain(binding: &Binding, parts: &mut Parts, wait: &Wait<'_>) -> Event {
         if binding.life().forced() {
             let since = *forced_since.get_or_insert(now);
             // An operator who forces wants an end; a binding that leaves by itself gives a healthy device all the time it has.
-            let patience = if binding.hurried.load(Ordering::Acquire) { FORCED_DRAIN } else { wait.options.deadline };
-            if now >= wait.deadline || now.duration_since(since) >= patience {
+            let patience = if binding.hurried.load(Ordering::Acquire) { FORCED_DRAIN } else { SELF_DRAIN };
+            if now.duration_since(since) >= patience || (wait.options.force && wait.is_over()) {
                 return Event::CutShort;
             }
         }
@@ -159,15 +172,15 @@ fn interrupt(binding: &Binding, parts: &mut Parts) -> Event {
 
 /// L1: nothing is answered as failed, freed or reused before the device is silent. What it was never given needs no silence, and nothing more is given to it.
 fn quiesce(parts: &mut Parts) -> Event {
-    let bound = after(Instant::now(), QUIESCE_BOUND);
     let mut taken = true;
+    let until = Instant::now() + LEASES;
     for lane in &parts.lanes {
-        match lane.withdraw() {
+        match lane.withdraw(until) {
             Some(withdrawn) => parts.progress.failed += withdrawn as u64,
             None => taken = false,
         }
     }
-    let silence = match silence_device(parts, bound) {
+    let silence = match silence_device(parts) {
         Silence::Confirmed if !taken => Silence::Unconfirmed { reason: NOT_VACANT.to_owned() },
         silence => silence,
     };
@@ -183,20 +196,28 @@ fn quiesce(parts: &mut Parts) -> Event {
 
 const NOT_VACANT: &str = "a lane did not become vacant";
 
-/// Asks for silence until `bound`, reaping between the attempts: a device that is merely slow ends with nothing unanswered.
-fn silence_device(parts: &Parts, bound: Instant) -> Silence {
+/// Asks for silence for as long as a device may take, reaping between the attempts: one that is merely slow ends with nothing unanswered.
+fn silence_device(parts: &Parts) -> Silence {
     let Some(transport) = &parts.transport else { return Silence::Confirmed };
+    let not_vacant = || Silence::Unconfirmed { reason: NOT_VACANT.to_owned() };
+    // The device's time begins when it can be spoken to.
+    let Some(mut device) = transport.try_lock_for(DEVICE_BUSY) else {
+        return Silence::Unconfirmed { reason: "the device does not answer a client that maps memory".to_owned() };
+    };
+    let bound = after(Instant::now(), QUIESCE_BOUND);
+    let until = Instant::now() + LEASES;
+    let calls: Vec<_> = parts.lanes.iter().map(|lane| lane.device_fd()).collect();
     loop {
-        let published: Option<usize> = parts.lanes.iter().map(|lane| lane.still_published()).sum();
-        let Some(unanswered) = published else {
-            return Silence::Unconfirmed { reason: NOT_VACANT.to_owned() };
-        };
+        let published: Option<usize> = parts.lanes.iter().map(|lane| lane.still_published(until)).sum();
+        let Some(unanswered) = published else { return not_vacant() };
         // With nothing unanswered one attempt gets all the time there is.
-        let until = if unanswered == 0 { bound } else { bound.min(Instant::now() + SLICE) };
-        let silence = transport.lock().quiesce(unanswered, until);
+        let slice = if unanswered == 0 { bound } else { bound.min(Instant::now() + SLICE) };
+        let silence = device.quiesce(unanswered, slice);
         if silence == Silence::Confirmed || Instant::now() >= bound || unanswered == 0 {
             return silence;
         }
+        // A device that knows its answer at once is not asked in a circle.
+        sleep_until_something(&calls, None, slice.saturating_duration_since(Instant::now()));
     }
 }
 
@@ -222,8 +243,9 @@ fn count(requests: u64) -> String {
 /// Whether every lane could be looked into.
 fn finish(parts: &mut Parts, silent: bool) -> bool {
     let mut all = true;
+    let until = Instant::now() + LEASES;
     for lane in &parts.lanes {
-        match lane.finish(silent) {
+        match lane.finish(silent, until) {
             Some(LaneEnd { failed, abandoned, interrupted }) => {
                 parts.progress.failed += failed as u64;
                 parts.progress.abandoned += abandoned as u64;
@@ -267,17 +289,20 @@ fn retire(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) -> Event {
 fn give_up_transport(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) {
     // What hangs up from here on does so because it is given up.
     watch.remove(binding);
+    let until = Instant::now() + LEASES;
     for lane in &parts.lanes {
-        lane.drop_rings();
+        lane.drop_rings(until);
     }
     if let Some(transport) = &parts.transport {
+        // Nobody maps any more behind the handles' revocation, and whoever did was waited for in `silence_device`.
         transport.lock().release();
     }
 }
 
 /// Drops stores and code. A lane that a call has not left keeps its store (G9), and that is told.
 fn drop_code(parts: &mut Parts) -> Event {
-    let all = parts.lanes.iter().fold(true, |all, lane| lane.drop_driver() && all);
+    let until = Instant::now() + LEASES;
+    let all = parts.lanes.iter().fold(true, |all, lane| lane.drop_driver(until) && all);
     parts.control = None;
     parts.module = None;
     parts.kills.clear();
@@ -290,9 +315,9 @@ fn drop_code(parts: &mut Parts) -> Event {
 
 /// Pinned: nobody counted who is inside, so the code stays until the process ends.
 fn keep_code(parts: &mut Parts) -> Event {
-    for lane in &parts.lanes {
-        lane.keep_driver();
-    }
+    let until = Instant::now() + LEASES;
+    let stores: u64 = parts.lanes.iter().map(|lane| lane.keep_driver(until)).sum();
+    parts.progress.leaked.bytes += stores;
     if let Some(control) = parts.control.take() {
         parts.progress.leaked.bytes += control.memory_bytes();
         std::mem::forget(control);
@@ -311,7 +336,8 @@ fn release(binding: &Arc<Binding>, parts: &mut Parts) -> Event {
     let lanes = std::mem::take(&mut parts.lanes);
     let leased: u64 = lanes.iter().map(|lane| lane.arena().live_buffers()).max().unwrap_or(0);
     // A lane that cannot be looked into counts as one. An operation is in a ledger and in the gate: the larger number has them all.
-    let ledgers: u64 = lanes.iter().map(|lane| lane.in_ledger().map_or(1, |left| left as u64)).sum();
+    let until = Instant::now() + LEASES;
+    let ledgers: u64 = lanes.iter().map(|lane| lane.in_ledger(until).map_or(1, |left| left as u64)).sum();
     let requests = ledgers.max(binding.gate().operations());
     // What was retired on purpose is under `leaked`; its mappings and memfds are not looked for.
     let retired = parts.progress.leaked.bytes > 0;

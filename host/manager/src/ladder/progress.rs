@@ -6,7 +6,7 @@ use crate::binding::Binding;
 use crate::certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
 
 /// Part of the binding, so that the next run goes on from it.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Progress {
     /// The numbers at the gate's closing were taken.
     pub(super) counted: bool,
@@ -52,10 +52,10 @@ impl Progress {
             outcome,
             handles_revoked: self.handles_revoked,
             calls_at_close: self.calls_at_close,
-            calls_drained: self.calls_at_close.saturating_sub(self.calls_interrupted),
+            calls_drained: self.calls_at_close.saturating_sub(self.calls_interrupted + residual.calls),
             calls_interrupted: self.calls_interrupted,
             requests_at_close: self.requests_at_close,
-            requests_completed: self.requests_at_close.saturating_sub(self.failed + self.abandoned),
+            requests_completed: self.requests_at_close.saturating_sub(self.failed + self.abandoned + residual.requests),
             requests_failed: self.failed,
             stages: self.times.clone(),
             residual,

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{
@@ -26,6 +26,8 @@ pub(super) struct Inside {
     pub(super) ordinary: Option<Vec<u8>>,
     pub(super) index: u16,
     pub(super) ledger: Ledger,
+    /// Responses that wait for a look that may call the driver, in order. Bounded by the ledger.
+    pub(super) unjudged: VecDeque<Used>,
     /// Checked chains that found no room on the ring, in order. Bounded by the ledger.
     pub(super) parked: VecDeque<ChainBuf>,
     pub(super) device_fault: Option<DeviceFault>,
@@ -36,8 +38,8 @@ pub(super) struct Inside {
     pub(super) interrupted: usize,
     /// Requests that were failed because the driver or the ring broke down before the device had them.
     pub(super) lost: Arc<AtomicU64>,
-    /// The ladder has begun to silence the device: nothing more is published.
-    withdrawn: bool,
+    /// The ladder has begun to silence the device: nothing more is published. Set without the lease, which a call that is stuck may hold.
+    pub(super) withdrawn: Arc<AtomicBool>,
     pub(super) scratch: Scratch,
 }
 
@@ -78,13 +80,14 @@ impl Inside {
             doorbell: Some(doorbell),
             ordinary,
             ledger: Ledger::new(requests),
+            unjudged: VecDeque::new(),
             parked: VecDeque::new(),
             device_fault: None,
             driver_fault: false,
             sleepers: Vec::new(),
             interrupted: 0,
             lost: Arc::new(AtomicU64::new(0)),
-            withdrawn: false,
+            withdrawn: Arc::new(AtomicBool::new(false)),
             scratch: Scratch::default(),
         }
     }
@@ -254,8 +257,9 @@ impl Inside {
         note_owner(&mut self.scratch.to_wake, owner);
     }
 
-    /// Reaps up to 64 used elements and answers them. Returns how many were answered.
-    pub(super) fn reap_batch(&mut self, sink: &mut Sink<'_>) -> (usize, Option<LaneFault>) {
+    /// Reaps up to 64 used elements and answers them. Returns how many were taken. Without `cross` the driver is not called: what it would have to judge is put
+    /// aside, for a later look that may.
+    pub(super) fn reap_batch(&mut self, cross: bool, sink: &mut Sink<'_>) -> (usize, Option<LaneFault>) {
         self.scratch.responses.clear();
         self.scratch.tokens.clear();
         self.scratch.judged.clear();
@@ -264,12 +268,23 @@ impl Inside {
         }
         let mut count = 0;
         let mut fault = None;
+        while cross && count < MAX_BATCH {
+            let Some(used) = self.unjudged.pop_front() else { break };
+            count += 1;
+            self.ask(&used);
+        }
         while count < MAX_BATCH {
             let Some(ring) = &mut self.ring else { break };
             match ring.pop() {
                 Ok(Some(used)) => {
                     count += 1;
-                    self.sort(&used, sink);
+                    if self.is_ordinary(&used) {
+                        self.answer(used.token, Ok(()), sink);
+                    } else if cross {
+                        self.ask(&used);
+                    } else {
+                        self.unjudged.push_back(used);
+                    }
                 }
                 Ok(None) => break,
                 Err(broken) => {
@@ -285,17 +300,16 @@ impl Inside {
         (count, fault)
     }
 
-    /// Answers what is the declared ordinary response, and keeps the rest for the driver.
-    fn sort(&mut self, used: &Used, sink: &mut Sink<'_>) {
-        let status = used.status();
-        let complete = used.written == used.offered;
-        if complete && self.ordinary.as_deref() == Some(status) {
-            self.answer(used.token, Ok(()), sink);
-        } else {
-            words::push_response(&mut self.scratch.responses, used.token, used.written, status);
-            self.scratch.tokens.push(used.token);
-            self.scratch.judged.push((used.token, used.written, used.offered));
-        }
+    /// Whether it is the response that the driver declared to be an ordinary success, which needs no call.
+    fn is_ordinary(&self, used: &Used) -> bool {
+        used.written == used.offered && self.ordinary.as_deref() == Some(used.status())
+    }
+
+    /// Puts a response on the list that the driver is asked about next.
+    fn ask(&mut self, used: &Used) {
+        words::push_response(&mut self.scratch.responses, used.token, used.written, used.status());
+        self.scratch.tokens.push(used.token);
+        self.scratch.judged.push((used.token, used.written, used.offered));
     }
 
     /// One crossing for the responses that were not ordinary.
@@ -370,7 +384,7 @@ impl Inside {
     /// Moves parked chains to the ring while there is room; how many.
     pub(super) fn unpark(&mut self) -> usize {
         let mut moved = 0;
-        if self.withdrawn {
+        if self.withdrawn.load(Ordering::Acquire) {
             return moved;
         }
         while let (Some(parked), Some(ring)) = (self.parked.front(), &mut self.ring) {
@@ -388,7 +402,6 @@ impl Inside {
 
     /// Answers everything that the device was never given as failed. Nothing is published from here on.
     pub(super) fn withdraw(&mut self) -> usize {
-        self.withdrawn = true;
         self.parked.clear();
         let mut nobody = Vec::new();
         let mut withdrawn = 0;
@@ -403,7 +416,8 @@ impl Inside {
 
     /// Makes what was added visible, and tells the device if it wants to be told.
     pub(super) fn ring_doorbell(&mut self) {
-        if let (Some(ring), Some(doorbell), false) = (&mut self.ring, &self.doorbell, self.withdrawn)
+        if let (Some(ring), Some(doorbell), false) =
+            (&mut self.ring, &self.doorbell, self.withdrawn.load(Ordering::Acquire))
             && ring.publish()
         {
             doorbell.ring();

@@ -145,8 +145,10 @@ impl Regions {
             self.forget(iova);
             return Err(MapError::Host("the device is busy".to_owned()));
         };
-        // The ladder's release has this same lock: behind it nothing is mapped any more.
-        if self.table.lock().site.is_none() {
+        // The ladder's release has this same lock: behind it nothing is mapped any more. Nor is anything once the right to it has ended, while it waited here.
+        if owner.state() == HandleState::Revoked || self.table.lock().site.is_none() {
+            drop(device);
+            self.forget(iova);
             return Err(MapError::Revoked);
         }
         let answer = device.map(Arc::clone(share.region()));

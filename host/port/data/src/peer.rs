@@ -4,6 +4,7 @@
 //! hello   poll(2) on socket and notify, until a hello, a hang-up or the time limit
 //! serve   turns while there is traffic -> spin a little -> arm, one more turn -> poll(2) on socket, notify and device
 //! end     answers are out -> REVOKED -> the client takes them or 100 ms pass -> rings' pages gone, handle closed, socket closed
+//!         The 100 ms begin when nothing of the client is in flight, and nothing that it does makes them longer.
 //! ```
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -45,8 +46,9 @@ impl<S: Service> Peer<S> {
         let (end, unfinished) = match self.hello() {
             Ok(hello) => match welcome(&self.shared, self.socket.as_fd(), &self.peer, &self.notify, hello) {
                 Ok(Admitted { mut session, rings }) => {
-                    let end = match self.serve(&mut session) {
-                        Ok(end) => self.farewell(&mut session).unwrap_or(end),
+                    let mut over_since = None;
+                    let end = match self.serve(&mut session, &mut over_since) {
+                        Ok(end) => self.farewell(&mut session, over_since).unwrap_or(end),
                         Err(Violation(why)) => {
                             session.refuse();
                             send(self.socket.as_fd(), &[TAG_VIOLATION]);
@@ -96,8 +98,8 @@ impl<S: Service> Peer<S> {
         }
     }
 
-    /// Until it is over: revoked and quiet, hung up, or cut off by the shutdown.
-    fn serve(&self, session: &mut Session<S::Disk>) -> Result<End, Violation> {
+    /// Until it is over: revoked and quiet, hung up, or cut off by the shutdown. `over_since`: since when it is revoked and nothing of it is in flight.
+    fn serve(&self, session: &mut Session<S::Disk>, over_since: &mut Option<Instant>) -> Result<End, Violation> {
         let most = self.shared.options.spin;
         let mut spin = most;
         let mut turns: u32 = 0;
@@ -114,11 +116,16 @@ impl<S: Service> Peer<S> {
             {
                 return Ok(end);
             }
-            if self.turn(session, false)? {
-                continue;
-            }
+            let moved = self.turn(session, false)?;
             if session.is_refused() && session.is_quiet() {
-                return Ok(End::Done("revoked"));
+                // A client that goes on asking is told so, but gets no more time by it.
+                let since = *over_since.get_or_insert_with(Instant::now);
+                if !moved || since.elapsed() >= LINGER {
+                    return Ok(End::Done("revoked"));
+                }
+            }
+            if moved {
+                continue;
             }
             if self.spin(session, spin)? {
                 spin = (spin * 2).min(most);
@@ -176,11 +183,11 @@ impl<S: Service> Peer<S> {
     }
 
     /// Says that it is over, and lets the client take its answers. Nothing of it is in flight, unless the grace is over.
-    fn farewell(&self, session: &mut Session<S::Disk>) -> Option<End> {
+    fn farewell(&self, session: &mut Session<S::Disk>, over_since: Option<Instant>) -> Option<End> {
         if !session.is_refused() {
             return None;
         }
-        let deadline = Instant::now() + LINGER;
+        let deadline = over_since.unwrap_or_else(Instant::now) + LINGER;
         let deadline = self.shared.stop_at.get().map_or(deadline, |&at| at.min(deadline));
         // What was submitted just before the client could know.
         let last = self.turn(session, false);

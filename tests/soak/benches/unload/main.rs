@@ -80,9 +80,9 @@ fn unload(world: &mut World, backend: Kind, load: Load, number: u64) -> anyhow::
     let binding = world.manager.load(world.spec(GOOD, "measured", device)?)?;
     let handle = binding.open(HandleSpec { label: "idle".into(), ..HandleSpec::default() })?;
     write_and_read(&handle, number)?;
-    let client = match load {
+    let mut client = match load {
         Load::Idle => None,
-        Load::InProcess => Some(Client::in_process(&binding, DEPTH, number, false)?.0),
+        Load::InProcess => Some(Client::in_process(&binding, DEPTH, number)?.0),
         Load::Nbd => {
             let path = world.port_path();
             let address = NbdAddress::Unix(path.clone());
@@ -90,10 +90,10 @@ fn unload(world: &mut World, backend: Kind, load: Load, number: u64) -> anyhow::
             if binding.attach_port(Box::new(port)).is_err() {
                 bail!("a binding that serves refuses a port");
             }
-            Some(Client::nbd(&path, DEPTH, number, false)?)
+            Some(Client::nbd(&path, DEPTH, number)?)
         }
     };
-    if let Some(client) = &client {
+    if let Some(client) = &mut client {
         client.wait_busy(WARM)?;
     }
     let begin = Instant::now();

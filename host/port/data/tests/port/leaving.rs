@@ -1,10 +1,10 @@
 //! Revocation, shutdown and hang-ups, in the middle of everything.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_client::ring::{LIVE, Word};
-use cofferdam_client::wire::{Op, Status, Submit, TAG_REVOKED};
+use cofferdam_client::wire::{ENTRIES_MAX, Op, Status, Submit, TAG_REVOKED};
 use cofferdam_client::{Client, Error};
 use cofferdam_port_data::service::{BlockError, PortReport};
 
@@ -113,6 +113,50 @@ fn a_client_that_does_not_take_its_last_answers_has_a_tenth_of_a_second() {
     assert!(start.elapsed() >= Duration::from_millis(90), "not before");
     assert!(start.elapsed() < Duration::from_secs(2));
     served.finish();
+}
+
+/// Its rings do not come to rest, so there is always something to do for it.
+#[test]
+fn a_client_that_keeps_its_rings_moving_gets_no_more_time() {
+    let served = Served::ordinary();
+    let guest = Guest::new(&served, ENTRIES_MAX);
+    (0..ENTRIES_MAX).for_each(|place| guest.rings.put_submit(place, &flush(place.into())));
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                guest.rings.store(Word::CompleteHead, guest.rings.load(Word::CompleteTail));
+                guest.rings.store(Word::SubmitTail, guest.rings.load(Word::SubmitHead).wrapping_add(ENTRIES_MAX));
+                if guest.rings.load(Word::HostSleeps) != 0 {
+                    guest.wake();
+                }
+            }
+        });
+        eventually("it moves", || guest.rings.load(Word::SubmitHead) > 10 * ENTRIES_MAX);
+        let start = Instant::now();
+        served.mock.set(|s| &s.revoked, true);
+        let cut_off = || served.clients() == 0;
+        while !cut_off() && start.elapsed() < PATIENCE {
+            std::thread::yield_now();
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(cut_off(), "it is served for ever");
+        eprintln!("DEBUG cut off after {:?}", start.elapsed());
+    });
+    served.finish();
+}
+
+/// It is about the least time: a machine that is busy only adds to it.
+#[test]
+fn shutdown_with_nobody_there_waits_for_nothing() {
+    let least = (0..20).map(|_| {
+        let mut served = Served::ordinary();
+        let start = Instant::now();
+        assert_eq!(served.shutdown(GRACE), PortReport { connections: 0, severed: 0 });
+        start.elapsed()
+    });
+    let least = least.min().expect("there were some");
+    assert!(least < Duration::from_millis(1), "{least:?}");
 }
 
 #[test]

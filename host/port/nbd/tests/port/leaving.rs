@@ -13,6 +13,19 @@ use crate::mock::{Mock, PATIENCE, Served, eventually, geometry};
 
 const GRACE: Duration = Duration::from_millis(100);
 
+/// It is about the least time: a machine that is busy only adds to it.
+#[test]
+fn shutdown_with_nobody_there_waits_for_nothing() {
+    let least = (0..20).map(|_| {
+        let mut served = Served::new(Mock::new(geometry(1 << 20), 2, 1 << 20), NbdOptions::default());
+        let start = Instant::now();
+        assert_eq!(served.shutdown(GRACE), PortReport { connections: 0, severed: 0 });
+        start.elapsed()
+    });
+    let least = least.min().expect("there were some");
+    assert!(least < Duration::from_millis(1), "{least:?}");
+}
+
 #[test]
 fn after_revocation_what_is_admitted_is_answered_and_what_is_new_is_not() {
     for structured in [false, true] {

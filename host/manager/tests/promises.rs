@@ -1,4 +1,4 @@
-//! What a hostile reader of the ladder found. Each test is named by the claim that it holds the host to.
+//! What the ladder promises besides taking a binding down: bounds that hold whoever is in the way, and certificates and records whose every word is true.
 
 #[path = "teardown/support.rs"]
 #[allow(dead_code)]
