@@ -9,18 +9,24 @@ use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use cofferdam_manager::{Cancel, Cause, Manager, UnloadOptions};
+use cofferdam_manager::{Cancel, Cause, Certificate, Explanation, Manager, UnloadOptions};
 use tokio::sync::Semaphore;
 
-use crate::control::{ErrorBody, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, UnloadBody};
-use crate::follow::{self, Followers};
+use crate::control::{
+    ErrorBody, ErrorCode, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, UnloadBody,
+};
+use crate::follow::Followers;
 use crate::host;
 
-/// Longest control document, in bytes.
-const BODY_LIMIT_BYTES: usize = 64 << 10;
-/// Calls that may block at the same time. Together with the followers they are fewer than the connections that the daemon serves, so that an operator always
-/// finds one to look with.
+/// Calls that may block at the same time. Together with those who are told the events they are fewer than the connections that the daemon serves, so that an
+/// operator always finds one to look with.
 const WAITING_CALLS: usize = 32;
+/// How much later than its deadline a call with one is answered at the latest, but for the time of an explanation.
+const LATE: Duration = Duration::from_millis(200);
+/// How long a forced unload may take whatever its deadline: to interrupt, quiesce and unmap takes time of its own.
+const FORCED: Duration = Duration::from_secs(10);
+/// How long an explanation may take.
+const EXPLANATION: Duration = Duration::from_secs(1);
 
 /// What the calls work on.
 #[derive(Clone)]
@@ -45,7 +51,6 @@ pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
         .route("/v1/bindings/{name}/ports/detach", post(detach_port))
         .route("/v1/events", get(events))
         .fallback(async || answer_error(ErrorBody::no_such_thing("no such call; is the client of another version?")))
-        .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT_BYTES))
         .with_state(Api { manager, followers, waiting: Arc::new(Semaphore::new(WAITING_CALLS)) })
 }
 
@@ -74,24 +79,32 @@ async fn load(State(api): State<Api>, body: Body<LoadBody>) -> Response {
 
 async fn unload(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<UnloadBody>) -> Response {
     let cancel = Cancel::new();
-    // The server drops this call when its client's connection ends.
+    // The server drops this call when its client's connection ends; the end of this function calls off what is left of it as well.
     let _client = CancelOnDrop(cancel.clone());
-    let manager = api.manager.clone();
-    let forced = body.as_ref().is_ok_and(|body| body.force);
-    let work = move |body: UnloadBody| {
-        let options = UnloadOptions {
-            deadline: Duration::from_millis(body.deadline_ms).min(LONGEST_UNLOAD),
-            force: body.force,
-            // By force it ends soon, and somebody wants it to: a terminal that closes must not leave it half-way.
-            cancel: (!body.force).then_some(cancel),
-            cause: Cause::Unload,
-        };
-        host::unload(&manager, &name, &options, body.explain)
+    let (forced, explain, deadline) = match &body {
+        Ok(body) => (body.force, body.explain, Duration::from_millis(body.deadline_ms).min(LONGEST_UNLOAD)),
+        Err(_) => (false, false, Duration::ZERO),
     };
-    // Force ends the calls that take the slots.
-    answer(match body {
-        Ok(Json(body)) if forced => blocking(move || work(body)).await,
-        body => api.blocking(body, work).await,
+    let options = UnloadOptions {
+        deadline,
+        force: forced,
+        // By force it ends soon, and somebody wants it to: a terminal that closes must not leave it half-way.
+        cancel: (!forced).then_some(cancel),
+        cause: Cause::Unload,
+    };
+    let (manager, asked) = (api.manager.clone(), name.clone());
+    let work = move |_| host::unload(&manager, &asked, &options, explain);
+    let call = async {
+        match body {
+            // Force ends the calls that take the slots.
+            Ok(Json(body)) if forced => blocking(move || work(body)).await,
+            body => api.blocking(body, work).await,
+        }
+    };
+    let patience = if forced { deadline.max(FORCED) } else { deadline };
+    answer(match tokio::time::timeout(patience + LATE, call).await {
+        Ok(result) => result,
+        Err(_) => api.late_unload(name, patience, explain).await,
     })
 }
 
@@ -100,12 +113,17 @@ async fn revoke(
     UrlPath((name, handle)): UrlPath<(String, String)>,
     body: Body<RevokeBody>,
 ) -> Response {
-    let manager = api.manager.clone();
-    let work = move |body: RevokeBody| {
-        let handle = handle.parse().map_err(|_| ErrorBody::usage(format!("'{handle}' is not a handle's number")))?;
-        host::revoke(&manager, &name, handle, Duration::from_millis(body.deadline_ms).min(LONGEST_REVOKE))
+    let deadline = body.as_ref().map_or(0, |body| body.deadline_ms);
+    let deadline = Duration::from_millis(deadline).min(LONGEST_REVOKE);
+    let (manager, binding, id) = (api.manager.clone(), name.clone(), handle.clone());
+    let work = move |_| {
+        let id = id.parse().map_err(|_| ErrorBody::usage(format!("'{id}' is not a handle's number")))?;
+        host::revoke(&manager, &binding, id, deadline)
     };
-    answer(api.blocking(body, work).await)
+    answer(match tokio::time::timeout(deadline + LATE, api.blocking(body, work)).await {
+        Ok(result) => result,
+        Err(_) => Err(api.late_revoke(name, &handle).await),
+    })
 }
 
 async fn attach_port(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<PortBody>) -> Response {
@@ -121,7 +139,7 @@ async fn detach_port(State(api): State<Api>, UrlPath(name): UrlPath<String>, bod
 async fn events(State(api): State<Api>, uri: Uri) -> Response {
     let body = parse_events_query(uri.query().unwrap_or("")).and_then(|(since, follow)| {
         let reader = api.manager.events(since);
-        if follow { api.followers.follow(reader) } else { Ok(follow::kept(reader)) }
+        if follow { api.followers.follow(reader) } else { api.followers.kept(reader) }
     });
     match body {
         Ok(body) => ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response(),
@@ -153,6 +171,34 @@ impl Drop for CancelOnDrop {
 }
 
 impl Api {
+    /// What holds a binding up, of which somebody has waited for long enough.
+    async fn explain(&self, name: String) -> Result<Explanation, ErrorBody> {
+        let manager = self.manager.clone();
+        let explanation = blocking(move || host::why(&manager, &name));
+        let late = || Err(ErrorBody::failed("the binding cannot say what it waits for"));
+        tokio::time::timeout(EXPLANATION, explanation).await.unwrap_or_else(|_| late())
+    }
+
+    /// The answer to an unload that has not come back by its deadline: it may be inside of something that has to end first.
+    async fn late_unload(&self, name: String, waited: Duration, explain: bool) -> Result<Certificate, ErrorBody> {
+        match self.explain(name.clone()).await {
+            Ok(Explanation { certificate: Some(certificate), .. }) => Ok(certificate),
+            Ok(explanation) => {
+                let waiting_for = explanation.waits_for.join("; ");
+                let explanation = explain.then(|| Box::new(explanation));
+                Err(host::still_draining(&name, waited, &waiting_for, explanation))
+            }
+            Err(unknown) => Err(host::still_draining(&name, waited, &unknown.message, None)),
+        }
+    }
+
+    /// The same for a revocation.
+    async fn late_revoke(&self, name: String, handle: &str) -> ErrorBody {
+        let message = format!("not everything of handle {handle} of '{name}' has ended (see 'cofferdam why {name}')");
+        let explanation = self.explain(name).await.ok().map(Box::new);
+        ErrorBody { explanation, ..ErrorBody::new(ErrorCode::StillDraining, message) }
+    }
+
     /// Calls that block (within their bounds) run where that is allowed. A client that goes away does not stop them by itself.
     async fn blocking<B: Send + 'static, T: Send + 'static>(
         &self,
@@ -184,7 +230,8 @@ fn answer<T: serde::Serialize>(result: Result<T, ErrorBody>) -> Response {
     }
 }
 
-fn answer_error(error: ErrorBody) -> Response {
+/// The answer that says why not.
+pub(crate) fn answer_error(error: ErrorBody) -> Response {
     let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     (status, Json(error)).into_response()
 }

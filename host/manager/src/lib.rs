@@ -64,3 +64,13 @@ pub use cofferdam_device::{Buffer, RegionError};
 pub use cofferdam_gate::{Cancel, Notify};
 pub use cofferdam_lifecycle::Phase;
 pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo};
+
+/// What a driver that is part of the program is written against: for the yardstick alone.
+#[doc(hidden)]
+pub mod native {
+    pub use crate::load::NativeDriver;
+    pub use cofferdam_runtime::{
+        Attachment, BlockDriver, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneSetup,
+        QueuePlan,
+    };
+}

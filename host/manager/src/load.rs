@@ -10,7 +10,8 @@ use cofferdam_device::queue::{QueueConfig, SplitQueue};
 use cofferdam_device::transport::{QueueSetup, Transport};
 use cofferdam_lifecycle::{Event, Phase};
 use cofferdam_runtime::{
-    Attachment, Grants, GuestLimits, InstanceSpec, KillSwitch, LaneId, LaneSetup, Module, Runtime,
+    Attachment, BlockDriver, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec,
+    KillSwitch, LaneId, LaneSetup, Module, Runtime,
 };
 use parking_lot::Mutex;
 
@@ -61,6 +62,26 @@ pub struct LoadSpec {
     pub mapped_handles: usize,
     /// Bytes of all of them together.
     pub mapped_bytes: u64,
+    /// A driver that is part of this program, in place of `component`: see [`NativeDriver`].
+    #[doc(hidden)]
+    pub native: Option<Box<dyn NativeDriver>>,
+}
+
+/// A driver without a sandbox, for the yardstick alone (`tests/yardstick`): what it costs less than the same driver as a component is what the sandbox costs. Nothing interrupts it,
+/// nothing bounds its memory, and its calls are no crossings of the gate; whatever it says is checked as a guest's words are.
+#[doc(hidden)]
+pub trait NativeDriver: Send {
+    /// The control lane: decides on the device, negotiates, plans, and says what the device can do.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn attach(&mut self, device: &mut dyn DeviceCapability) -> Result<(Attachment, BlockProperties), CallError>;
+
+    /// A data lane.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn start(&mut self, setup: &LaneSetup) -> Result<Box<dyn BlockDriver>, CallError>;
 }
 
 impl LoadSpec {
@@ -82,6 +103,7 @@ impl LoadSpec {
             handle_limit: 4096,
             mapped_handles: 16,
             mapped_bytes: 256 << 20,
+            native: None,
         }
     }
 }
@@ -93,6 +115,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let mappings = MapLimits { handles: spec.mapped_handles, bytes: spec.mapped_bytes };
     let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, ring_entries, .. } =
         spec;
+    let mut native = spec.native;
     let device = binding.device().to_owned();
     let device_error = |source| LoadError::Device { device: device.clone(), source };
     let plan_error = |reason: String| LoadError::Plan { device: device.clone(), reason };
@@ -105,20 +128,35 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         parts.marks.note(fd);
     }
 
-    let module = runtime.load(&component)?;
+    let module = match native {
+        Some(_) => None,
+        None => {
+            let module = runtime.load(&component)?;
+            module.check_grants(&grants)?;
+            Some(module)
+        }
+    };
     drop(component);
-    module.check_grants(&grants)?;
-    parts.module = Some(module.clone());
-    let maker = InstanceMaker { binding, module: &module, grants: &grants, limits: &limits };
+    parts.module.clone_from(&module);
+    let maker = module.as_ref().map(|module| InstanceMaker { binding, module, grants: &grants, limits: &limits });
 
     // Control lane: attach, plan, properties.
     let queue_limit = queues.unwrap_or(QUEUE_LIMIT).clamp(1, QUEUE_LIMIT);
     let negotiated = Arc::new(Mutex::new(None));
-    let (mut control, kill) = maker.make(LaneId::Control)?;
-    parts.kills.push(kill);
-    let window = DeviceWindow::new(Arc::clone(&transport), queue_limit, ring_entries, Arc::clone(&negotiated));
+    let mut window = DeviceWindow::new(Arc::clone(&transport), queue_limit, ring_entries, Arc::clone(&negotiated));
     let attach_error = |source| LoadError::Attach { device: device.clone(), source };
-    let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
+    let (attachment, properties) = match (&maker, &mut native) {
+        (Some(maker), _) => {
+            let (mut control, kill) = maker.make(LaneId::Control)?;
+            parts.kills.push(kill);
+            let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
+            let properties = control.block_properties().map_err(attach_error)?;
+            parts.control = Some(control);
+            (attachment, properties)
+        }
+        (None, Some(native)) => native.attach(&mut window).map_err(attach_error)?,
+        (None, None) => return Err(LoadError::Host("neither a component nor a native driver".into())),
+    };
     let Some(features) = *negotiated.lock() else {
         return Err(plan_error("the driver attached without negotiating features".into()));
     };
@@ -126,8 +164,6 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         return Err(plan_error("the driver's attachment names other features than it negotiated".into()));
     }
     check_plan(&attachment, transport.lock().as_ref(), queue_limit, ring_entries).map_err(&plan_error)?;
-    let properties = control.block_properties().map_err(attach_error)?;
-    parts.control = Some(control);
 
     // Memory: rings and headers in a region that no client and no guest ever receives, buffers in the arena.
     let offered = transport.lock().offered_features();
@@ -164,12 +200,19 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         if let Some(fd) = events.doorbell.descriptor() {
             parts.marks.note(fd);
         }
-        let (mut driver, kill) = maker.make(LaneId::Data(number as u16))?;
-        parts.kills.push(kill);
         let setup = LaneSetup { features, state: attachment.state.clone(), queues: vec![plan.index] };
-        driver.start(&setup).map_err(attach_error)?;
+        let driver: Box<dyn BlockDriver> = match (&maker, &mut native) {
+            (Some(maker), _) => {
+                let (mut driver, kill) = maker.make(LaneId::Data(number as u16))?;
+                parts.kills.push(kill);
+                driver.start(&setup).map_err(attach_error)?;
+                Box::new(driver)
+            }
+            (None, Some(native)) => native.start(&setup).map_err(attach_error)?,
+            (None, None) => break,
+        };
         let lane = Lane::new(LaneParts {
-            driver: Box::new(driver),
+            driver,
             queue: LaneQueue::new(queue, events, plan.ordinary_response.clone()),
             arena: arena.clone(),
             geometry: geometry.clone(),

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(1);
 /// Which program is the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `cofferdam-sim-blk` on memory.
+    /// `cofferdam-sim-blk` on memory. It fails every flush, which no client here asks for without meaning it.
     Sim,
     /// `qemu-storage-daemon` on a raw file.
     Qemu,
@@ -61,6 +61,7 @@ impl Backend {
             Kind::Sim => {
                 let mut command = Command::new(programs::sim());
                 command.arg("--socket").arg(&socket).args(["--memory", &MEDIUM_BYTES.to_string()]);
+                command.args(["--fault", "fail:io,op=flush"]);
                 command
             }
             Kind::Qemu => {

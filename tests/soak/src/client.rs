@@ -227,7 +227,17 @@ fn request(user: u64, op: BlockOp, offset: u64, buffer: Buffer) -> BlockRequest 
 /// Submits one request whose answer nobody waits for here. If the driver fails over it at once, the handle is over before this comes back.
 pub fn send(handle: &Handle, op: BlockOp, offset: u64) -> anyhow::Result<()> {
     let buffer = handle.lease(BLOCK)?;
-    match handle.submit(&mut vec![request(0, op, offset, buffer)]) {
+    submit(handle, request(0, op, offset, buffer))
+}
+
+/// The same for a flush.
+pub fn send_flush(handle: &Handle) -> anyhow::Result<()> {
+    let flags = BlockFlags::default();
+    submit(handle, BlockRequest { user: 0, op: BlockOp::Flush, offset: 0, length: 0, flags, buffer: None })
+}
+
+fn submit(handle: &Handle, request: BlockRequest) -> anyhow::Result<()> {
+    match handle.submit(&mut vec![request]) {
         Ok(()) | Err(SubmitError::Revoked) => Ok(()),
         Err(error) => bail!(error),
     }

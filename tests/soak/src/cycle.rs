@@ -10,7 +10,7 @@ use cofferdam_manager::{
 use cofferdam_port_nbd::{NbdAddress, NbdOptions, NbdPort};
 
 use crate::client::{self, Client};
-use crate::plan::{BAD_DRIVERS, Plan, Way};
+use crate::plan::{BAD_DRIVERS, Plan, TRAP_COMPLETE, Way};
 use crate::world::{self, World};
 
 /// Longest that a binding may take to leave in a soak, where no device hangs for ever. Also the deadline of its unloads.
@@ -166,8 +166,15 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &mut Use) -> 
             let handle = in_use.handle.as_ref().context("the handle is open")?;
             in_use.expect_failures();
             client::send(handle, BlockOp::Write, COMMANDS.0 + COMMANDS.1 * command as u64)?;
+            if command == TRAP_COMPLETE {
+                // The driver is asked only about what is out of the ordinary: this device fails every flush.
+                client::send_flush(handle)?;
+            }
             // Somebody has to look at the device for a driver that fails in `complete`.
-            handle.wait(LEAVE_BOUND, &mut Vec::new());
+            wait("the driver to fail", || {
+                handle.wait(Duration::from_millis(1), &mut Vec::new());
+                binding.certificate().is_some()
+            })?;
             return Ok(vec![wait_for_end(&manager, binding)?]);
         }
         Way::Shutdown => return Ok(manager.shutdown(LEAVE_BOUND)),

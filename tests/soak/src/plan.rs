@@ -44,7 +44,9 @@ pub const BAD_DRIVERS: [&str; 10] = [
 ];
 
 /// The ways to fail of `on-command` that end at once, by their place in its list: trap, no-words, trap-complete.
-const QUICK_COMMANDS: [usize; 3] = [0, 3, 4];
+const QUICK_COMMANDS: [usize; 3] = [0, 3, TRAP_COMPLETE];
+/// The one in `complete`. It needs a device that fails: the simulated one.
+pub const TRAP_COMPLETE: usize = 4;
 /// The one that takes until the deadline of a call: loop.
 const SLOW_COMMAND: usize = 1;
 
@@ -133,6 +135,7 @@ impl Plan {
             // Something has to be in flight for these to mean what they say.
             Way::Revoke | Way::GaveUp => plan.in_process = plan.in_process.max(4),
             Way::PortFirst => plan.nbd = plan.nbd.max(4),
+            Way::Trap(TRAP_COMPLETE) if plan.backend == Kind::Qemu => plan.way = Way::Trap(QUICK_COMMANDS[0]),
             _ => {}
         }
         plan

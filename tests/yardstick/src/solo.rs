@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::backend::CAPACITY_BYTES;
 use crate::clients::bare::RING_ENTRIES;
 use crate::clients::cofferdam::{Host, InProcess};
+use crate::clients::{Client, native};
 use crate::engine::{Engine, Io, Job, Mode, Op};
 use crate::null::solo::Served;
 use crate::null::{NullDisk, Pace};
@@ -23,6 +24,8 @@ use crate::stats::median;
 /// Nanoseconds per request, each part by itself.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Solo {
+    /// `cofferdam`, or `native` for the same without a sandbox.
+    pub client: &'static str,
     /// Requests that are submitted together.
     pub batch: u32,
     /// Submitting.
@@ -137,13 +140,14 @@ impl Transport for SoloTransport {
 ///
 /// # Errors
 /// When the load fails or a request is not answered.
-pub fn measure(host: &Host, batch: u32, length: Duration) -> Result<Solo> {
+pub fn measure(host: &Host, client: Client, batch: u32, length: Duration) -> Result<Solo> {
     let served = Arc::new(Mutex::new(None));
     let transport =
         SoloTransport { regions: Vec::new(), served: Arc::clone(&served), offered: NullDisk::FEATURES, accepted: 0 };
     let mut spec = LoadSpec::new("virtio-blk.wasm", host.component.clone(), Box::new(transport));
     spec.ring_entries = RING_ENTRIES;
-    let binding = host.manager.load(spec)?;
+    let binding =
+        if client == Client::Native { native::load(host, spec.transport, 1)? } else { host.manager.load(spec)? };
     let mut engine = InProcess::of(host, binding, Mode::Poll)?;
     engine.prepare(Job { op: Op::RandRead, depth: batch })?;
     let mut device = served.lock().unwrap_or_else(PoisonError::into_inner).take().context("no queue was set up")?;
@@ -175,6 +179,7 @@ pub fn measure(host: &Host, batch: u32, length: Duration) -> Result<Solo> {
     let [submit, device_part, reap, look] = parts.map(|part| median(&part));
     let each = f64::from(batch);
     Ok(Solo {
+        client: client.name(),
         batch,
         submit_ns: submit / each,
         device_ns: device_part / each,
@@ -189,7 +194,8 @@ pub fn measure(host: &Host, batch: u32, length: Duration) -> Result<Solo> {
 /// As [`measure`].
 pub fn all(host: &Host, batches: &[u32], length: Duration) -> Result<Vec<Solo>> {
     let batches = if batches.is_empty() { &[1, 4, 16, 32, 64, 128] } else { batches };
-    batches.iter().map(|batch| measure(host, *batch, length)).collect()
+    let both = |batch: &u32| [Client::Cofferdam, Client::Native].map(|client| measure(host, client, *batch, length));
+    batches.iter().flat_map(both).collect()
 }
 
 /// As lines.
@@ -197,9 +203,11 @@ pub fn all(host: &Host, batches: &[u32], length: Duration) -> Result<Vec<Solo>> 
 pub fn lines(parts: &[Solo]) -> String {
     let mut text =
         String::from("\nthe host's path by itself, ns per request (each part with one look at the clock per batch)\n");
-    text += "  batch   submit   device     reap  empty look\n";
-    for Solo { batch, submit_ns, device_ns, reap_ns, empty_look_ns } in parts {
-        text += &format!("  {batch:>5} {submit_ns:>8.1} {device_ns:>8.1} {reap_ns:>8.1} {empty_look_ns:>11.1}\n");
+    text += "  batch client      submit   device     reap  empty look\n";
+    for Solo { client, batch, submit_ns, device_ns, reap_ns, empty_look_ns } in parts {
+        text += &format!(
+            "  {batch:>5} {client:9} {submit_ns:>8.1} {device_ns:>8.1} {reap_ns:>8.1} {empty_look_ns:>11.1}\n"
+        );
     }
     text
 }

@@ -22,6 +22,10 @@ const UNSAFE: &[(&str, &str)] = &[
     ("host/runtime/src/cache.rs", "loading code that this program compiled and sealed earlier"),
     ("tests/sim/src/bin/cofferdam-sim-blk.rs", "sigset_t and sigwait are only to be had from libc"),
     ("tests/sim/src/memory.rs", "the device's side of shared memory"),
+    ("tests/yardstick/src/clients/blkio.rs", "buffers that a native library is given by address"),
+    ("tests/yardstick/src/counting.rs", "an allocator that counts, and a filter that counts system calls"),
+    ("tests/yardstick/src/machine.rs", "another process's processor clock"),
+    ("tests/yardstick/src/memory.rs", "shared memory as atomic words, for the bare ring and the null device"),
 ];
 
 /// Longest file without a reason, in lines.

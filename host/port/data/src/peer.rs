@@ -40,15 +40,29 @@ pub(crate) struct Peer<S: Service> {
     pub(crate) notify: Arc<Notify>,
 }
 
+/// The time of a client that was revoked and of which nothing is in flight.
+#[derive(Default)]
+struct Over {
+    /// Since when that is so.
+    since: Option<Instant>,
+}
+
+impl Over {
+    /// Whether it is enough: its rings are at rest, or it keeps them moving, which is answered but gains it no more than [`LINGER`].
+    fn may_end(&mut self, moved: bool, now: Instant) -> bool {
+        !moved || now.duration_since(*self.since.get_or_insert(now)) >= LINGER
+    }
+}
+
 impl<S: Service> Peer<S> {
     /// The thread's body.
     pub(crate) fn run(self) {
         let (end, unfinished) = match self.hello() {
             Ok(hello) => match welcome(&self.shared, self.socket.as_fd(), &self.peer, &self.notify, hello) {
                 Ok(Admitted { mut session, rings }) => {
-                    let mut over_since = None;
-                    let end = match self.serve(&mut session, &mut over_since) {
-                        Ok(end) => self.farewell(&mut session, over_since).unwrap_or(end),
+                    let mut over = Over::default();
+                    let end = match self.serve(&mut session, &mut over) {
+                        Ok(end) => self.farewell(&mut session, &over).unwrap_or(end),
                         Err(Violation(why)) => {
                             session.refuse();
                             send(self.socket.as_fd(), &[TAG_VIOLATION]);
@@ -98,8 +112,8 @@ impl<S: Service> Peer<S> {
         }
     }
 
-    /// Until it is over: revoked and quiet, hung up, or cut off by the shutdown. `over_since`: since when it is revoked and nothing of it is in flight.
-    fn serve(&self, session: &mut Session<S::Disk>, over_since: &mut Option<Instant>) -> Result<End, Violation> {
+    /// Until it is over: revoked and quiet, hung up, or cut off by the shutdown.
+    fn serve(&self, session: &mut Session<S::Disk>, over: &mut Over) -> Result<End, Violation> {
         let most = self.shared.options.spin;
         let mut spin = most;
         let mut turns: u32 = 0;
@@ -117,12 +131,8 @@ impl<S: Service> Peer<S> {
                 return Ok(end);
             }
             let moved = self.turn(session, false)?;
-            if session.is_refused() && session.is_quiet() {
-                // A client that goes on asking is told so, but gets no more time by it.
-                let since = *over_since.get_or_insert_with(Instant::now);
-                if !moved || since.elapsed() >= LINGER {
-                    return Ok(End::Done("revoked"));
-                }
+            if session.is_refused() && session.is_quiet() && over.may_end(moved, Instant::now()) {
+                return Ok(End::Done("revoked"));
             }
             if moved {
                 continue;
@@ -139,8 +149,8 @@ impl<S: Service> Peer<S> {
             session.arm(what);
             let busy = self.turn(session, true)? || session.sleeps_for() != what;
             let stopping = self.shared.stopping.load(Ordering::Acquire);
-            let over = session.is_refused() && session.is_quiet();
-            if !(busy || over || stopping && !session.is_refused()) {
+            let quiet = session.is_refused() && session.is_quiet();
+            if !(busy || quiet || stopping && !session.is_refused()) {
                 let retry = session.full.then_some(RETRY);
                 let grace = self.shared.stop_at.get().map(|at| at.saturating_duration_since(Instant::now()));
                 let device = session.waits_for_device().then(|| session.disk.device_fd());
@@ -183,11 +193,11 @@ impl<S: Service> Peer<S> {
     }
 
     /// Says that it is over, and lets the client take its answers. Nothing of it is in flight, unless the grace is over.
-    fn farewell(&self, session: &mut Session<S::Disk>, over_since: Option<Instant>) -> Option<End> {
+    fn farewell(&self, session: &mut Session<S::Disk>, over: &Over) -> Option<End> {
         if !session.is_refused() {
             return None;
         }
-        let deadline = over_since.unwrap_or_else(Instant::now) + LINGER;
+        let deadline = over.since.unwrap_or_else(Instant::now) + LINGER;
         let deadline = self.shared.stop_at.get().map_or(deadline, |&at| at.min(deadline));
         // What was submitted just before the client could know.
         let last = self.turn(session, false);
@@ -240,4 +250,24 @@ impl<S: Service> Peer<S> {
 
 fn timespec(timeout: Option<Duration>) -> Option<Timespec> {
     timeout.and_then(|timeout| Timespec::try_from(timeout).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_that_keep_moving_are_served_for_the_linger_and_no_longer() {
+        let begin = Instant::now();
+        let at = |millis| begin + Duration::from_millis(millis);
+        let mut over = Over::default();
+        assert!((0..100).all(|millis| !over.may_end(true, at(millis))));
+        assert!(over.may_end(true, at(100)));
+        assert_eq!(over.since, Some(begin), "what is left to say is not given another linger");
+    }
+
+    #[test]
+    fn rings_at_rest_are_not_waited_for() {
+        assert!(Over::default().may_end(false, Instant::now()));
+    }
 }
