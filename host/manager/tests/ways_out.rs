@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
-    Binding, BlockError, BlockOp, BlockRequest, Buffer, Cause, Completion, Config, Handle, HandleSpec, LoadError,
-    LoadSpec, Manager, Outcome, Phase, UnloadError, UnloadOptions,
+    Binding, BlockError, BlockOp, BlockRequest, Buffer, Cause, Completion, Config, Handle, HandleSpec, HandleState,
+    LoadError, LoadSpec, Manager, Outcome, Phase, UnloadError, UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Lie, Options, Rule, Sim, Storage};
 
@@ -193,6 +193,33 @@ fn a_pinned_binding_drains_too() {
     until("draining", || binding.phase() != Phase::Serving);
     let certificate = unload.join().unwrap().unwrap();
     assert_eq!(answers(&handle, 1)[0].result, Ok(()), "{certificate:?}");
+}
+
+#[test]
+fn a_pinned_binding_is_not_unloaded_and_keeps_its_memory_when_its_device_goes_away() {
+    let sim = sim(Vec::new());
+    let manager = manager();
+    let binding = manager.load(LoadSpec { pinned: true, ..spec(&sim, "pinned") }).unwrap();
+    let handle = binding.open(HandleSpec::default()).unwrap();
+    for force in [false, true] {
+        let refused = manager.unload("pinned", &UnloadOptions { force, ..options(1000) }).unwrap_err();
+        assert!(matches!(&refused, UnloadError::Pinned(name) if name == "pinned"), "{refused:?}");
+    }
+    assert_eq!(binding.phase(), Phase::Serving, "a refusal changes nothing");
+    let arena_bytes = 8 << 20;
+    assert!(binding.geometry().is_some());
+    sim.die();
+    until("it has left", || binding.certificate().is_some());
+    assert_eq!(handle.state(), HandleState::Revoked);
+    let certificate = binding.certificate().unwrap();
+    assert_eq!(certificate.outcome, Outcome::Removed, "{certificate:?}");
+    assert!(certificate.residual.is_zero(), "{certificate:?}");
+    // What clients and driver had, and the driver's own memory: all of it stays, and all of it is counted.
+    assert!(certificate.leaked.bytes > arena_bytes, "{certificate:?}");
+    assert!(certificate.leaked.reason.contains("--pinned"), "{certificate:?}");
+    until("it is gone", || manager.get("pinned").is_none());
+    let listed = manager.statuses();
+    assert_eq!((listed.len(), listed[0].retired_bytes), (1, certificate.leaked.bytes), "{listed:?}");
 }
 
 #[test]
