@@ -27,10 +27,12 @@
 //! # Ok::<(), cofferdam_device::ChainError>(())
 //! ```
 
-use std::ops::Range;
+mod checks;
+
+use checks::{Checks, Words};
 
 use crate::error::{ChainError, ChainRule};
-use crate::words::{MAX_BATCH, MAX_HEADER_BYTES, MAX_SEGMENTS, MAX_STATUS_BYTES, REFUSED, Seen, Status, Unseen};
+use crate::words::{MAX_BATCH, MAX_HEADER_BYTES, MAX_SEGMENTS, REFUSED, Seen, Status, Unseen};
 
 /// Which way a payload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,32 +63,47 @@ pub struct Expected {
     pub payload: Option<Payload>,
 }
 
-/// One piece of a checked chain.
+/// What a segment of a checked chain is, in the numbers of the layout: the device writes the two last ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Segment {
-    /// Part of the chain's header bytes, by offset in them.
-    Header { offset: u8, length: u8 },
-    /// Part of the payload, by I/O address.
-    Payload { iova: u64, length: u32, direction: Direction },
-    /// Part of the chain's status bytes, by offset in them.
-    Status { offset: u8, length: u8 },
+pub(crate) enum Kind {
+    /// Part of the chain's header bytes.
+    Header = 0,
+    /// Part of the payload, read by the device.
+    PayloadOut = 1,
+    /// Part of the payload, written by the device.
+    PayloadIn = 2,
+    /// Part of the chain's status bytes.
+    Status = 3,
 }
 
-/// What a chain is made of, but for its segments.
+/// One piece of a checked chain: 16 bytes, which are made and used in registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// Of a payload its I/O address; else the offset in the header or the status bytes.
+    pub(crate) place: u64,
+    /// Bytes.
+    pub(crate) length: u32,
+    pub(crate) kind: Kind,
+}
+
+/// What the guest made of one request, but for the segments and header bytes of a chain.
 #[derive(Clone, Copy, Debug)]
 struct Head {
     token: u32,
+    writable: u32,
+    /// Index of the first segment in `ChainBatch::segments`.
+    first: u32,
     queue: u16,
     request: u16,
+    segments: u8,
+    header_len: u8,
     status_len: u8,
-    writable: u32,
+    /// There is no chain; the rest of it is 0.
+    refused: Option<Status>,
 }
 
-#[derive(Clone, Debug)]
-enum Entry {
-    Chain { head: Head, header: Range<u32>, segments: Range<u32> },
-    Refused { token: u32, request: u16, status: Status },
-}
+/// The header bytes of one chain.
+type Header = [u8; MAX_HEADER_BYTES];
 
 /// A chain that was checked against every rule of the layout. Borrowed from a [`ChainBatch`] or a [`ChainBuf`]; cannot be made otherwise.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +115,7 @@ pub struct Chain<'a> {
 
 impl Chain<'_> {
     /// The request that it serves.
+    #[inline]
     #[must_use]
     pub fn token(&self) -> u32 {
         self.head.token
@@ -110,30 +128,35 @@ impl Chain<'_> {
     }
 
     /// The queue it goes on, one of the lane's.
+    #[inline]
     #[must_use]
     pub fn queue(&self) -> u16 {
         self.head.queue
     }
 
     /// Segments, 1 to 130: the descriptors that a direct chain takes.
+    #[inline]
     #[must_use]
     pub fn segment_count(&self) -> u16 {
         self.segments.len() as u16
     }
 
     /// Bytes that the device may write: payload-in and status-in.
+    #[inline]
     #[must_use]
     pub fn writable_bytes(&self) -> u32 {
         self.head.writable
     }
 
     /// Bytes of `status-in`, at most 64.
+    #[inline]
     #[must_use]
     pub fn status_bytes(&self) -> usize {
         usize::from(self.head.status_len)
     }
 
     /// The bytes of `header-out`, at most 64.
+    #[inline]
     #[must_use]
     pub fn header(&self) -> &[u8] {
         self.header
@@ -145,6 +168,7 @@ impl Chain<'_> {
         ChainBuf { head: *self.head, header: self.header.into(), segments: self.segments.into() }
     }
 
+    #[inline]
     pub(crate) fn segments(&self) -> &[Segment] {
         self.segments
     }
@@ -185,9 +209,9 @@ pub enum Outcome<'a> {
 /// The checked output of one `submit` call. Keep one per lane: its memory is used again, so a call allocates nothing once it has grown.
 #[derive(Debug, Default)]
 pub struct ChainBatch {
-    entries: Vec<Entry>,
-    /// The header bytes of all chains, one after another.
-    headers: Vec<u8>,
+    entries: Vec<Head>,
+    /// The header bytes of each entry, in places of one size: a chain's are written once, without looking for room. Not shorter than `entries`.
+    headers: Vec<Header>,
     /// The segments of all chains, one after another.
     segments: Vec<Segment>,
     scratch: Vec<(u32, u32)>,
@@ -218,7 +242,6 @@ impl ChainBatch {
     /// Forgets everything, keeping the memory.
     pub fn clear(&mut self) {
         self.entries.clear();
-        self.headers.clear();
         self.segments.clear();
     }
 
@@ -237,24 +260,27 @@ impl ChainBatch {
     /// The outcome at `index`, in the guest's order.
     #[must_use]
     pub fn get(&self, index: usize) -> Option<Outcome<'_>> {
-        self.entries.get(index).map(|entry| self.outcome(entry))
+        Some(self.outcome(index, self.entries.get(index)?))
     }
 
     /// All outcomes, in the guest's order.
+    #[inline]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Outcome<'_>> {
-        self.entries.iter().map(|entry| self.outcome(entry))
+        self.entries.iter().enumerate().map(|(index, head)| self.outcome(index, head))
     }
 
-    fn outcome<'a>(&'a self, entry: &'a Entry) -> Outcome<'a> {
-        match entry {
-            Entry::Chain { head, header, segments } => Outcome::Chain(Chain {
-                head,
-                header: &self.headers[header.start as usize..header.end as usize],
-                segments: &self.segments[segments.start as usize..segments.end as usize],
-            }),
-            Entry::Refused { token, request, status } => {
-                Outcome::Refused { token: *token, request: usize::from(*request), status: *status }
+    #[inline]
+    fn outcome<'a>(&'a self, index: usize, head: &'a Head) -> Outcome<'a> {
+        match head.refused {
+            None => {
+                let first = head.first as usize;
+                Outcome::Chain(Chain {
+                    head,
+                    header: &self.headers[index][..usize::from(head.header_len)],
+                    segments: &self.segments[first..first + usize::from(head.segments)],
+                })
             }
+            Some(status) => Outcome::Refused { token: head.token, request: usize::from(head.request), status },
         }
     }
 
@@ -264,6 +290,9 @@ impl ChainBatch {
         }
         let mut words = Words(words);
         let mut seen = Seen::default();
+        if self.headers.len() < requests.len() {
+            self.headers.resize(requests.len(), [0; MAX_HEADER_BYTES]);
+        }
         while let Some(token) = words.next() {
             let blame = |rule| ChainError::Rule { token, rule };
             let request = seen.take(token, requests.len(), |index| requests[index].token).map_err(|unseen| {
@@ -272,8 +301,7 @@ impl ChainBatch {
                     Unseen::Duplicate => ChainRule::DuplicateToken,
                 })
             })?;
-            let entry = self.parse_entry(&mut words, &requests[request], request as u16, queues).map_err(blame)?;
-            self.entries.push(entry);
+            self.parse_entry(&mut words, &requests[request], request as u16, queues).map_err(blame)?;
         }
         match seen.first_missing(requests.len()) {
             None => Ok(()),
@@ -281,25 +309,41 @@ impl ChainBatch {
         }
     }
 
+    #[inline]
     fn parse_entry(
         &mut self,
         words: &mut Words<'_>,
         expected: &Expected,
         request: u16,
         queues: &[u16],
-    ) -> Result<Entry, ChainRule> {
+    ) -> Result<(), ChainRule> {
         let token = expected.token;
         let word = words.next().ok_or(ChainRule::Truncated)?;
         let [low, high, count, top] = word.to_le_bytes();
         let queue = u16::from_le_bytes([low, high]);
+        let first = self.segments.len();
+        let mut head = Head {
+            token,
+            writable: 0,
+            // At most 64 chains of 130 segments: 32 bits are enough.
+            first: first as u32,
+            queue,
+            request,
+            segments: count,
+            header_len: 0,
+            status_len: 0,
+            refused: None,
+        };
         if queue == REFUSED {
             if count != 0 {
                 return Err(ChainRule::RefusedWithSegments);
             }
-            return match Status::from_word(u32::from(top)) {
-                None | Some(Status::Ok) => Err(ChainRule::RefusedStatus(top)),
-                Some(status) => Ok(Entry::Refused { token, request, status }),
-            };
+            match Status::from_word(u32::from(top)) {
+                None | Some(Status::Ok) => return Err(ChainRule::RefusedStatus(top)),
+                refused => head.refused = refused,
+            }
+            self.entries.push(head);
+            return Ok(());
         }
         if !queues.contains(&queue) {
             return Err(ChainRule::Queue(queue));
@@ -310,153 +354,54 @@ impl ChainBatch {
         if count == 0 || usize::from(count) > MAX_SEGMENTS {
             return Err(ChainRule::SegmentCount(count));
         }
-        let (header_start, start) = (self.headers.len(), self.segments.len());
+        if count == 3
+            && let Some(payload) = expected.payload
+            && let Some((rest, whole)) = checks::whole(words.0, payload)
+        {
+            words.0 = rest;
+            self.headers[self.entries.len()][..checks::WHOLE_HEADER_BYTES].copy_from_slice(&whole.header);
+            self.segments.extend_from_slice(&whole.segments);
+            head.header_len = checks::WHOLE_HEADER_BYTES as u8;
+            head.status_len = whole.status_len;
+            head.writable = whole.writable;
+            self.entries.push(head);
+            return Ok(());
+        }
         let mut checks = Checks::new(expected.payload);
+        // Each request is met once, so there is a place for the header of each entry.
+        let header = &mut self.headers[self.entries.len()];
+        self.segments.reserve(usize::from(count));
         for _ in 0..count {
-            let segment = checks.segment(words, &mut self.headers)?;
+            let segment = checks.segment(words, header)?;
             self.segments.push(segment);
         }
         if !checks.ascending {
-            self.check_overlap(start, expected.payload)?;
+            self.check_overlap(first, expected.payload)?;
         }
         // Segments lie inside and do not overlap, so a sum that is short is a hole.
         if checks.covered < u64::from(expected.payload.map_or(0, |payload| payload.length)) {
             return Err(ChainRule::Uncovered);
         }
-        let head = Head {
-            token,
-            queue,
-            request,
-            status_len: checks.status_len,
-            writable: u32::try_from(checks.writable).map_err(|_| ChainRule::OutOfPayload)?,
-        };
-        // At most 64 chains of 64 bytes and 130 segments: 32 bits are enough.
-        let header = header_start as u32..self.headers.len() as u32;
-        Ok(Entry::Chain { head, header, segments: start as u32..self.segments.len() as u32 })
+        head.header_len = checks.header_len;
+        head.status_len = checks.status_len;
+        head.writable = u32::try_from(checks.writable).map_err(|_| ChainRule::OutOfPayload)?;
+        self.entries.push(head);
+        Ok(())
     }
 
     /// The long way, for payload segments that do not come in ascending order.
+    #[cold]
     fn check_overlap(&mut self, start: usize, payload: Option<Payload>) -> Result<(), ChainRule> {
         let base = payload.map_or(0, |payload| payload.iova);
         self.scratch.clear();
-        self.scratch.extend(self.segments[start..].iter().filter_map(|segment| match *segment {
+        self.scratch.extend(self.segments[start..].iter().filter_map(|segment| match segment.kind {
             // The difference is an offset into the payload, so it fits 32 bits.
-            Segment::Payload { iova, length, .. } => Some(((iova - base) as u32, length)),
-            Segment::Header { .. } | Segment::Status { .. } => None,
+            Kind::PayloadOut | Kind::PayloadIn => Some(((segment.place - base) as u32, segment.length)),
+            Kind::Header | Kind::Status => None,
         }));
         self.scratch.sort_unstable();
         let overlaps =
             self.scratch.windows(2).any(|pair| u64::from(pair[0].0) + u64::from(pair[0].1) > u64::from(pair[1].0));
         if overlaps { Err(ChainRule::Overlap) } else { Ok(()) }
-    }
-}
-
-/// A guest's list, read from the front.
-struct Words<'a>(&'a [u32]);
-
-impl Words<'_> {
-    #[inline]
-    fn next(&mut self) -> Option<u32> {
-        let (&first, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(first)
-    }
-
-    #[inline]
-    fn take(&mut self, count: usize) -> Option<&[u32]> {
-        let (taken, rest) = self.0.split_at_checked(count)?;
-        self.0 = rest;
-        Some(taken)
-    }
-}
-
-/// What has to be known of the segments before this one.
-struct Checks {
-    payload: Option<Payload>,
-    header_len: u8,
-    status_len: u8,
-    /// At most the payload and 64 bytes, because overlap is refused; 130 segments of 2^28 bytes before that is known.
-    writable: u64,
-    /// End of the last payload segment, in bytes of the payload.
-    end: u64,
-    /// Sum of the payload segments' lengths.
-    covered: u64,
-    ascending: bool,
-    writing: bool,
-}
-
-impl Checks {
-    fn new(payload: Option<Payload>) -> Self {
-        Self { payload, header_len: 0, status_len: 0, writable: 0, end: 0, covered: 0, ascending: true, writing: false }
-    }
-
-    #[inline]
-    fn segment(&mut self, words: &mut Words<'_>, headers: &mut Vec<u8>) -> Result<Segment, ChainRule> {
-        let word = words.next().ok_or(ChainRule::Truncated)?;
-        let (kind, length) = ((word & 0xf) as u8, word >> 4);
-        if kind > 3 {
-            return Err(ChainRule::Kind(kind));
-        }
-        if length == 0 {
-            return Err(ChainRule::EmptySegment);
-        }
-        let writes = kind >= 2;
-        if self.writing && !writes {
-            return Err(ChainRule::Order);
-        }
-        self.writing = writes;
-        match kind {
-            0 => self.header_out(length, words, headers),
-            3 => self.status_in(length),
-            _ => self.payload(if writes { Direction::In } else { Direction::Out }, length, words),
-        }
-    }
-
-    fn header_out(&mut self, length: u32, words: &mut Words<'_>, headers: &mut Vec<u8>) -> Result<Segment, ChainRule> {
-        let offset = self.header_len;
-        if length > MAX_HEADER_BYTES as u32 - u32::from(offset) {
-            return Err(ChainRule::HeaderBytes);
-        }
-        let given = words.take(length.div_ceil(4) as usize).ok_or(ChainRule::Truncated)?;
-        let end = headers.len() + length as usize;
-        headers.reserve(MAX_HEADER_BYTES);
-        for word in given {
-            headers.extend_from_slice(&word.to_le_bytes());
-        }
-        if headers[end..].iter().any(|&padding| padding != 0) {
-            return Err(ChainRule::Padding);
-        }
-        headers.truncate(end);
-        self.header_len += length as u8;
-        Ok(Segment::Header { offset, length: length as u8 })
-    }
-
-    fn status_in(&mut self, length: u32) -> Result<Segment, ChainRule> {
-        let offset = self.status_len;
-        if length > MAX_STATUS_BYTES as u32 - u32::from(offset) {
-            return Err(ChainRule::StatusBytes);
-        }
-        self.status_len += length as u8;
-        self.writable += u64::from(length);
-        Ok(Segment::Status { offset, length: length as u8 })
-    }
-
-    fn payload(&mut self, direction: Direction, length: u32, words: &mut Words<'_>) -> Result<Segment, ChainRule> {
-        let offset = words.next().ok_or(ChainRule::Truncated)?;
-        let payload = self.payload.ok_or(ChainRule::NoPayload)?;
-        if payload.direction != direction {
-            return Err(ChainRule::Direction);
-        }
-        let end = u64::from(offset) + u64::from(length);
-        if end > u64::from(payload.length) {
-            return Err(ChainRule::OutOfPayload);
-        }
-        self.ascending &= u64::from(offset) >= self.end;
-        self.end = end;
-        self.covered += u64::from(length);
-        if direction == Direction::In {
-            self.writable += u64::from(length);
-        }
-        Ok(Segment::Payload { iova: payload.iova + u64::from(offset), length, direction })
     }
 }

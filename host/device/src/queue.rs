@@ -25,14 +25,18 @@
 //! | [`publish`](SplitQueue::publish): store `avail.idx`, fence, load `avail_event` or `used.flags` | store `avail_event`, fence, load `avail.idx` | no kick, and the device sleeps |
 //! | [`arm`](SplitQueue::arm): store `used_event` or `avail.flags`, fence, load `used.idx` | store `used.idx`, fence, load `used_event` | no call, and the host sleeps |
 
+mod used;
+
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use crate::chain::{Chain, Direction, Segment};
+use crate::chain::{Chain, Kind, Segment};
 use crate::dma::DmaRegion;
 use crate::error::{AddError, DeviceFault, QueueError};
-use crate::ring::{self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Ring};
+use crate::ring::{self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Ring, SHORT_STATUS_BYTES};
 use crate::transport::QueueAddresses;
+
+pub use used::{Ordinary, Popped, Used};
 
 pub use crate::ring::QUEUE_ALIGN_BYTES;
 pub use crate::words::MAX_STATUS_BYTES;
@@ -66,27 +70,6 @@ pub struct QueueConfig {
     pub indirect: bool,
 }
 
-/// A used element that was checked, with the status bytes of its chain. Whether the device spoke the truth in bounds is for the driver to judge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Used {
-    /// Token of the chain.
-    pub token: u32,
-    /// Bytes that the device says it wrote, at most `offered`.
-    pub written: u32,
-    /// Device-writable bytes that the chain had.
-    pub offered: u32,
-    status: [u8; MAX_STATUS_BYTES],
-    status_len: u8,
-}
-
-impl Used {
-    /// The chain's `status-in` bytes, read once; 0xff where the device wrote nothing.
-    #[must_use]
-    pub fn status(&self) -> &[u8] {
-        &self.status[..usize::from(self.status_len)]
-    }
-}
-
 /// A chain that was added and not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outstanding {
@@ -107,6 +90,29 @@ struct Slot {
     descriptors: u16,
     tail: u16,
     status_len: u8,
+}
+
+impl Slot {
+    /// What is told of it, but for the status bytes.
+    fn used(&self, written: u32) -> Used {
+        Used {
+            token: self.token,
+            written,
+            offered: self.offered,
+            status: [0; MAX_STATUS_BYTES],
+            status_len: self.status_len,
+        }
+    }
+}
+
+/// I/O address, bytes and flag of a segment; `areas` are the addresses that its kind counts from.
+#[inline]
+fn place(areas: &[u64; 4], segment: &Segment) -> (u64, u32, u16) {
+    let write = match segment.kind {
+        Kind::Header | Kind::PayloadOut => 0,
+        Kind::PayloadIn | Kind::Status => DESC_WRITE,
+    };
+    (areas[segment.kind as usize] + segment.place, segment.length, write)
 }
 
 /// The driver side of one split virtqueue.
@@ -259,44 +265,34 @@ impl SplitQueue {
     }
 
     /// Writes a chain along the free list and answers its last descriptor.
+    #[inline]
     fn write_direct(&self, chain: &Chain<'_>, head: u16) -> u16 {
-        let segments = chain.segments();
+        let areas = [self.ring.header_iova(head), 0, 0, self.ring.status_iova(head)];
         let mut index = head;
-        let mut tail = head;
-        for (position, segment) in segments.iter().enumerate() {
-            let (iova, length, write) = self.place(head, segment);
+        // A chain has one segment at least, so there is a last one.
+        let Some((last, others)) = chain.segments().split_last() else { return head };
+        for segment in others {
             let next = self.next[usize::from(index)];
-            let (more, next_written) = if position + 1 < segments.len() { (DESC_NEXT, next) } else { (0, 0) };
-            self.ring.write_descriptor(index, iova, length, write | more, next_written);
-            tail = index;
+            let (iova, length, write) = place(&areas, segment);
+            self.ring.write_descriptor(index, iova, length, write | DESC_NEXT, next);
             index = next;
         }
-        tail
+        let (iova, length, write) = place(&areas, last);
+        self.ring.write_descriptor(index, iova, length, write, 0);
+        index
     }
 
     /// Writes a chain into the table of its head and answers its only descriptor.
     fn write_indirect(&self, chain: &Chain<'_>, head: u16) -> u16 {
         let count = chain.segment_count();
+        let areas = [self.ring.header_iova(head), 0, 0, self.ring.status_iova(head)];
         for (position, segment) in (0..count).zip(chain.segments()) {
-            let (iova, length, write) = self.place(head, segment);
+            let (iova, length, write) = place(&areas, segment);
             let (more, next) = if position + 1 < count { (DESC_NEXT, position + 1) } else { (0, 0) };
             self.ring.write_table_entry(head, position, iova, length, write | more, next);
         }
         self.ring.write_descriptor(head, self.ring.table_iova(head), u32::from(count) * 16, DESC_INDIRECT, 0);
         head
-    }
-
-    fn place(&self, head: u16, segment: &Segment) -> (u64, u32, u16) {
-        match *segment {
-            Segment::Header { offset, length } => {
-                (self.ring.header_iova(head) + u64::from(offset), u32::from(length), 0)
-            }
-            Segment::Payload { iova, length, direction: Direction::Out } => (iova, length, 0),
-            Segment::Payload { iova, length, direction: Direction::In } => (iova, length, DESC_WRITE),
-            Segment::Status { offset, length } => {
-                (self.ring.status_iova(head) + u64::from(offset), u32::from(length), DESC_WRITE)
-            }
-        }
     }
 
     /// Makes every added chain visible to the device. True: ring the doorbell. A poisoned queue publishes nothing.
@@ -320,19 +316,31 @@ impl SplitQueue {
     ///
     /// # Errors
     /// [`DeviceFault`], now and at every later call: a device that broke the rules once is not believed again.
-    #[inline]
     pub fn pop(&mut self) -> Result<Option<Used>, DeviceFault> {
+        match self.pop_but(None)? {
+            Popped::Nothing | Popped::Ordinary(_) => Ok(None),
+            Popped::Other(used) => Ok(Some(used)),
+        }
+    }
+
+    /// The same, but of a chain whose every writable byte the device says it wrote, with `ordinary` in its status bytes, only the token is told: it is checked as
+    /// any other, and nothing is copied for it.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::pop`].
+    #[inline]
+    pub fn pop_but(&mut self, ordinary: Option<&Ordinary>) -> Result<Popped, DeviceFault> {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
         if self.used_next == self.used_seen && !self.look().map_err(|fault| self.poison(fault))? {
-            return Ok(None);
+            return Ok(Popped::Nothing);
         }
         let (id, written) = self.ring.used_element(self.used_next);
         match self.check(id, written) {
-            Ok(head) => {
+            Ok((head, slot)) => {
                 self.used_next = self.used_next.wrapping_add(1);
-                Ok(Some(self.take(head, written)))
+                Ok(self.take(head, slot, written, ordinary))
             }
             Err(fault) => Err(self.poison(fault)),
         }
@@ -351,7 +359,8 @@ impl SplitQueue {
     }
 
     /// Turns an alleged used element into the head of a chain that the device may use.
-    fn check(&self, id: u32, written: u32) -> Result<u16, DeviceFault> {
+    #[inline]
+    fn check(&self, id: u32, written: u32) -> Result<(u16, Slot), DeviceFault> {
         let queue = self.config.index;
         let unknown = DeviceFault::UnknownId { queue, id, size: self.config.size };
         let head = u16::try_from(id).map_err(|_| unknown)?;
@@ -362,25 +371,46 @@ impl SplitQueue {
         if written > slot.offered {
             return Err(DeviceFault::Overrun { queue, token: slot.token, written, offered: slot.offered });
         }
-        Ok(head)
+        Ok((head, *slot))
     }
 
-    fn take(&mut self, head: u16, written: u32) -> Used {
-        let slot = std::mem::take(&mut self.slots[usize::from(head)]);
-        let mut used = Used {
-            token: slot.token,
-            written,
-            offered: slot.offered,
-            status: [0; MAX_STATUS_BYTES],
-            status_len: slot.status_len,
-        };
-        self.ring.read_status(head, &mut used.status[..usize::from(slot.status_len)]);
+    #[inline]
+    fn take(&mut self, head: u16, slot: Slot, written: u32, ordinary: Option<&Ordinary>) -> Popped {
+        let popped = self.read_used(head, &slot, written, ordinary);
+        self.slots[usize::from(head)].descriptors = 0;
         // The chain's links are as `add` left them, so the whole chain goes to the front of the free list in one step and is used again in the same order.
         self.next[usize::from(slot.tail)] = self.free_head;
         self.free_head = head;
         self.free += slot.descriptors;
         self.in_flight -= 1;
-        used
+        popped
+    }
+
+    /// Reads the status bytes, each of them once.
+    #[inline]
+    fn read_used(&self, head: u16, slot: &Slot, written: u32, ordinary: Option<&Ordinary>) -> Popped {
+        let length = usize::from(slot.status_len);
+        let full = ordinary.filter(|ordinary| written == slot.offered && ordinary.length == slot.status_len);
+        if length > SHORT_STATUS_BYTES {
+            return self.read_long(head, slot, written, full);
+        }
+        let short = self.ring.read_short_status(head);
+        if full.is_some_and(|ordinary| (ordinary.short() ^ u64::from_ne_bytes(short)) & ordinary.mask == 0) {
+            return Popped::Ordinary(slot.token);
+        }
+        let mut used = slot.used(written);
+        used.status[..length].copy_from_slice(&short[..length]);
+        Popped::Other(used)
+    }
+
+    #[cold]
+    fn read_long(&self, head: u16, slot: &Slot, written: u32, ordinary: Option<&Ordinary>) -> Popped {
+        let mut used = slot.used(written);
+        self.ring.read_status(head, &mut used.status[..usize::from(slot.status_len)]);
+        if ordinary.is_some_and(|ordinary| ordinary.status() == used.status()) {
+            return Popped::Ordinary(slot.token);
+        }
+        Popped::Other(used)
     }
 
     #[cold]

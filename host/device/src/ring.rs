@@ -25,6 +25,8 @@ pub(crate) const DESC_NEXT: u16 = 1;
 pub(crate) const DESC_WRITE: u16 = 2;
 /// The buffer is a table of descriptors.
 pub(crate) const DESC_INDIRECT: u16 = 4;
+/// A status of so many bytes is read and compared as one word.
+pub(crate) const SHORT_STATUS_BYTES: usize = 8;
 const DESC_BYTES: usize = 16;
 const USED_ELEMENT_BYTES: usize = 8;
 
@@ -64,6 +66,8 @@ pub(crate) fn bytes(size: u16, indirect: bool) -> u64 {
 pub(crate) struct Ring {
     region: Arc<DmaRegion>,
     base: usize,
+    /// I/O address of `base`.
+    iova: u64,
     layout: Layout,
     mask: u16,
 }
@@ -84,7 +88,8 @@ impl Ring {
             return Err(outside);
         }
         region.mapping().fill(base, layout.total, 0);
-        Ok(Self { region, base, layout, mask: config.size - 1 })
+        let iova = region.iova() + offset;
+        Ok(Self { region, base, iova, layout, mask: config.size - 1 })
     }
 
     pub(crate) fn addresses(&self) -> QueueAddresses {
@@ -92,20 +97,24 @@ impl Ring {
         QueueAddresses { descriptors, available: self.iova(self.layout.available), used: self.iova(self.layout.used) }
     }
 
+    #[inline]
     fn iova(&self, place: usize) -> u64 {
-        self.region.iova() + (self.base + place) as u64
+        self.iova + place as u64
     }
 
+    #[inline]
     fn memory(&self) -> &Mapping {
         self.region.mapping()
     }
 
     /// I/O address of the header area of the chain whose head is `head`.
+    #[inline]
     pub(crate) fn header_iova(&self, head: u16) -> u64 {
         self.iova(self.layout.headers + usize::from(head) * MAX_HEADER_BYTES)
     }
 
     /// I/O address of the status area of the chain whose head is `head`.
+    #[inline]
     pub(crate) fn status_iova(&self, head: u16) -> u64 {
         self.iova(self.layout.statuses + usize::from(head) * MAX_STATUS_BYTES)
     }
@@ -115,16 +124,44 @@ impl Ring {
         self.iova(self.layout.tables + usize::from(head) * self.layout.table_bytes)
     }
 
+    /// Writes the header bytes of the chain whose head is `head`; at most [`MAX_HEADER_BYTES`].
+    #[inline]
     pub(crate) fn write_header(&self, head: u16, header: &[u8]) {
-        self.memory().copy_in(self.base + self.layout.headers + usize::from(head) * MAX_HEADER_BYTES, header);
+        let place = self.base + self.layout.headers + usize::from(head) * MAX_HEADER_BYTES;
+        if let Ok(sixteen) = <[u8; 16]>::try_from(header) {
+            // The header of virtio-blk. The area is aligned for it.
+            let both = u128::from_le_bytes(sixteen);
+            self.memory().word64(place).store((both as u64).to_le(), Ordering::Relaxed);
+            self.memory().word64(place + 8).store(((both >> 64) as u64).to_le(), Ordering::Relaxed);
+        } else {
+            self.memory().copy_in(place, header);
+        }
     }
 
+    /// Sets the status bytes of the chain whose head is `head`, `bytes` of them, to `value`; of a short status the first eight, which are its own too.
+    #[inline]
     pub(crate) fn fill_status(&self, head: u16, bytes: usize, value: u8) {
-        self.memory().fill(self.base + self.layout.statuses + usize::from(head) * MAX_STATUS_BYTES, bytes, value);
+        if bytes <= SHORT_STATUS_BYTES {
+            self.memory().word64(self.status_place(head)).store(u64::from_ne_bytes([value; 8]), Ordering::Relaxed);
+        } else {
+            self.memory().fill(self.status_place(head), bytes, value);
+        }
     }
 
+    /// Reads the status bytes of the chain whose head is `head`, once.
     pub(crate) fn read_status(&self, head: u16, into: &mut [u8]) {
-        self.memory().copy_out(self.base + self.layout.statuses + usize::from(head) * MAX_STATUS_BYTES, into);
+        self.memory().copy_out(self.status_place(head), into);
+    }
+
+    /// Reads the first [`SHORT_STATUS_BYTES`] status bytes of the chain whose head is `head`, once, as they lie in memory.
+    #[inline]
+    pub(crate) fn read_short_status(&self, head: u16) -> [u8; SHORT_STATUS_BYTES] {
+        self.memory().word64(self.status_place(head)).load(Ordering::Relaxed).to_ne_bytes()
+    }
+
+    #[inline]
+    fn status_place(&self, head: u16) -> usize {
+        self.base + self.layout.statuses + usize::from(head) * MAX_STATUS_BYTES
     }
 
     /// Writes descriptor `index` of the ring's own table.

@@ -79,6 +79,7 @@ impl Status {
 }
 
 /// Appends the words of one request. `offset` and `length` are bytes.
+#[inline]
 pub fn push_request(words: &mut Vec<u64>, token: u32, op: BlockOp, flags: u8, offset: u64, length: u64) {
     words.extend([u64::from(token) | (op as u64) << 32 | u64::from(flags) << 40, offset, length]);
 }

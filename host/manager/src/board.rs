@@ -78,6 +78,7 @@ impl Board {
         Stamp(self.start.elapsed().as_nanos() as u64)
     }
 
+    #[inline]
     fn cell(&self, index: u16) -> &Cell {
         let index = usize::from(index);
         let chunk = self.chunks[index / CHUNK].get_or_init(|| (0..CHUNK).map(|_| Cell::default()).collect());
@@ -85,6 +86,7 @@ impl Board {
     }
 
     /// A request has come in. Of the ledger, which is the one writer.
+    #[inline]
     pub(crate) fn put(&self, index: u16, lap: u64, op: BlockOp, since: Stamp, handle: u64) {
         let cell = self.cell(index);
         // Partner: `read`. The slot was taken off the board before; a reader that sees anything of what follows sees that, or the new word, in its second look.
@@ -96,12 +98,14 @@ impl Board {
     }
 
     /// It has come further.
+    #[inline]
     pub(crate) fn set_stage(&self, index: u16, lap: u64, op: BlockOp, stage: Stage) {
         // Release for the same reason: a reader may see this word without ever having seen the first one.
         self.cell(index).word.store(word(lap, op, stage), Ordering::Release);
     }
 
     /// It is over.
+    #[inline]
     pub(crate) fn take(&self, index: u16) {
         self.cell(index).word.store(0, Ordering::Relaxed);
     }
@@ -161,6 +165,7 @@ impl Cell {
     }
 }
 
+#[inline]
 fn word(lap: u64, op: BlockOp, stage: Stage) -> u64 {
     lap << LAP_SHIFT | op_number(op) << OP_SHIFT | (stage as u64) << STAGE_SHIFT | LIVE
 }
@@ -173,6 +178,7 @@ fn stage_of(word: u64) -> Option<Stage> {
 const OPERATIONS: [BlockOp; 6] =
     [BlockOp::Read, BlockOp::Write, BlockOp::Flush, BlockOp::Discard, BlockOp::WriteZeroes, BlockOp::GetId];
 
+#[inline]
 fn op_number(op: BlockOp) -> u64 {
     op as u64
 }

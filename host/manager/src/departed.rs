@@ -2,9 +2,11 @@
 //! on purpose, for `ls`, for as long as the process lives.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 
+use crate::binding::Binding;
 use crate::certificate::Certificate;
 use crate::explain::Explanation;
 use crate::status::BindingStatus;
@@ -26,18 +28,32 @@ struct Inside {
     retired: Vec<BindingStatus>,
 }
 
+impl Inside {
+    /// Certificates under this name are told.
+    fn tell(&mut self, name: &str) {
+        self.gone.iter_mut().filter(|gone| gone.explanation.name == name).for_each(|gone| gone.untold = false);
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub(crate) struct Departed(Mutex<Inside>);
 
 impl Departed {
-    /// Remembers a binding that has just left.
-    pub(crate) fn add(&self, explanation: Explanation, status: BindingStatus, untold: bool) {
+    /// Remembers a binding that has just left, once. `by_itself`: nobody asked for its end; `told`: this caller has its certificate.
+    pub(crate) fn add(&self, binding: &Binding, by_itself: bool, told: bool) {
+        let (explanation, status) = (binding.explain(), binding.status());
         let mut inside = self.0.lock();
+        if binding.remembered.swap(true, Ordering::AcqRel) {
+            if told {
+                inside.tell(binding.name());
+            }
+            return;
+        }
         if inside.gone.len() >= REMEMBERED {
             inside.gone.pop_front();
         }
-        inside.gone.push_back(Gone { explanation, untold });
+        inside.gone.push_back(Gone { explanation, untold: by_itself && !told });
         if status.retired_bytes == 0 {
             return;
         }
@@ -48,11 +64,9 @@ impl Departed {
         }
     }
 
-    /// Somebody has been given the certificate of the newest binding of this name, or takes its name.
-    pub(crate) fn is_told(&self, name: &str) {
-        for gone in self.0.lock().gone.iter_mut().filter(|gone| gone.explanation.name == name) {
-            gone.untold = false;
-        }
+    /// The name is another binding's from here on: what nobody has asked for is not told for that one.
+    pub(crate) fn take_name(&self, name: &str) {
+        self.0.lock().tell(name);
     }
 
     /// The newest certificate under this name that nobody has been given; once.

@@ -62,7 +62,9 @@ pub(crate) struct HandleShared {
     right: cofferdam_gate::Handle,
     /// The client is gone.
     closed: AtomicBool,
+    /// Requests that are not answered. Written under the lease of the handle's lane alone, so a load and a store do where others need a locked addition.
     pub(crate) in_flight: AtomicU32,
+    /// Requests that were admitted; written as `in_flight` is.
     pub(crate) requests: AtomicU64,
     /// Answers that another thread reaped, or of requests that were invalid. Bounded: [`BACKLOG`] of them and no more is admitted.
     answers: Mutex<Vec<Completion>>,
@@ -94,6 +96,19 @@ impl HandleShared {
         out.append(&mut answers);
         self.waiting.store(0, Ordering::Release);
         count
+    }
+
+    /// One more is in flight. Only under the lane's lease.
+    #[inline]
+    pub(crate) fn count_in(&self) {
+        self.in_flight.store(self.in_flight.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+
+    /// One less is. Only under the lane's lease.
+    #[inline]
+    pub(crate) fn count_out(&self) {
+        // Release: who reads 0 sees all that was done for the requests that are over; earlier holders of the lease are before this one.
+        self.in_flight.store(self.in_flight.load(Ordering::Relaxed).saturating_sub(1), Ordering::Release);
     }
 
     /// The one look that admits an operation (G1).
@@ -275,8 +290,9 @@ impl Handle {
     /// handle or for handles that share its notify: only after a 0 with `arm` from each of those is it safe to sleep on
     /// [`Handle::device_fd`] and [`Handle::notify`] (without `arm` the device is not asked to notify, which is cheaper while polling).
     pub fn poll(&self, arm: bool, out: &mut Vec<Completion>) -> usize {
-        // From inside a call into this driver, its lane is taken by that call.
-        if self.binding.gate().in_crossing() {
+        // From inside a call into this driver, its lane is taken by that call. And a client that goes on polling a handle of which nothing will come any more does
+        // not contend with the ladder.
+        if self.binding.gate().in_crossing() || (self.in_flight() == 0 && self.state() == HandleState::Revoked) {
             return self.shared.take_answers(out);
         }
         let found = self.lane.poll(&self.shared, arm, out);

@@ -16,7 +16,7 @@ mod inside;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cofferdam_device::words::MAX_BATCH;
 use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
@@ -32,6 +32,9 @@ use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::lane::inside::{Inside, Sink};
 use crate::ledger::Stage;
+
+/// How long a client that polls without a pause can keep the lease from somebody who waits for it: twenty times what the lock lets it.
+const FAIR_TURN: Duration = Duration::from_millis(10);
 
 /// Why a submission stopped before its end.
 #[derive(Clone, Copy, Debug)]
@@ -238,11 +241,11 @@ impl Lane {
         }
     }
 
-    /// The lease for the ladder, which waits until `until`; once in vain, and not again.
+    /// The lease for the ladder, which waits until `until`, and once that was in vain no longer than it takes to get past a client that only polls.
     fn lease_for_ladder(&self, until: Instant) -> Option<MutexGuard<'_, Inside>> {
-        if self.stuck.load(Ordering::Relaxed) {
-            return self.inside.try_lock();
-        }
+        // The lock is fair to whoever waits for it, if it waits at all.
+        let fair = Instant::now() + FAIR_TURN;
+        let until = if self.stuck.load(Ordering::Relaxed) { fair } else { until.max(fair) };
         let lease = self.inside.try_lock_until(until);
         self.stuck.store(lease.is_none(), Ordering::Relaxed);
         lease
@@ -306,12 +309,15 @@ impl Lane {
             if silent || !published {
                 inside.answer(token, Err(BlockError::Revoked), &mut sink);
                 failed += 1;
-            } else if let Some(entry) = inside.ledger.remove(token) {
+            } else if let Some((entry, owner)) = inside.ledger.remove(token) {
                 // The device may still write there: the buffer is never given back.
-                if let Some(buffer) = entry.buffer {
+                if let Some(buffer) = entry.answer.buffer {
                     buffer.retire();
                 }
-                entry.owner.in_flight.fetch_sub(1, Ordering::Release);
+                if let Some(handle) = inside.ledger.handle(owner) {
+                    handle.count_out();
+                }
+                inside.ledger.release(owner);
                 abandoned += 1;
             }
         }

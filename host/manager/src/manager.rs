@@ -131,7 +131,7 @@ impl Manager {
             match binding.announce(|| shared.registry.insert(Arc::clone(&binding))) {
                 Ok(()) => {
                     // The name is another one's from here on.
-                    shared.departed.is_told(binding.name());
+                    shared.departed.take_name(binding.name());
                     break binding;
                 }
                 Err(taken) if spec.name.is_some() => return Err(LoadError::NameTaken(taken.name().to_owned())),
@@ -277,13 +277,9 @@ impl Shared {
     pub(crate) fn leave(&self, binding: &Arc<Binding>, options: &UnloadOptions) -> Result<Certificate, UnloadError> {
         let certificate = ladder::run(binding, options, &self.watch)?;
         // Remembered before it is gone, so that at no moment nobody knows of it.
-        if !binding.remembered.swap(true, Ordering::AcqRel) {
-            let by_itself = matches!(certificate.outcome, Outcome::Removed | Outcome::Failed);
-            self.departed.add(binding.explain(), binding.status(), by_itself);
-        }
-        if matches!(options.cause, Cause::Unload | Cause::Shutdown) {
-            self.departed.is_told(binding.name());
-        }
+        let by_itself = matches!(certificate.outcome, Outcome::Removed | Outcome::Failed);
+        let told = matches!(options.cause, Cause::Unload | Cause::Shutdown);
+        self.departed.add(binding, by_itself, told);
         self.registry.remove(binding);
         Ok(certificate)
     }

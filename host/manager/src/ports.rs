@@ -111,7 +111,7 @@ impl Ports {
 /// Shuts ports down, each on a thread of its own, all within [`BOUND`].
 fn shut_down(ports: Vec<Box<dyn Port>>) -> Vec<Gone> {
     let deadline = Instant::now() + BOUND;
-    let leaving: Vec<_> = ports.into_iter().map(|port| start_shutdown(port)).collect();
+    let leaving: Vec<_> = ports.into_iter().map(start_shutdown).collect();
     let wait = |(address, report): (String, mpsc::Receiver<PortReport>)| {
         let report = report.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok();
         if report.is_none() {

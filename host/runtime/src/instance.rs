@@ -15,6 +15,7 @@ use crate::error::InstantiateError;
 use crate::fault::{CallError, DriverError, FaultKind, GuestFault, frames};
 use crate::grants::Grants;
 use crate::kill::KillSwitch;
+use crate::lifted::{Lifted, Words};
 use crate::limits::{GuestLimits, Meter};
 use crate::module::{Module, mismatch};
 use crate::runtime::Runtime;
@@ -81,7 +82,7 @@ pub struct InstanceSpec {
 pub struct Instance {
     // Before `runtime`: the store goes while the ticker that bounds it still runs.
     store: Store<LaneState>,
-    guest: VirtioBlockDriver,
+    guest: Guest,
     gate: Gate,
     view: CallView,
     inside: bool,
@@ -146,6 +147,8 @@ impl Instance {
         let made = made.map_err(|error| activity.die(classify(&mut store, &error)).clone())?;
         // The exports have the right names (`world`); now their types are compared, once, and the functions looked up.
         let guest = VirtioBlockDriver::new(&mut store, &made).map_err(|error| mismatch(&error))?;
+        let (submit, complete) = data_path(&mut store, &made).map_err(|error| mismatch(&error))?;
+        let guest = Guest { exports: guest, submit, complete };
         Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, runtime })
     }
 
@@ -174,7 +177,7 @@ impl Instance {
     /// bounds in `wit/virtio.wit`.
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
         let words = self.with_device(Export::Attach, device, |store, guest| {
-            guest.cofferdam_driver_driver().call_attach(store, the_device())
+            guest.exports.cofferdam_driver_driver().call_attach(store, the_device())
         })?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))
@@ -186,7 +189,7 @@ impl Instance {
     /// As [`Instance::attach`].
     pub fn config_changed(&mut self, device: Box<dyn DeviceCapability>) -> Result<(), CallError> {
         let answer = self.with_device(Export::ConfigChanged, device, |store, guest| {
-            guest.cofferdam_driver_driver().call_config_changed(store, the_device())
+            guest.exports.cofferdam_driver_driver().call_config_changed(store, the_device())
         })?;
         Ok(answer.map_err(DriverError::from)?)
     }
@@ -196,8 +199,9 @@ impl Instance {
     /// # Errors
     /// As [`Instance::attach`]; a breach of the bounds is a fault.
     pub fn block_properties(&mut self) -> Result<BlockProperties, CallError> {
-        let words =
-            self.call(Export::GetProperties, |store, guest| guest.cofferdam_driver_block().call_get_properties(store))?;
+        let words = self.call(Export::GetProperties, |store, guest| {
+            guest.exports.cofferdam_driver_block().call_get_properties(store)
+        })?;
         let properties = words.map_err(DriverError::from)?;
         BlockProperties::check(&properties).map_err(|fault| self.fail(fault))
     }
@@ -209,7 +213,7 @@ impl Instance {
     pub fn start(&mut self, setup: &LaneSetup) -> Result<(), CallError> {
         let setup = setup.into();
         let answer =
-            self.call(Export::Start, |store, guest| guest.cofferdam_driver_driver().call_start(store, &setup))?;
+            self.call(Export::Start, |store, guest| guest.exports.cofferdam_driver_driver().call_start(store, &setup))?;
         Ok(answer.map_err(DriverError::from)?)
     }
 
@@ -217,7 +221,7 @@ impl Instance {
         &mut self,
         export: Export,
         device: Box<dyn DeviceCapability>,
-        call: impl FnOnce(&mut Store<LaneState>, &VirtioBlockDriver) -> wasmtime::Result<R>,
+        call: impl FnOnce(&mut Store<LaneState>, &Guest) -> wasmtime::Result<R>,
     ) -> Result<R, GuestFault> {
         self.store.data_mut().device = Some(device);
         let result = self.call(export, call);
@@ -229,7 +233,7 @@ impl Instance {
     fn call<R>(
         &mut self,
         export: Export,
-        call: impl FnOnce(&mut Store<LaneState>, &VirtioBlockDriver) -> wasmtime::Result<R>,
+        call: impl FnOnce(&mut Store<LaneState>, &Guest) -> wasmtime::Result<R>,
     ) -> Result<R, GuestFault> {
         if let Some(fault) = self.fault() {
             return Err(fault.clone());
@@ -272,27 +276,51 @@ impl Instance {
         CallError::Fault(self.die(fault))
     }
 
-    fn replace(&mut self, out: &mut Vec<u32>, words: Vec<u32>, limit: usize, export: &str) -> Result<(), CallError> {
-        if words.len() > limit {
-            let message = format!("{export}: {} words where {limit} are the most", words.len());
+    fn replace(&mut self, out: &mut Vec<u32>, words: Lifted, limit: usize, export: &str) -> Result<(), CallError> {
+        let count = words.take(out);
+        if count > limit {
+            out.clear();
+            let message = format!("{export}: {count} words where {limit} are the most");
             return Err(self.fail(GuestFault::layout(message)));
         }
-        *out = words;
         Ok(())
     }
 }
 
+/// What is called in a guest.
+struct Guest {
+    exports: VirtioBlockDriver,
+    /// The data path's two, which the generated functions would allocate for.
+    submit: Words<u64>,
+    complete: Words<u32>,
+}
+
+/// The two functions of the data path.
+fn data_path(
+    store: &mut Store<LaneState>,
+    instance: &wasmtime::component::Instance,
+) -> wasmtime::Result<(Words<u64>, Words<u32>)> {
+    let mut find = |name: &str| {
+        let (_, block) = instance
+            .get_export(&mut *store, None, "cofferdam:driver/block@0.1.0")
+            .ok_or_else(|| wasmtime::format_err!("no block interface"))?;
+        let (_, func) =
+            instance.get_export(&mut *store, Some(&block), name).ok_or_else(|| wasmtime::format_err!("no {name}"))?;
+        instance.get_func(&mut *store, func).ok_or_else(|| wasmtime::format_err!("no function {name}"))
+    };
+    let (submit, complete) = (find("submit")?, find("complete")?);
+    Ok((Words::new(&*store, submit)?, Words::new(&*store, complete)?))
+}
+
 impl BlockDriver for Instance {
     fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
-        let words =
-            self.call(Export::Submit, |store, guest| guest.cofferdam_driver_block().call_submit(store, requests))?;
+        let words = self.call(Export::Submit, |store, guest| guest.submit.call(store, requests))?;
         let limit = (requests.len() / REQUEST_WORDS).min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
         self.replace(out, words, limit, "submit")
     }
 
     fn complete(&mut self, responses: &[u32], out: &mut Vec<u32>) -> Result<(), CallError> {
-        let words =
-            self.call(Export::Complete, |store, guest| guest.cofferdam_driver_block().call_complete(store, responses))?;
+        let words = self.call(Export::Complete, |store, guest| guest.complete.call(store, responses))?;
         self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
     }
 

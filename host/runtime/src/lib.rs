@@ -32,6 +32,7 @@ mod fault;
 mod grants;
 mod instance;
 mod kill;
+mod lifted;
 mod limits;
 mod module;
 mod pulse;

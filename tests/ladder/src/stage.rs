@@ -203,24 +203,18 @@ impl Stage {
             self.entry.collect(Duration::from_millis(1));
         }
         let took = begin.elapsed();
-        self.told(begin + patience)?;
+        self.told()?;
         Ok((false, took))
     }
 
     /// Of a binding that left by itself, whoever asks first gets the certificate, and then nobody.
-    fn told(&self, deadline: Instant) -> anyhow::Result<()> {
+    fn told(&self) -> anyhow::Result<()> {
         let own = self.binding.certificate().context("it has ended")?;
-        loop {
-            match self.manager.unload(NAME, &Self::polite()) {
-                Ok(told) => {
-                    ensure!(told == *own, "{told:?} instead of {own:?}");
-                    return Ok(());
-                }
-                // Between the end and the taking note of it.
-                Err(UnloadError::NoSuchBinding(_)) if Instant::now() < deadline => std::thread::yield_now(),
-                Err(error) => bail!(error),
-            }
-        }
+        let told = self.manager.unload(NAME, &Self::polite())?;
+        ensure!(told == *own, "{told:?} instead of {own:?}");
+        let again = self.manager.unload(NAME, &Self::polite());
+        ensure!(matches!(again, Err(UnloadError::NoSuchBinding(_))), "told twice: {again:?}");
+        Ok(())
     }
 
     fn revoke(&self) -> anyhow::Result<bool> {

@@ -11,7 +11,7 @@ use crate::census::Census;
 use crate::certificate::Certificate;
 use crate::process::{Ended, Process, Signal};
 use crate::programs;
-use crate::wait::{PATIENCE, until_true};
+use crate::wait::{PATIENCE, until, until_true};
 
 /// `cofferdam` with these arguments, in an environment that no other configuration reaches.
 pub fn command(arguments: &[&str]) -> Command {
@@ -159,6 +159,17 @@ impl Daemon {
                 idle && binding["leased_bytes"] == 0 && binding["requests_in_flight"] == 0
             })
         });
+    }
+
+    /// Waits for a line of the daemon's log that contains all of `words`. The log is written by a thread of its own: it may be a moment behind what has happened.
+    #[track_caller]
+    pub fn logged(&self, words: &[&str]) -> String {
+        until(&format!("a line of the log with {words:?}"), || {
+            let log = self.process.stderr();
+            let whole = log.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+            let mut fitting = whole.filter(|line| words.iter().all(|word| line.contains(word)));
+            fitting.next().map(str::to_owned)
+        })
     }
 
     /// What the daemon holds. Threads that it has just started may not have their names yet: let them do something first.

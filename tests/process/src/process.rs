@@ -1,9 +1,9 @@
 //! A process that a test started: its output, its signals, its end.
 
-use std::io::Read;
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -66,7 +66,8 @@ impl Process {
     pub fn run_for(command: &mut Command, bound: Duration) -> Ended {
         let begin = Instant::now();
         let mut process = Process::start(command);
-        Ended { took: begin.elapsed(), ..process.end(bound) }
+        let ended = process.end(bound);
+        Ended { took: begin.elapsed(), ..ended }
     }
 
     /// The process's id.
@@ -188,6 +189,63 @@ impl Ended {
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}\n{}", self.stdout, self.stderr))
     }
+}
+
+/// A process whose output goes where its command says, and is not collected: for tests of what it does when nobody reads. Killed when dropped.
+pub struct Unread(Child);
+
+impl Unread {
+    /// Starts `command` as it is.
+    #[track_caller]
+    pub fn start(command: &mut Command) -> Unread {
+        Unread(command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}")))
+    }
+
+    /// Its standard output, if the command asked for a pipe and nobody has taken it yet.
+    pub fn stdout(&mut self) -> Option<ChildStdout> {
+        self.0.stdout.take()
+    }
+
+    /// Sends a signal.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// Waits for its end; it must come within `bound`.
+    #[track_caller]
+    pub fn end(&mut self, bound: Duration) -> ExitStatus {
+        let begin = Instant::now();
+        let pidfd = pidfd_open(Pid::from_child(&self.0), PidfdFlags::empty()).expect("a descriptor of the process");
+        loop {
+            if let Some(status) = self.0.try_wait().expect("its own child") {
+                return status;
+            }
+            assert!(begin.elapsed() < bound, "it still runs after {bound:?}");
+            let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left(begin + bound)));
+        }
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A pipe that is full: whoever writes to it waits for its reader.
+#[track_caller]
+pub fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    let flags = rustix::fs::fcntl_getfl(&writer).expect("its flags");
+    rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).expect("set");
+    // Small pieces last, so that not even one byte has room.
+    for piece in [4096, 1] {
+        while writer.write(&vec![b'.'; piece]).is_ok() {}
+    }
+    rustix::fs::fcntl_setfl(&writer, flags).expect("set");
+    (reader, writer)
 }
 
 /// What comes out of a pipe, collected by a thread of its own so that the process never blocks on it.

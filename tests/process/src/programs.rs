@@ -29,6 +29,12 @@ pub fn sim() -> PathBuf {
     existing(target().join("release/cofferdam-sim-blk"), how)
 }
 
+/// The example of a client that shares memory with the device.
+pub fn zero_copy() -> PathBuf {
+    let how = "cargo build --release --workspace --bin cofferdam-example-zero-copy";
+    existing(target().join("release/cofferdam-example-zero-copy"), how)
+}
+
 /// The good driver.
 pub fn driver() -> PathBuf {
     existing(target().join("drivers/virtio-blk.wasm"), "cargo xtask build")

@@ -63,7 +63,7 @@ pub fn growth(series: &[Census]) -> Vec<String> {
 }
 
 /// Growth of resident memory in bytes per cycle, after the first fifth: the median of the slopes between all pairs of points (Theil and Sen), which a few outliers
-/// do not move, of medians of as many neighbours as leave [`POINTS`] points.
+/// do not move, of medians of as many neighbours as leave 40 points.
 #[must_use]
 pub fn rss_slope(series: &[Census]) -> f64 {
     let judged = &series[series.len() / 5..];

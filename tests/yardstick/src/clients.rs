@@ -1,4 +1,4 @@
-//! The clients, each an [`Engine`](crate::engine::Engine) on a connection of its own.
+//! The clients, each an `Engine` on a connection of its own.
 //!
 //! | client | what it is |
 //! | --- | --- |

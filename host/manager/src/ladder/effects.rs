@@ -205,9 +205,9 @@ fn silence_device(parts: &Parts) -> Silence {
         return Silence::Unconfirmed { reason: "the device does not answer a client that maps memory".to_owned() };
     };
     let bound = after(Instant::now(), QUIESCE_BOUND);
-    let until = Instant::now() + LEASES;
     let calls: Vec<_> = parts.lanes.iter().map(|lane| lane.device_fd()).collect();
     loop {
+        let until = Instant::now() + LEASES;
         let published: Option<usize> = parts.lanes.iter().map(|lane| lane.still_published(until)).sum();
         let Some(unanswered) = published else { return not_vacant() };
         // With nothing unanswered one attempt gets all the time there is.
@@ -302,11 +302,11 @@ fn give_up_transport(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) {
 /// Drops stores and code. A lane that a call has not left keeps its store (G9), and that is told.
 fn drop_code(parts: &mut Parts) -> Event {
     let until = Instant::now() + LEASES;
-    let all = parts.lanes.iter().fold(true, |all, lane| lane.drop_driver(until) && all);
+    let kept = parts.lanes.iter().filter(|lane| !lane.drop_driver(until)).count();
     parts.control = None;
     parts.module = None;
     parts.kills.clear();
-    if all {
+    if kept == 0 {
         return Event::CodeDropped;
     }
     parts.progress.leak(0, NOT_VACANT);

@@ -1,19 +1,20 @@
 //! What runs under a lane's lease.
 
+mod enter;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use cofferdam_device::queue::{Ordinary, Popped};
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{
-    AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Direction, DmaArena, Doorbell, Expected, Outcome, Payload,
-    SplitQueue, Status, Used,
+    AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Doorbell, Expected, Outcome, SplitQueue, Status, Used,
 };
 use cofferdam_gate::Notify;
 use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
 
-use super::Stop;
-use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion, has_payload};
+use crate::block::{BlockError, Completion};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::ledger::{Entry, Ledger, Stage};
@@ -23,7 +24,8 @@ pub(super) struct Inside {
     pub(super) driver: Option<Box<dyn BlockDriver>>,
     pub(super) ring: Option<SplitQueue>,
     pub(super) doorbell: Option<Box<dyn Doorbell>>,
-    pub(super) ordinary: Option<Vec<u8>>,
+    /// The response that the driver declared to be an ordinary success, which needs no call.
+    pub(super) ordinary: Option<Ordinary>,
     pub(super) index: u16,
     pub(super) ledger: Ledger,
     /// Responses that wait for a look that may call the driver, in order. Bounded by the ledger.
@@ -78,7 +80,7 @@ impl Inside {
             index: ring.config().index,
             ring: Some(ring),
             doorbell: Some(doorbell),
-            ordinary,
+            ordinary: ordinary.as_deref().and_then(Ordinary::new),
             ledger: Ledger::new(requests),
             unjudged: VecDeque::new(),
             parked: VecDeque::new(),
@@ -90,65 +92,6 @@ impl Inside {
             withdrawn: Arc::new(AtomicBool::new(false)),
             scratch: Scratch::default(),
         }
-    }
-
-    /// Admits up to 64 requests and enters them in the ledger; what is invalid is answered at once. Returns how many were taken, and why no more.
-    pub(super) fn enter<'a>(
-        &mut self,
-        geometry: &BlockGeometry,
-        arena: &DmaArena,
-        owner: &Arc<HandleShared>,
-        requests: impl Iterator<Item = &'a mut BlockRequest>,
-    ) -> (usize, Option<Stop>) {
-        self.scratch.requests.clear();
-        self.scratch.expected.clear();
-        let since = self.ledger.stamp();
-        let mut taken = 0;
-        for request in requests {
-            if self.driver_fault || self.device_fault.is_some() || self.driver.is_none() {
-                return (taken, Some(Stop::Gone));
-            }
-            if self.ledger.is_full() || owner.is_choked() {
-                return (taken, Some(Stop::Full));
-            }
-            let guard = match owner.admit() {
-                Ok(guard) => guard,
-                Err(refused) => return (taken, Some(Stop::Refused(refused))),
-            };
-            taken += 1;
-            owner.requests.fetch_add(1, Ordering::Relaxed);
-            let buffer = request.buffer.take();
-            let foreign = buffer.as_ref().is_some_and(|buffer| !arena.owns(buffer) && !owner.owns_window(buffer));
-            let checked = geometry.check(request.op, request.offset, request.length, buffer.as_ref());
-            if let Err(error) = if foreign { Err(BlockError::Invalid) } else { checked } {
-                owner.deliver(Completion { user: request.user, result: Err(error), buffer });
-                note_owner(&mut self.scratch.to_wake, owner);
-                continue;
-            }
-            let payload = match (&buffer, request.op) {
-                (Some(buffer), BlockOp::Write) => {
-                    Some(Payload { iova: buffer.iova(), length: request.length, direction: Direction::Out })
-                }
-                (Some(buffer), op) if has_payload(op) => {
-                    Some(Payload { iova: buffer.iova(), length: request.length, direction: Direction::In })
-                }
-                _ => None,
-            };
-            owner.in_flight.fetch_add(1, Ordering::Relaxed);
-            let entry = Entry { owner: Arc::clone(owner), user: request.user, op: request.op, buffer, guard };
-            let token = self.ledger.insert(entry, since);
-            let flags = if request.flags.may_unmap { words::FLAG_UNMAP } else { 0 };
-            words::push_request(
-                &mut self.scratch.requests,
-                token,
-                request.op,
-                flags,
-                request.offset,
-                u64::from(request.length),
-            );
-            self.scratch.expected.push(Expected { token, payload });
-        }
-        (taken, None)
     }
 
     /// One crossing for what [`Inside::enter`] took; checks every word of the answer and puts the chains on the ring.
@@ -275,18 +218,20 @@ impl Inside {
         }
         while count < MAX_BATCH {
             let Some(ring) = &mut self.ring else { break };
-            match ring.pop() {
-                Ok(Some(used)) => {
+            match ring.pop_but(self.ordinary.as_ref()) {
+                Ok(Popped::Ordinary(token)) => {
                     count += 1;
-                    if self.is_ordinary(&used) {
-                        self.answer(used.token, Ok(()), sink);
-                    } else if cross {
+                    self.answer(token, Ok(()), sink);
+                }
+                Ok(Popped::Other(used)) => {
+                    count += 1;
+                    if cross {
                         self.ask(&used);
                     } else {
                         self.unjudged.push_back(used);
                     }
                 }
-                Ok(None) => break,
+                Ok(Popped::Nothing) => break,
                 Err(broken) => {
                     self.device_fault = Some(broken);
                     fault = Some(LaneFault::Device(broken));
@@ -298,11 +243,6 @@ impl Inside {
             fault.get_or_insert(guest);
         }
         (count, fault)
-    }
-
-    /// Whether it is the response that the driver declared to be an ordinary success, which needs no call.
-    fn is_ordinary(&self, used: &Used) -> bool {
-        used.written == used.offered && self.ordinary.as_deref() == Some(used.status())
     }
 
     /// Puts a response on the list that the driver is asked about next.
@@ -368,16 +308,18 @@ impl Inside {
 
     /// The one place where an operation ends: the ledger forgets it, its client gets the answer, the gate counts it out.
     pub(super) fn answer(&mut self, token: u32, result: Result<(), BlockError>, sink: &mut Sink<'_>) {
-        let Some(Entry { owner, user, buffer, guard, .. }) = self.ledger.remove(token) else { return };
-        let completion = Completion { user, result, buffer };
-        owner.in_flight.fetch_sub(1, Ordering::Release);
+        let Some((Entry { answer: mut completion, guard, .. }, holder)) = self.ledger.remove(token) else { return };
+        let Some(owner) = self.ledger.handle(holder) else { return };
+        completion.result = result;
+        owner.count_out();
         match sink.me {
-            Some(me) if Arc::ptr_eq(me, &owner) => sink.out.push(completion),
+            Some(me) if Arc::ptr_eq(me, owner) => sink.out.push(completion),
             _ => {
                 owner.deliver(completion);
-                note_owner(&mut self.scratch.to_wake, &owner);
+                note_owner(&mut self.scratch.to_wake, owner);
             }
         }
+        self.ledger.release(holder);
         drop(guard);
     }
 

@@ -17,6 +17,7 @@ use cofferdam_process_tests::wait::{PATIENCE, until_true};
 
 use crate::cell::Report;
 use crate::growth::Holdings;
+use crate::shell::data::{DataClient, socket_beside};
 use crate::shell::plan::{Entry, Plan, Situation, plan};
 use crate::shell::scene::{Scene, View, device};
 use crate::sleeper;
@@ -110,12 +111,16 @@ fn settle(pid: &str, before: &Holdings, retired: u64) -> Vec<String> {
 /// What is made once is made before the first look.
 fn warm_up(daemon: &Daemon) {
     let sim = Backend::sim(&device(Situation::Idle));
-    let socket = daemon.serve(&sim.address(), NAME, &["--queues", "2"]);
+    let data = daemon.path("warm-up.data");
+    let port = format!("data:{}", data.display());
+    let socket = daemon.serve(&sim.address(), NAME, &["--queues", "2", "--port", &port]);
     let clients = [0; 3].map(|_| Client::new(&socket));
     for mut client in clients {
         assert_eq!(client.write(0, &[1; 512]), 0);
     }
+    let mapped = DataClient::start(&data).expect("the warm-up's data client is served");
     daemon.unload(NAME, &[]).assert_clean();
+    mapped.end().expect("the warm-up's data client is told");
 }
 
 /// What `load` and `run` are told, beside device and port.
@@ -129,6 +134,13 @@ fn arguments(entry: Entry, situation: Situation, sleeper: &Path) -> (PathBuf, Ve
     }
 }
 
+/// Both ports are there in every cell, whoever comes to them.
+fn ports(socket: &Path) -> [String; 4] {
+    let port = "--port".to_owned();
+    let data = socket_beside(socket);
+    [port.clone(), format!("nbd:{}", socket.display()), port, format!("data:{}", data.display())]
+}
+
 /// Loads, and brings the situation about.
 fn set(
     daemon: &Daemon,
@@ -138,9 +150,11 @@ fn set(
 ) -> anyhow::Result<(Backend, Scene, PathBuf)> {
     let backend = Backend::sim(&device(situation));
     let socket = daemon.path("disk.nbd");
-    let port = format!("nbd:{}", socket.display());
+    let ports = ports(&socket);
     let (driver, more) = arguments(entry, situation, sleeper);
-    daemon.load(&driver, &backend.address(), NAME, &[&["--port", &port][..], &more].concat()).expect(0);
+    daemon
+        .load(&driver, &backend.address(), NAME, &[&ports.each_ref().map(String::as_str)[..], &more].concat())
+        .expect(0);
     let status = || daemon.binding(NAME).unwrap_or_default();
     let view = View { pid: daemon.process.pid(), status: Some(&status) };
     let scene = Scene::set(situation, &socket, &backend, &view)?;
@@ -187,7 +201,7 @@ fn with_daemon(
     };
     let took = begin.elapsed();
     ensure!(daemon.binding(NAME).is_none(), "it is still listed");
-    ensure!(!socket.exists(), "the port's socket is still there");
+    ensure!(!socket.exists() && !socket_beside(&socket).exists(), "a port's socket is still there");
     daemon.run(&["unload", NAME]).expect_error(3, &["no binding is called"]);
     if let Some(mut client) = by_entry {
         // The command that ended the guest is not answered well.
@@ -236,7 +250,7 @@ fn sigterm(
     let took = begin.elapsed();
     ended_well(&ended)?;
     ensure!(ended.code == Some(0), "exit code {:?}: {}", ended.code, ended.stderr);
-    ensure!(!socket.exists(), "the port's socket is still there");
+    ensure!(!socket.exists() && !socket_beside(&socket).exists(), "a port's socket is still there");
     scene.end()?;
     let _ = events.end_within(Duration::from_secs(5)).context("'events --follow' outlives its daemon")?;
     // The daemon has nobody to give a certificate to: its log line has the same facts.
@@ -268,9 +282,10 @@ fn foreground(entry: Entry, situation: Situation, plan: &Plan) -> anyhow::Result
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("disk.nbd");
     let (driver, more) = arguments(entry, situation, Path::new(""));
-    let (driver, port) = (text(&driver), format!("nbd:{}", socket.display()));
-    let fixed = ["run", &driver, "--device", &backend.address(), "--port", &port, "--name", NAME, "--json"];
-    let mut process = Process::start(&mut command(&[&fixed[..], &more].concat()));
+    let (driver, ports, address) = (text(&driver), ports(&socket), backend.address());
+    let fixed = ["run", &driver, "--device", &address, "--name", NAME, "--json"];
+    let ports = ports.each_ref().map(String::as_str);
+    let mut process = Process::start(&mut command(&[&fixed[..], &ports, &more].concat()));
     process.wait_stdout("\"serving\"");
     let scene = Scene::set(situation, &socket, &backend, &View { pid: process.pid(), status: None })?;
     let begin = Instant::now();
@@ -283,7 +298,7 @@ fn foreground(entry: Entry, situation: Situation, plan: &Plan) -> anyhow::Result
     let took = begin.elapsed();
     ended_well(&ended)?;
     ensure!(ended.code == Some(0), "exit code {:?}: {}", ended.code, ended.stderr);
-    ensure!(!socket.exists(), "the port's socket is still there");
+    ensure!(!socket.exists() && !socket_beside(&socket).exists(), "a port's socket is still there");
     scene.end()?;
     let last = ended.stdout.lines().last().context("no document on stdout")?;
     let mut document: serde_json::Value = serde_json::from_str(last)?;

@@ -35,6 +35,8 @@ pub enum Situation {
     Idle,
     /// fio at depth 32, which checks what it reads.
     Fio,
+    /// A client shares memory with the device and has requests in it.
+    Mapped,
     /// The driver loops.
     Stuck,
     /// The driver sleeps in a host call.
@@ -84,9 +86,10 @@ impl Entry {
 
 impl Situation {
     /// All, in the order of the table.
-    pub const ALL: [Situation; 8] = [
+    pub const ALL: [Situation; 9] = [
         Situation::Idle,
         Situation::Fio,
+        Situation::Mapped,
         Situation::Stuck,
         Situation::Asleep,
         Situation::Hung,
@@ -130,6 +133,7 @@ impl fmt::Display for Situation {
         f.write_str(match self {
             Situation::Idle => "idle",
             Situation::Fio => "fio-depth-32",
+            Situation::Mapped => "mapped-buffers",
             Situation::Stuck => "driver-loops",
             Situation::Asleep => "driver-sleeps",
             Situation::Hung => "backend-stopped",

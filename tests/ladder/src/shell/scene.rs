@@ -12,6 +12,7 @@ use cofferdam_process_tests::process::Process;
 use cofferdam_process_tests::wait::until_true;
 
 use crate::scene::answers_then_end;
+use crate::shell::data::{DataClient, socket_beside};
 use crate::shell::plan::Situation;
 use crate::stage::command_offset;
 
@@ -53,14 +54,15 @@ pub struct Scene {
     /// Requests that were sent over it and not answered when the situation was there.
     sent: usize,
     fio: Option<Process>,
+    data: Option<DataClient>,
 }
 
 /// Arguments of the device that the situation needs.
 #[must_use]
 pub fn device(situation: Situation) -> Vec<&'static str> {
     let mut arguments = vec!["--memory", "16M", "--queues", "2"];
-    if situation == Situation::Fio {
-        // So that fio's depth is with the device when the entry comes.
+    if matches!(situation, Situation::Fio | Situation::Mapped) {
+        // So that the client's depth is with the device when the entry comes.
         arguments.extend(["--fault", "slow:1..4"]);
     }
     if situation == Situation::Lying {
@@ -78,7 +80,7 @@ pub fn device(situation: Situation) -> Vec<&'static str> {
 impl Scene {
     /// Brings the situation about on the first connection, whose lane is then the first.
     pub fn set(situation: Situation, socket: &Path, device: &Backend, view: &View<'_>) -> anyhow::Result<Scene> {
-        let mut scene = Scene { connection: None, sent: 0, fio: None };
+        let mut scene = Scene { connection: None, sent: 0, fio: None, data: None };
         if situation == Situation::Fio {
             scene.fio = Some(fio(socket));
             until_true("fio is at depth", || match view.status {
@@ -92,9 +94,13 @@ impl Scene {
             });
             return Ok(scene);
         }
+        if situation == Situation::Mapped {
+            scene.data = Some(DataClient::start(&socket_beside(socket))?);
+            return Ok(scene);
+        }
         let mut client = Client::new(socket);
         match situation {
-            Situation::Idle | Situation::Fio => ensure!(client.write(0, &[1; 512]) == 0, "a write"),
+            Situation::Idle | Situation::Fio | Situation::Mapped => ensure!(client.write(0, &[1; 512]) == 0, "a write"),
             Situation::Stuck => {
                 client.send_write(command_offset("loop")?, &[0; 4096])?;
                 scene.sent = 1;
@@ -154,6 +160,9 @@ impl Scene {
     pub fn end(mut self) -> anyhow::Result<()> {
         if let Some(connection) = &mut self.connection {
             answers_then_end(connection, self.sent)?;
+        }
+        if let Some(data) = self.data.take() {
+            data.end()?;
         }
         if let Some(mut fio) = self.fio.take() {
             let ended = fio.end_within(Duration::from_secs(10)).context("fio goes on")?;

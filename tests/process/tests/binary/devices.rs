@@ -120,9 +120,8 @@ fn a_device_that_dies_in_traffic_takes_its_binding_down_and_nothing_else() {
 #[track_caller]
 fn left_by_itself(daemon: &Daemon, name: &str, reason: &str) {
     daemon.wait_gone(name);
-    let log = daemon.process.stderr();
-    let fault = log.lines().find(|line| line.contains("binding failed") && line.contains(&format!("\"{name}\"")));
-    assert!(fault.is_some_and(|line| line.contains(reason)), "no {reason:?} for {name}: {fault:?}");
+    let fault = daemon.logged(&["binding failed", &format!("\"{name}\"")]);
+    assert!(fault.contains(reason), "no {reason:?} for {name}: {fault}");
 }
 
 #[test]
@@ -189,4 +188,21 @@ fn an_error_of_the_device_is_the_clients_error_and_nothing_more() {
     assert_eq!(errors, [None, Some(5), None, None]);
     until_true("it is answered", || daemon.binding("disk").is_some_and(|binding| binding["requests_in_flight"] == 0));
     daemon.unload("disk", &[]).assert_clean();
+}
+
+/// The ladder gives the device up itself, and whoever watches the device must not take the hang-up for a loss.
+#[test]
+fn an_ordinary_unload_is_no_loss_of_the_device() {
+    let daemon = Daemon::start();
+    let sim = Backend::sim(&["--memory", "16M"]);
+    for round in 0..40 {
+        daemon.serve(&sim.address(), "disk", &[]);
+        daemon.unload("disk", &[]).assert_clean();
+        // Nor is there a certificate that nobody has been given.
+        let again = daemon.run(&["unload", "disk"]);
+        assert_eq!(again.code, Some(3), "round {round}: {}", again.stdout);
+    }
+    let ended = daemon.stop(PATIENCE);
+    let losses: Vec<_> = ended.stderr.lines().filter(|line| line.contains("device lost")).collect();
+    assert!(losses.is_empty(), "losses of a device that nobody has lost: {losses:?}");
 }

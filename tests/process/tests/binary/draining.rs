@@ -1,6 +1,6 @@
 //! Unloads that meet a hung device: deadlines, resumption, force; and what else `unload` answers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam_process_tests::backend::Backend;
 use cofferdam_process_tests::certificate::Certificate;
@@ -8,7 +8,10 @@ use cofferdam_process_tests::host::{Daemon, text};
 use cofferdam_process_tests::nbd::{Client, Command, ESHUTDOWN};
 use cofferdam_process_tests::process::{Ended, Process};
 use cofferdam_process_tests::programs;
+use cofferdam_process_tests::wait::{until, until_true};
 use serde_json::Value;
+
+use crate::why::looping;
 
 /// One write that the device has and does not answer, because it is stopped.
 pub(crate) fn frozen(daemon: &Daemon) -> (Backend, Client) {
@@ -42,7 +45,11 @@ pub(crate) fn error(ended: &Ended) -> Value {
 fn an_unload_that_meets_its_deadline_says_what_it_waits_for_and_stays_draining() {
     let daemon = Daemon::start();
     let (sim, mut client) = frozen(&daemon);
-    let error = unload_too_early(&daemon);
+    // On a busy machine the answer may come from somebody who has no certificate.
+    let error = until("the unload itself answers", || {
+        let error = unload_too_early(&daemon);
+        error["so_far"].is_object().then_some(error)
+    });
     assert_eq!(error["code"], "still-draining");
     let message = error["message"].as_str().unwrap_or_default();
     for word in ["'disk'", "1 request on the ring", &sim.address(), "unload again", "--force"] {
@@ -64,6 +71,57 @@ fn an_unload_that_meets_its_deadline_says_what_it_waits_for_and_stays_draining()
     daemon.load(&programs::driver(), &sim.address(), "other", &[]).expect_error(1, &["claimed"]);
 }
 
+/// How much later than its deadline a command may end: 200 ms are the daemon's, the rest is that of a busy machine.
+const LATE: Duration = Duration::from_secs(2);
+
+#[test]
+fn an_unload_and_a_revocation_end_by_their_deadline_in_the_middle_of_a_call_that_does_not() {
+    let daemon = Daemon::start();
+    let (_sim, _client) = looping(&daemon);
+    let id = daemon.binding("disk").expect("it serves")["handles"][0]["id"].to_string();
+    let deadline = Duration::from_millis(300);
+    let revoke = daemon.run(&["revoke", "disk", &id, "--deadline", "300ms", "--json"]).expect(4);
+    assert!((deadline..deadline + LATE).contains(&revoke.took), "{:?}", revoke.took);
+    assert_eq!(error(&revoke)["code"], "still-draining");
+    for _ in 0..2 {
+        let unload = daemon.run(&["unload", "disk", "--deadline", "300ms", "--explain", "--json"]).expect(4);
+        assert!((deadline..deadline + LATE).contains(&unload.took), "{:?}", unload.took);
+        let explanation = &error(&unload)["explanation"];
+        assert_eq!(explanation["phase"], "draining", "{explanation}");
+        assert_eq!(explanation["calls"][0]["export"], "submit", "{explanation}");
+    }
+    assert_eq!(daemon.unload("disk", &["--force"]).outcome(), "forced");
+}
+
+#[test]
+fn an_unload_ends_by_its_deadline_when_an_answer_of_the_device_brings_the_driver_into_a_loop() {
+    let daemon = Daemon::start();
+    let sim = Backend::sim(&["--memory", "16M"]);
+    let socket = daemon.path("disk.nbd");
+    let (port, driver) = (format!("nbd:{}", socket.display()), programs::test_driver("loop-complete"));
+    daemon.load(&driver, &sim.address(), "disk", &["--port", &port, "--call-deadline-ms", "60000"]).expect(0);
+    sim.freeze();
+    let mut client = Client::new(&socket);
+    client.send_write(0, &[1; 4096]).expect("sent");
+    daemon.wait_in_flight("disk", 1);
+    // Without a port there is no client's thread to take the device's answers: the host's own bring them to the driver, which is in a loop from then on.
+    daemon.run(&["port", "detach", "disk", &port]).expect(0);
+    // Shorter than the time after which it explains itself in between.
+    let deadline = Duration::from_millis(800);
+    let begin = Instant::now();
+    let arguments = ["unload", "disk", "--deadline", "800ms", "--explain", "--json"];
+    let mut unload = Process::start(&mut daemon.command(&arguments));
+    until_true("it drains", || daemon.binding("disk").is_some_and(|binding| binding["state"] == "draining"));
+    sim.thaw();
+    let ended = unload.end(deadline + LATE).expect(4);
+    assert!(begin.elapsed() >= deadline);
+    let error = error(&ended);
+    assert_eq!(error["code"], "still-draining");
+    assert_eq!(error["explanation"]["calls"][0]["export"], "complete", "{error}");
+    assert_eq!(daemon.unload("disk", &["--force"]).outcome(), "forced");
+    daemon.stop(Duration::from_secs(5));
+}
+
 #[test]
 fn a_second_unload_completes_once_the_device_goes_on() {
     let daemon = Daemon::start();
@@ -83,9 +141,7 @@ fn an_unload_that_waits_completes_when_the_device_goes_on() {
     let daemon = Daemon::start();
     let (sim, client) = frozen(&daemon);
     let mut unload = Process::start(&mut daemon.command(&["unload", "disk", "--json", "--deadline", "60s"]));
-    cofferdam_process_tests::wait::until_true("it drains", || {
-        daemon.binding("disk").is_some_and(|binding| binding["state"] == "draining")
-    });
+    until_true("it drains", || daemon.binding("disk").is_some_and(|binding| binding["state"] == "draining"));
     assert!(unload.is_running());
     sim.thaw();
     Certificate::parse(unload.end(Duration::from_secs(10)).expect(0).json()).assert_clean();
@@ -180,6 +236,8 @@ fn inspect_and_ls_show_a_binding_and_its_handles() {
     }
     let file = daemon.run(&["inspect", &text(&programs::driver()), "--json"]).expect(0).json();
     assert_eq!(file["service"], "block", "{file}");
+    let limits = &file["limits"];
+    assert_eq!((&limits["mapped_handles"], &limits["mapped_bytes"]), (&16.into(), &(256 << 20).into()), "{limits}");
     assert!(
         file["imports"].as_array().is_some_and(|imports| imports.iter().all(|import| import["kind"] == "capability")),
         "{file}"

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cofferdam_process_tests::backend::Backend;
 use cofferdam_process_tests::host::Daemon;
-use cofferdam_process_tests::process::{Process, Signal};
+use cofferdam_process_tests::process::{Process, Signal, Unread};
 use cofferdam_process_tests::programs;
 use cofferdam_process_tests::wait::{PATIENCE, until, until_true};
 use serde_json::Value;
@@ -37,15 +37,15 @@ fn assert_complete(records: &[Value]) {
     }
 }
 
-/// A load that fails in the middle, which is a dozen records; with more than the log keeps at the end.
-fn flood(daemon: &Daemon, device: &str) {
+/// At least so many records: a load that fails in the middle is a dozen.
+pub(crate) fn flood(daemon: &Daemon, device: &str, records: u64) {
     let driver = programs::test_driver("not-mine");
     let body = serde_json::json!({
         "driver": driver, "device": device, "ports": [], "name": "flood", "queues": 1, "allow": [], "pinned": false,
         "memory_mib": 1, "call_deadline_ms": 1000, "arena_mib": 4, "ring_entries": 16, "requests": 16, "handles": 16,
     });
     let begin = newest(daemon);
-    while newest(daemon) < begin + 7000 {
+    while newest(daemon) < begin + records {
         for _ in 0..50 {
             let (status, document) = call(&daemon.socket(), "POST", "/v1/bindings", &body.to_string());
             assert_eq!((status, document["code"].as_str()), (422, Some("failed")), "{document}");
@@ -155,7 +155,8 @@ fn a_follower_that_stops_reading_holds_up_nobody_and_is_told_of_the_gap() {
     follower.signal(Signal::STOP);
     text.signal(Signal::STOP);
     daemon.unload("before", &[]).assert_clean();
-    flood(&daemon, &sim.address());
+    // More than the log keeps.
+    flood(&daemon, &sim.address(), 7000);
     daemon.serve(&sim.address(), "after", &[]);
     follower.signal(Signal::CONT);
     text.signal(Signal::CONT);
@@ -170,26 +171,12 @@ fn a_follower_that_stops_reading_holds_up_nobody_and_is_told_of_the_gap() {
 
     // Nor does a stdout that nobody reads hold up Ctrl-C.
     let mut blocked = daemon.command(&["events", "--follow", "--json"]);
-    let mut blocked = Ended(blocked.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts"));
-    blocked.0.stdout.as_mut().expect("a pipe").read_exact(&mut [0; 1]).expect("it writes");
-    send(blocked.0.id(), "-INT");
-    let ended = until("it ends", || blocked.0.try_wait().expect("its own child"));
-    assert_eq!(ended.code(), Some(0));
+    let mut blocked = Unread::start(blocked.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()));
+    let mut stdout = blocked.stdout().expect("a pipe");
+    stdout.read_exact(&mut [0; 1]).expect("it writes");
+    blocked.signal(Signal::INT);
+    assert_eq!(blocked.end(PATIENCE).code(), Some(0));
     daemon.stop(Duration::from_secs(5));
-}
-
-/// A child that a failing test takes with it.
-struct Ended(std::process::Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn send(pid: u32, signal: &str) {
-    Process::run(Command::new("kill").args([signal, &pid.to_string()])).expect(0);
 }
 
 #[test]

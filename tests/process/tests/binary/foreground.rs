@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use cofferdam_process_tests::backend::Backend;
 use cofferdam_process_tests::certificate::Certificate;
+use cofferdam_process_tests::fake::{Fake, Pretence};
 use cofferdam_process_tests::host::{command, text};
 use cofferdam_process_tests::nbd::{Client, Command, EINVAL};
 use cofferdam_process_tests::process::{Process, Signal};
 use cofferdam_process_tests::programs;
-use cofferdam_process_tests::wait::PATIENCE;
+use cofferdam_process_tests::wait::{PATIENCE, until_true};
 use tempfile::TempDir;
 
 /// `cofferdam run`, serving.
@@ -127,6 +128,21 @@ fn run_ends_by_itself_with_an_error_and_its_certificate_when_the_device_dies() {
     certificate.assert_clean();
     assert_eq!(certificate.outcome(), "removed");
     client.assert_closed();
+}
+
+#[test]
+fn ctrl_c_during_a_load_calls_it_off() {
+    for signal in [Signal::INT, Signal::TERM] {
+        let fake = Fake::start(Pretence::Block);
+        let driver = text(&programs::test_driver("loop-attach"));
+        let arguments = ["run", &driver, "--device", &fake.address(), "--call-deadline-ms", "60000", "--json"];
+        let mut run = Process::start(&mut command(&arguments));
+        // From here on it connects, compiles, and is in a loop of the driver that nothing else ends for a minute.
+        until_true("the device is asked", || fake.messages() > 0);
+        run.signal(signal);
+        let ended = run.end(Duration::from_secs(10)).expect_error(1, &["interrupted while it was loading"]);
+        assert_eq!(ended.stdout, "", "it never served");
+    }
 }
 
 #[test]

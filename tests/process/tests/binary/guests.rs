@@ -187,15 +187,11 @@ fn a_guest_that_fails_in_traffic_takes_its_binding_down_by_itself_and_says_why()
             assert!(use_up(&socket).is_err(), "{name} served 128 rounds");
             daemon.wait_gone(name);
             assert!(!socket.exists(), "{name}");
-            let log = daemon.process.stderr();
-            let lines = || log.lines().filter(|line| line.contains(&format!("binding=\"{name}\"")));
-            let fault = lines().find(|line| line.contains("binding failed"));
-            assert!(
-                fault.is_some_and(|line| line.contains(reason)),
-                "no {reason:?} in the reason of {name}: {fault:?}"
-            );
-            let end = lines().find(|line| line.contains("outcome=Failed"));
-            assert!(end.is_some_and(|line| line.contains("clean=true leaked_bytes=0")), "{name}: {end:?}");
+            let binding = format!("binding=\"{name}\"");
+            let fault = daemon.logged(&[&binding, "binding failed"]);
+            assert!(fault.contains(reason), "no {reason:?} in the reason of {name}: {fault}");
+            let end = daemon.logged(&[&binding, "outcome=Failed"]);
+            assert!(end.contains("clean=true leaked_bytes=0"), "{name}: {end}");
         }
         let socket = daemon.serve(&sim.address(), "disk", &[]);
         assert_eq!(use_up(&socket), Ok(()));
@@ -215,6 +211,7 @@ fn a_guest_that_is_only_a_nuisance_serves_and_unloads() {
             daemon.unload(name, &[]).assert_clean();
         }
         // 9,000 of a flood's lines are counted, not written (DESIGN section 9); a guest's line ends where the log's does.
+        daemon.logged(&["binding=\"trap-config-changed\"", "outcome=Unloaded"]);
         let log = daemon.process.stderr();
         let lines = log.lines().filter(|line| line.contains("flood-log")).count();
         assert!(lines < 20_000, "{lines} lines of a flood are in the log");

@@ -51,7 +51,7 @@ fn wait_stage(daemon: &Daemon, stage: &str) {
 }
 
 /// A driver in an endless loop that nothing interrupts for a minute, with the client that brought it about.
-fn looping(daemon: &Daemon) -> (Backend, Client) {
+pub(crate) fn looping(daemon: &Daemon) -> (Backend, Client) {
     let sim = Backend::sim(&["--memory", "16M"]);
     let socket = daemon.path("disk.nbd");
     let port = format!("nbd:{}", socket.display());

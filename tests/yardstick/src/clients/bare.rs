@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | poll | reads the used index until it moves; never asks for a call |
 //! | event | asks for a call at the next answer and sleeps |
-//! | adaptive | looks for [`SPIN`], then asks for a call when half of what is in flight is answered, and sleeps |
+//! | adaptive | looks for `SPIN`, then asks for a call when half of what is in flight is answered, and sleeps |
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;

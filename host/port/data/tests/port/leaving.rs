@@ -145,17 +145,14 @@ fn a_client_that_keeps_its_rings_moving_is_cut_off() {
     served.finish();
 }
 
-/// It is about the least time: a machine that is busy only adds to it.
 #[test]
 fn shutdown_with_nobody_there_waits_for_nothing() {
-    let least = (0..20).map(|_| {
+    once_within(Duration::from_millis(1), || {
         let mut served = Served::ordinary();
         let start = Instant::now();
         assert_eq!(served.shutdown(GRACE), PortReport { connections: 0, severed: 0 });
         start.elapsed()
     });
-    let least = least.min().expect("there were some");
-    assert!(least < Duration::from_millis(1), "{least:?}");
 }
 
 #[test]
