@@ -300,7 +300,7 @@ fn a_backend_in_this_process_is_never_taken_for_gone() {
     let mut device = started(&fake);
     assert_eq!(device.backend_pid(), None);
     let why = reason(device.quiesce(2, Instant::now()));
-    assert!(why.contains("2 requests") && why.contains("this process"), "{why}");
+    assert!(why.contains("the backend has: 2") && why.contains("this process"), "{why}");
     assert_eq!(device.quiesce(0, Instant::now() + PATIENCE), Silence::Confirmed);
     device.release();
     fake.join();
