@@ -14,6 +14,7 @@
 //! departed   how bindings that are gone have ended
 //! device     the capability a driver sees during attach, over a bus's transport
 //! ports      what makes the service reachable, attached and detached on their own
+//! threads    the threads of a port, waited for with a bound
 //! events     what happened, in order
 //! residue    looks up what a binding left behind, for the certificate
 //! watch      the thread that notices lost devices and faulty drivers
@@ -42,6 +43,7 @@ mod ports;
 mod registry;
 mod residue;
 mod status;
+mod threads;
 mod watch;
 
 pub use binding::{Binding, RevokeReport};
@@ -57,6 +59,7 @@ pub use manager::{Config, Manager};
 pub use mapped::{MapError, Mapped, MappedUse};
 pub use ports::{Port, PortReport};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
+pub use threads::{PortThreads, ThreadsEnded};
 
 pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;

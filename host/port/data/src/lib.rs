@@ -5,7 +5,7 @@
 //! that no honest client can write ends that client, and no client can make the host wait, grow or spend more on it than one thread's share of time.
 //!
 //! ```text
-//! port        the manager's view: start, address, shutdown; the accepting thread          threads
+//! port        the manager's view: start, address, shutdown; the accepting thread
 //!   listen      the socket and its file, who may connect          address, options, error, shared
 //!   peer        one thread per client: hello, then serve, then the end          welcome  socket
 //!     session     the rings' host side, without any socket: take, submit, answer
@@ -36,7 +36,6 @@ pub mod service;
 mod session;
 mod shared;
 mod socket;
-mod threads;
 mod welcome;
 
 pub use address::DataAddress;

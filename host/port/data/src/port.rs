@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use cofferdam_client::wire::Refusal;
@@ -12,10 +13,9 @@ use crate::error::DataError;
 use crate::listen::{Arrival, Listener};
 use crate::options::DataOptions;
 use crate::peer::Peer;
-use crate::service::{Notify, Port, PortReport, Service};
+use crate::service::{Notify, Port, PortReport, PortThreads, Service};
 use crate::shared::{End, Shared};
 use crate::socket::send;
-use crate::threads::Threads;
 use crate::welcome::refused;
 
 /// How long the acceptor rests when the system has no descriptor left for a client.
@@ -24,10 +24,17 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// 100 ms (DESIGN section 9); one that does not within this is left behind.
 const OVERRUN: Duration = Duration::from_millis(400);
 
+/// A thread here needs little: no recursion, no buffers of its own.
+const STACK_BYTES: usize = 256 * 1024;
+
+fn thread(name: &str) -> Builder {
+    Builder::new().name(name.to_owned()).stack_size(STACK_BYTES)
+}
+
 /// The clients' threads, and their notifies to tell them of the shutdown.
 #[derive(Default)]
 struct Clients {
-    threads: Threads,
+    threads: PortThreads,
     notifies: Vec<Weak<Notify>>,
 }
 
@@ -37,7 +44,7 @@ struct Clients {
 pub struct DataPort<S: Service> {
     shared: Arc<Shared<S>>,
     stop: Arc<Notify>,
-    acceptor: Threads,
+    acceptor: PortThreads,
     clients: Arc<Mutex<Clients>>,
     over: bool,
 }
@@ -64,12 +71,12 @@ impl<S: Service> DataPort<S> {
         let mut port = DataPort {
             shared: Arc::clone(&shared),
             stop: Arc::clone(&stop),
-            acceptor: Threads::default(),
+            acceptor: PortThreads::default(),
             clients: Arc::clone(&clients),
             over: false,
         };
         port.acceptor
-            .spawn("data-accept".to_owned(), move || accept(&shared, listener, &stop, &clients))
+            .spawn(thread("data-accept"), move || accept(&shared, listener, &stop, &clients))
             .map_err(|source| DataError::Io { what: "starting a thread", source })?;
         tracing::info!(port = %port.shared.address, binding = port.shared.service.name(), "listening");
         Ok(port)
@@ -99,15 +106,15 @@ impl<S: Service> DataPort<S> {
         let mut clients = std::mem::take(&mut *self.clients.lock().unwrap_or_else(PoisonError::into_inner));
         clients.notifies.iter().filter_map(Weak::upgrade).for_each(|notify| notify.signal());
         let of_clients = clients.threads.end(at + OVERRUN);
-        ended.left_behind += of_clients.left_behind;
+        ended.left_behind.extend(of_clients.left_behind);
         ended.panicked += of_clients.panicked;
-        if ended.left_behind > 0 {
-            tracing::error!(port = %self.shared.address, threads = ended.left_behind, "threads of the port are held up; they are left behind");
+        if !ended.left_behind.is_empty() {
+            tracing::error!(port = %self.shared.address, threads = ended.left_behind.len(), "threads of the port are held up; they are left behind");
         }
         if ended.panicked > 0 {
             tracing::error!(port = %self.shared.address, threads = ended.panicked, "threads of the port had panicked");
         }
-        let severed = self.shared.severed.load(Ordering::Relaxed) + ended.left_behind as u64;
+        let severed = self.shared.severed.load(Ordering::Relaxed) + ended.left_behind.len() as u64;
         PortReport { connections, severed }
     }
 }
@@ -190,7 +197,7 @@ fn admit<S: Service>(shared: &Arc<Shared<S>>, arrival: Arrival, clients: &mut Cl
     shared.open.fetch_add(1, Ordering::AcqRel);
     let place = Place(Arc::clone(shared));
     let peer = Peer { shared: Arc::clone(shared), socket, peer, notify };
-    let started = clients.threads.spawn("data-client".to_owned(), move || {
+    let started = clients.threads.spawn(thread("data-client"), move || {
         // After the handle and the region are gone, so that who sees a free place finds one.
         let _place = place;
         peer.run();

@@ -4,7 +4,7 @@
 //! simple and structured replies. No TLS (a server in "NOTLS mode"), no metadata contexts.
 //!
 //! ```text
-//! port        the manager's view: start, address, shutdown; the accepting thread              threads
+//! port        the manager's view: start, address, shutdown; the accepting thread
 //!   listen      sockets: Unix or loopback TCP          address, options, error
 //!   worker      one thread per lane: epoll, polling, fairness, deadlines          shared
 //!     connection  one client: handshake, then session
@@ -56,7 +56,6 @@ mod request;
 pub mod service;
 mod session;
 mod shared;
-mod threads;
 mod wire;
 mod worker;
 

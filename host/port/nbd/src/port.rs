@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,9 +12,8 @@ use crate::address::NbdAddress;
 use crate::error::NbdError;
 use crate::listen::Listener;
 use crate::options::NbdOptions;
-use crate::service::{Notify, Port, PortReport, Service};
+use crate::service::{Notify, Port, PortReport, PortThreads, Service};
 use crate::shared::{Inbox, Shared};
-use crate::threads::Threads;
 use crate::worker::Worker;
 
 /// How long the acceptor rests when the system has no descriptor left for a client.
@@ -28,7 +28,7 @@ const OVERRUN: Duration = Duration::from_millis(400);
 pub struct NbdPort<S: Service> {
     shared: Arc<Shared<S>>,
     stop: Arc<Notify>,
-    threads: Threads,
+    threads: PortThreads,
 }
 
 impl<S: Service> std::fmt::Debug for NbdPort<S> {
@@ -51,8 +51,11 @@ impl<S: Service> NbdPort<S> {
         let eventfd = |source| NbdError::Io { what: "eventfd", source };
         let inboxes = (0..lanes).map(|_| Inbox::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(eventfd)?;
         let shared = Arc::new(Shared::new(service, options.bounded(), listener.address.clone(), inboxes));
-        let mut port =
-            NbdPort { shared: Arc::clone(&shared), stop: Notify::new().map_err(eventfd)?, threads: Threads::default() };
+        let mut port = NbdPort {
+            shared: Arc::clone(&shared),
+            stop: Notify::new().map_err(eventfd)?,
+            threads: PortThreads::default(),
+        };
         for lane in 0..lanes {
             let worker = Worker::new(Arc::clone(&shared), lane)?;
             port.spawn(format!("nbd-lane-{lane}"), move || worker.run())?;
@@ -76,7 +79,9 @@ impl<S: Service> NbdPort<S> {
     }
 
     fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<(), NbdError> {
-        self.threads.spawn(name, body).map_err(|source| NbdError::Io { what: "starting a thread", source })
+        self.threads
+            .spawn(Builder::new().name(name), body)
+            .map_err(|source| NbdError::Io { what: "starting a thread", source })
     }
 
     fn stop(&mut self, grace: Duration) -> PortReport {
