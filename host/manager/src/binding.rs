@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use cofferdam_device::{DmaArena, DmaRegion};
 use cofferdam_gate::Gate;
 use cofferdam_lifecycle::{Cause, Event, Life, Phase, Refused};
-use cofferdam_runtime::{CallView, Instance, KillSwitch, LaneId, Module};
+use cofferdam_runtime::{CallView, Instance, LaneId, Module};
 use parking_lot::Mutex;
 
 use crate::block::BlockGeometry;
@@ -54,7 +54,6 @@ pub(crate) struct Parts {
     pub(crate) lanes: Vec<Arc<Lane>>,
     pub(crate) control: Option<Instance>,
     pub(crate) module: Option<Module>,
-    pub(crate) kills: Vec<KillSwitch>,
     pub(crate) marks: Marks,
     pub(crate) progress: Progress,
 }
@@ -286,6 +285,11 @@ impl Binding {
         let view = CallView::new();
         self.calls.lock().push((lane, view.clone()));
         view
+    }
+
+    /// Has every guest end that still runs, or is about to be made. No other binding's.
+    pub(crate) fn end_guests(&self) {
+        self.calls.lock().iter().for_each(|(_, view)| view.kill());
     }
 
     /// Looks at every instance that it has or had.

@@ -78,7 +78,11 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
         tracing::info_span!("ladder", binding = binding.name(), driver = binding.driver(), device = binding.device());
     let _entered = span.enter();
     // Before anybody's turn is over: a force is heard by a run that is under way, and a load that is still at it will find that it has to roll back.
-    enter(binding, options, watch)?;
+    enter(binding, options)?;
+    if options.force && matches!(options.cause, Cause::Unload | Cause::Shutdown) {
+        binding.hurried.store(true, Ordering::Release);
+        watch.end_guests_of(binding);
+    }
     let Some(mut parts) = lock_parts(binding, &wait) else {
         binding.gate().close();
         let mut waits_for = binding.explain().waits_for;
@@ -88,7 +92,7 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
     };
     let _within = Within::enter();
     // Again: a run before this one may have given up meanwhile.
-    enter(binding, options, watch)?;
+    enter(binding, options)?;
     loop {
         let effect = binding.life().effect();
         if effect == Effect::Nothing {
@@ -115,11 +119,7 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
 }
 
 /// Tells the binding's life that somebody wants it to leave.
-fn enter(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch) -> Result<(), UnloadError> {
-    if options.force && matches!(options.cause, Cause::Unload | Cause::Shutdown) {
-        binding.hurried.store(true, Ordering::Release);
-        watch.end_guests_of(binding);
-    }
+fn enter(binding: &Binding, options: &UnloadOptions) -> Result<(), UnloadError> {
     match binding.step(Event::Leave { cause: options.cause, force: options.force }) {
         Ok(_) => Ok(()),
         Err(Refused::Pinned) => Err(UnloadError::Pinned(binding.name().to_owned())),

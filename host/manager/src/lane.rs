@@ -95,7 +95,7 @@ pub(crate) struct Lane {
     board: Arc<Board>,
     lost: Arc<AtomicU64>,
     withdrawn: Arc<AtomicBool>,
-    /// The ladder has waited for the lease once, and in vain: whoever has it is stuck, and is not waited for again.
+    /// The ladder has just waited for the lease in vain: until it gets it, it waits for no longer than [`FAIR_TURN`].
     stuck: AtomicBool,
     inside: Mutex<Inside>,
 }

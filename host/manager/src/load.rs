@@ -147,8 +147,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let attach_error = |source| LoadError::Attach { device: device.clone(), source };
     let (attachment, properties) = match (&maker, &mut native) {
         (Some(maker), _) => {
-            let (mut control, kill) = maker.make(LaneId::Control)?;
-            parts.kills.push(kill);
+            let mut control = maker.make(LaneId::Control)?;
             let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
             let properties = control.block_properties().map_err(attach_error)?;
             parts.control = Some(control);
@@ -203,8 +202,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         let setup = LaneSetup { features, state: attachment.state.clone(), queues: vec![plan.index] };
         let driver: Box<dyn BlockDriver> = match (&maker, &mut native) {
             (Some(maker), _) => {
-                let (mut driver, kill) = maker.make(LaneId::Data(number as u16))?;
-                parts.kills.push(kill);
+                let mut driver = maker.make(LaneId::Data(number as u16))?;
                 driver.start(&setup).map_err(attach_error)?;
                 Box::new(driver)
             }
@@ -262,13 +260,12 @@ struct InstanceMaker<'a> {
 }
 
 impl InstanceMaker<'_> {
-    fn make(&self, lane: LaneId) -> Result<(cofferdam_runtime::Instance, KillSwitch), LoadError> {
+    fn make(&self, lane: LaneId) -> Result<cofferdam_runtime::Instance, LoadError> {
         // Called off meanwhile: no more guest code is run for it.
         if self.binding.phase() != Phase::Loading {
             return Err(LoadError::CalledOff);
         }
-        let kill = KillSwitch::new();
-        let instance = self.module.instantiate(InstanceSpec {
+        Ok(self.module.instantiate(InstanceSpec {
             binding: self.binding.name().to_owned(),
             driver: self.binding.driver().to_owned(),
             device: self.binding.device().to_owned(),
@@ -277,10 +274,9 @@ impl InstanceMaker<'_> {
             gate: *self.binding.gate(),
             grants: self.grants.clone(),
             limits: self.limits.clone(),
-            kill: kill.clone(),
+            kill: KillSwitch::new(),
             view: self.binding.new_view(lane),
-        })?;
-        Ok((instance, kill))
+        })?)
     }
 }
 

@@ -23,7 +23,7 @@ use crate::manager::Shared;
 use crate::ports::Within;
 
 /// How long a binding that leaves by itself waits for its device before the drain is cut short.
-const SELF_DRAIN: Duration = Duration::from_secs(5);
+pub(crate) const SELF_DRAIN: Duration = Duration::from_secs(5);
 /// How soon a device that somebody else speaks to is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How often the devices of closed handles are looked at. Only while there are any.
@@ -99,9 +99,7 @@ impl Watch {
             if *at > now {
                 return true;
             }
-            for (_, view) in binding.views() {
-                view.kill();
-            }
+            binding.end_guests();
             false
         });
         ends.iter().map(|(at, _)| at.saturating_duration_since(now)).min()

@@ -206,6 +206,12 @@ fn a_pinned_binding_is_not_unloaded_and_keeps_its_memory_when_its_device_goes_aw
         assert!(matches!(&refused, UnloadError::Pinned(name) if name == "pinned"), "{refused:?}");
     }
     assert_eq!(binding.phase(), Phase::Serving, "a refusal changes nothing");
+    // Nor later: for longer than a force gives a driver.
+    let refused = Instant::now();
+    while refused.elapsed() < Duration::from_millis(400) {
+        start(&handle, BlockOp::Write, 0);
+        assert_eq!(answers(&handle, 1)[0].result, Ok(()));
+    }
     let arena_bytes = 8 << 20;
     assert!(binding.geometry().is_some());
     sim.die();

@@ -17,7 +17,7 @@ use crate::device::SharedTransport;
 use crate::events::EventKind;
 use crate::lane::LaneEnd;
 use crate::residue::Marks;
-use crate::watch::Watch;
+use crate::watch::{SELF_DRAIN, Watch};
 
 /// How long a forced run waits for a healthy device before it cuts the drain short.
 const FORCED_DRAIN: Duration = Duration::from_millis(100);
@@ -29,8 +29,6 @@ const QUIESCE_BOUND: Duration = Duration::from_millis(1000);
 const DEVICE_BUSY: Duration = Duration::from_millis(2500);
 /// Longest wait of one effect for the leases of all lanes together. The guest that holds one was interrupted before.
 const LEASES: Duration = Duration::from_millis(500);
-/// How long a binding that leaves by itself waits for its device.
-const SELF_DRAIN: Duration = Duration::from_secs(5);
 /// Why the memory of a pinned binding stays.
 const PINNED: &str = "loaded --pinned: its calls are not counted, so memory and code stay until the daemon stops";
 
@@ -47,7 +45,7 @@ pub(super) fn carry_out(
         Effect::CloseGate => (Stage::CloseGate, close_gate(binding)),
         Effect::RevokeHandles => (Stage::Revoke, revoke_handles(binding, parts)),
         Effect::Drain => (Stage::Drain, drain(binding, parts, wait)),
-        Effect::Interrupt => (Stage::Interrupt, interrupt(binding, parts)),
+        Effect::Interrupt => (Stage::Interrupt, interrupt(binding)),
         Effect::Quiesce => (Stage::Quiesce, quiesce(parts)),
         Effect::Answer => (Stage::Answer, answer(parts)),
         Effect::Abandon => (Stage::Answer, abandon(parts)),
@@ -158,11 +156,9 @@ fn sleep_until_something(devices: &[BorrowedFd<'_>], wake: Option<&Notify>, slic
 }
 
 /// Ends guest code that is still running. The flag is this binding's stores' alone.
-fn interrupt(binding: &Binding, parts: &mut Parts) -> Event {
+fn interrupt(binding: &Binding) -> Event {
     let running = binding.gate().crossings();
-    for kill in &parts.kills {
-        kill.kill();
-    }
+    binding.end_guests();
     if running > 0 {
         let bound = Instant::now() + INTERRUPT_BOUND;
         let _ = binding.gate().drain(cofferdam_gate::Drain::Crossings, Some(bound), &Cancel::new());
@@ -305,7 +301,6 @@ fn drop_code(parts: &mut Parts) -> Event {
     let kept = parts.lanes.iter().filter(|lane| !lane.drop_driver(until)).count();
     parts.control = None;
     parts.module = None;
-    parts.kills.clear();
     if kept == 0 {
         return Event::CodeDropped;
     }
@@ -323,7 +318,6 @@ fn keep_code(parts: &mut Parts) -> Event {
         std::mem::forget(control);
     }
     std::mem::forget(parts.module.take());
-    parts.kills.clear();
     parts.progress.leak(0, PINNED);
     Event::CodeKept
 }
