@@ -62,7 +62,7 @@ pub struct Stage {
     pub device: Backend,
     /// The client through which entries come that are a request.
     pub entry: Client,
-    /// The connection to the backend, to hang it up.
+    /// A second descriptor of the connection to the backend, to hang it up. It stays open until the certificate is there, which has to count it.
     connection: Option<OwnedFd>,
 }
 
@@ -182,8 +182,8 @@ impl Stage {
             }
             Entry::Killed => self.device.kill(),
             Entry::Disconnects => {
-                let socket = self.connection.take().context("the connection was kept")?;
-                rustix::net::shutdown(&socket, rustix::net::Shutdown::Both)?;
+                let socket = self.connection.as_ref().context("the connection was kept")?;
+                rustix::net::shutdown(socket, rustix::net::Shutdown::Both)?;
             }
             Entry::Trap => self.command("trap")?,
             Entry::TrapInComplete => {
@@ -246,5 +246,10 @@ impl Stage {
     pub fn certificate(&self) -> anyhow::Result<Certificate> {
         ensure!(self.manager.get(NAME).is_none(), "still registered");
         self.binding.certificate().cloned().context("no certificate")
+    }
+
+    /// Descriptors of the binding that the test itself has open.
+    pub fn own_descriptors(&self) -> u64 {
+        u64::from(self.connection.is_some())
     }
 }
