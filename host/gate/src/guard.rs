@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cells::Column;
-use crate::count::LEFT;
+use crate::count::{By, LEFT};
 use crate::gate::Gate;
 use crate::handle::Entry;
 use crate::holders::Tag;
@@ -31,7 +31,7 @@ impl Guard {
     #[inline(always)]
     #[cfg_attr(feature = "trace-holders", track_caller)]
     pub(crate) fn new(slot: &'static Slot, entry: Option<&'static Entry>) -> Guard {
-        Guard { slot, entry, tag: slot.holders.enter() }
+        Guard { slot, entry, tag: slot.holders.enter(1) }
     }
 
     /// The gate that admitted this operation.
@@ -52,8 +52,8 @@ impl Drop for Guard {
     #[inline]
     fn drop(&mut self) {
         // Before the count: after it, the gate may be anybody's.
-        self.slot.holders.leave(&self.tag);
-        self.slot.leave::<LEFT>(self.entry);
+        self.slot.holders.leave(&self.tag, 1);
+        self.slot.leave::<LEFT>(self.entry, By::One);
     }
 }
 
@@ -86,6 +86,6 @@ impl Drop for Crossing {
     #[inline]
     fn drop(&mut self) {
         inside::leave(self.gate.key());
-        self.gate.slot.leave::<{ Column::Out as usize }>(None);
+        self.gate.slot.leave::<{ Column::Out as usize }>(None, By::One);
     }
 }

@@ -6,11 +6,13 @@ use std::time::Instant;
 
 use crate::cancel::Cancel;
 use crate::cells::{Column, Pair};
+use crate::count::By;
 use crate::cpu::Row;
 use crate::drain::Drain;
 use crate::error::{DrainError, HandleError, HandleRefused};
 use crate::gate::{Gate, State};
 use crate::guard::Guard;
+use crate::guards::{Guards, MAX_BATCH};
 use crate::notify::Notify;
 use crate::order;
 use crate::slot::{PINNED, XADD, outstanding, sum};
@@ -205,11 +207,26 @@ impl Handle {
     #[inline]
     #[cfg_attr(feature = "trace-holders", track_caller)]
     pub fn admit(&self) -> Result<Guard, HandleRefused> {
-        if self.gate.enter_by(self.live) {
+        if self.gate.enter_by(self.live, By::One) {
             Ok(Guard::new(self.gate.slot, Some(self.live.entry)))
         } else {
             Err(self.refusal())
         }
+    }
+
+    /// Lets `count` calls in at once, all or none, by one look and one count. Never blocks (G6).
+    /// Zero is looked at like any other number, and if it is admitted nothing is inside.
+    ///
+    /// # Errors
+    /// As [`admit`](Handle::admit); the refusal is counted as one in the statistics.
+    ///
+    /// # Panics
+    /// When `count` is above [`MAX_BATCH`], before anything is counted.
+    #[inline]
+    #[cfg_attr(feature = "trace-holders", track_caller)]
+    pub fn admit_many(&self, count: u32) -> Result<Guards, HandleRefused> {
+        assert!(count <= MAX_BATCH, "a batch larger than MAX_BATCH");
+        if self.gate.enter_by(self.live, By::Many(count)) { Ok(Guards::new(*self, count)) } else { Err(self.refusal()) }
     }
 
     #[cold]
@@ -239,9 +256,15 @@ impl Handle {
     }
 
     /// The gate that it calls through.
+    #[inline]
     #[must_use]
     pub fn gate(&self) -> Gate {
         self.gate
+    }
+
+    #[inline]
+    pub(crate) fn entry(&self) -> &'static Entry {
+        self.live.entry
     }
 
     /// Its name by value.

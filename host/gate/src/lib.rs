@@ -75,7 +75,8 @@
 //! # Operations and crossings
 //!
 //! An *operation* lasts from admission to answer and may migrate between threads
-//! ([`Gate::admit`], [`Handle::admit`]). A *crossing* is one call into the guarded module and
+//! ([`Gate::admit`], [`Handle::admit`], and many of one handle at once:
+//! [`Handle::admit_many`]). A *crossing* is one call into the guarded module and
 //! stays on its thread ([`Gate::cross`]); it passes a closed gate, so that what was admitted can
 //! be completed. They are counted apart and drained apart.
 //!
@@ -83,9 +84,9 @@
 //!
 //! - G1: when [`Gate::hold`], [`Gate::close`] or [`Handle::revoke`] has returned, no admission
 //!   succeeds (until [`Gate::open`], for a hold).
-//! - G2: [`Gate::drain`] returns `Ok` only when every guard that was admitted has been dropped,
-//!   and sees all that was done under it.
-//! - G3: a guard may be dropped on any thread and any core.
+//! - G2: [`Gate::drain`] returns `Ok` only when every guard that was admitted has been dropped
+//!   and every operation of a batch has left, and sees all that was done under them.
+//! - G3: a guard or a batch may be dropped on any thread and any core.
 //! - G4: coming in and leaving takes no lock and no fence, and writes no cache line that another
 //!   core writes. The closer pays, by one `membarrier(2)`. Where the machine cannot do that, a
 //!   portable form is chosen once ([`mechanism`]).
@@ -124,6 +125,7 @@ mod event;
 mod eventfd;
 mod gate;
 mod guard;
+mod guards;
 mod handle;
 mod hold;
 mod holders;
@@ -154,6 +156,7 @@ pub use drain::Drain;
 pub use error::{DrainError, HandleError, HandleRefused, HoldError, Refused};
 pub use gate::{Gate, State};
 pub use guard::{Crossing, Guard};
+pub use guards::{Guards, MAX_BATCH};
 pub use handle::{DEFAULT_HANDLES, Handle, HandleId, HandleState};
 pub use hold::{Hold, Overdue};
 pub use holders::Holder;

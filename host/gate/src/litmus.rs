@@ -128,18 +128,21 @@ fn a_thread_without_rseq_is_counted_apart() {
     }
     let gate = Gate::new();
     let handle = gate.open_handle(None).expect("open");
-    let (guard, call) = std::thread::spawn(move || {
+    let (guard, call, batch) = std::thread::spawn(move || {
         assert!(unregister_rseq(), "the registration of this thread is not as expected");
         let guard = gate.admit().expect("open");
         let call = handle.admit().expect("live");
         drop(gate.cross());
         drop(gate.admit().expect("open"));
-        (guard, call)
+        let mut batch = handle.admit_many(5).expect("live");
+        batch.leave(2);
+        (guard, call, batch)
     })
     .join()
     .expect("the thread without rseq");
     let apart = gate.slot.line.at(cpu::homeless(), Column::Entered).load(Ordering::SeqCst);
-    assert_eq!((apart, gate.operations(), gate.crossings()), (2, 2, 0));
+    assert_eq!((apart, gate.operations(), gate.crossings()), (2, 5, 0));
+    assert_eq!(handle.calls(), 4);
     gate.close();
     let drainer = std::thread::spawn(move || gate.drain(Drain::Both, None, &Cancel::new()));
     std::thread::spawn(move || {
@@ -148,6 +151,7 @@ fn a_thread_without_rseq_is_counted_apart() {
         assert_eq!(gate.state(), State::Closed);
         assert!(gate.admit().is_err());
         drop(call);
+        drop(batch);
     })
     .join()
     .expect("the thread without rseq");

@@ -15,6 +15,7 @@ use loom::sync::atomic::AtomicUsize;
 use loom::sync::{Condvar, Mutex};
 
 use crate::cells::{Cells, Column, Line};
+use crate::count::By;
 use crate::slot::{PINNED, Slot, XADD};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::lock;
@@ -50,6 +51,9 @@ pub const MUTANTS: &[Mutant] = &[
     Mutant::RetireResets,
     Mutant::RetireBlindly,
     Mutant::ExpireBlindly,
+    Mutant::BatchCountsOne,
+    Mutant::BatchBacksOutOne,
+    Mutant::BatchLeavesWhole,
 ];
 
 static CHOSEN: AtomicU8 = AtomicU8::new(0);
@@ -148,7 +152,7 @@ pub(crate) mod rseq {
         Ok(())
     }
 
-    fn section<const COLUMN: usize, const N: usize>(good: impl Fn() -> bool, cells: Cells<N>) -> Outcome {
+    fn section<const COLUMN: usize, const N: usize>(good: impl Fn() -> bool, cells: Cells<N>, by: By) -> Outcome {
         let me = ME.with(Cell::get).thread;
         let plain = mutant(Mutant::NoRestart);
         let _running = (!plain).then(|| lock(&LOCKS[me]));
@@ -163,23 +167,24 @@ pub(crate) mod rseq {
         let ordering = if relaxed { Ordering::Relaxed } else { Ordering::Release };
         // One store on the machine; a read-modify-write here, because the cores of the model
         // do not keep its threads apart.
-        cells.by_number(crate::cpu::current(), COLUMN).fetch_add(1, ordering);
+        cells.by_number(crate::cpu::current(), COLUMN).fetch_add(by.number(), ordering);
         if plain {
             light();
         }
         Outcome::Counted
     }
 
-    pub(crate) fn add<const COLUMN: usize, const N: usize>(cells: Cells<N>) -> Outcome {
-        section::<COLUMN, N>(|| true, cells)
+    pub(crate) fn add<const COLUMN: usize, const N: usize>(cells: Cells<N>, by: By) -> Outcome {
+        section::<COLUMN, N>(|| true, cells, by)
     }
 
     pub(crate) fn add_if<const COLUMN: usize, const N: usize>(
         word: &AtomicU64,
         expected: u64,
         cells: Cells<N>,
+        by: By,
     ) -> Outcome {
-        section::<COLUMN, N>(|| word.load(Ordering::Acquire) == expected, cells)
+        section::<COLUMN, N>(|| word.load(Ordering::Acquire) == expected, cells, by)
     }
 
     pub(crate) fn add_if_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
@@ -187,27 +192,30 @@ pub(crate) mod rseq {
         expected: u64,
         other: &AtomicU64,
         cells: Cells<N>,
+        by: By,
     ) -> Outcome {
         let good = || word.load(Ordering::Acquire) == expected && other.load(Ordering::Acquire) & u64::from(BITS) == 0;
-        section::<COLUMN, N>(good, cells)
+        section::<COLUMN, N>(good, cells, by)
     }
 
     pub(crate) fn add_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
         word: &AtomicU64,
         cells: Cells<N>,
+        by: By,
     ) -> Outcome {
-        section::<COLUMN, N>(|| word.load(Ordering::Acquire) & u64::from(BITS) == 0, cells)
+        section::<COLUMN, N>(|| word.load(Ordering::Acquire) & u64::from(BITS) == 0, cells, by)
     }
 
     pub(crate) fn add_unless_either<const FIRST: u8, const SECOND: u8, const COLUMN: usize, const N: usize>(
         words: [&AtomicU64; 2],
         cells: Cells<N>,
+        by: By,
     ) -> Outcome {
         let good = || {
             words[0].load(Ordering::Acquire) & u64::from(FIRST) == 0
                 && words[1].load(Ordering::Acquire) & u64::from(SECOND) == 0
         };
-        section::<COLUMN, N>(good, cells)
+        section::<COLUMN, N>(good, cells, by)
     }
 }
 

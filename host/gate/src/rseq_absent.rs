@@ -2,6 +2,7 @@
 //! architecture than x86-64.
 
 use crate::cells::Cells;
+use crate::count::By;
 use crate::sync::atomic::AtomicU64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,11 +17,11 @@ pub(crate) fn prepare() -> Result<(), &'static str> {
     Err("no restartable sections for this architecture")
 }
 
-pub(crate) fn add<const COLUMN: usize, const N: usize>(_: Cells<N>) -> Outcome {
+pub(crate) fn add<const COLUMN: usize, const N: usize>(_: Cells<N>, _: By) -> Outcome {
     Outcome::Homeless
 }
 
-pub(crate) fn add_if<const COLUMN: usize, const N: usize>(_: &AtomicU64, _: u64, _: Cells<N>) -> Outcome {
+pub(crate) fn add_if<const COLUMN: usize, const N: usize>(_: &AtomicU64, _: u64, _: Cells<N>, _: By) -> Outcome {
     Outcome::Homeless
 }
 
@@ -29,17 +30,23 @@ pub(crate) fn add_if_unless<const BITS: u8, const COLUMN: usize, const N: usize>
     _: u64,
     _: &AtomicU64,
     _: Cells<N>,
+    _: By,
 ) -> Outcome {
     Outcome::Homeless
 }
 
-pub(crate) fn add_unless<const BITS: u8, const COLUMN: usize, const N: usize>(_: &AtomicU64, _: Cells<N>) -> Outcome {
+pub(crate) fn add_unless<const BITS: u8, const COLUMN: usize, const N: usize>(
+    _: &AtomicU64,
+    _: Cells<N>,
+    _: By,
+) -> Outcome {
     Outcome::Homeless
 }
 
 pub(crate) fn add_unless_either<const FIRST: u8, const SECOND: u8, const COLUMN: usize, const N: usize>(
     _: [&AtomicU64; 2],
     _: Cells<N>,
+    _: By,
 ) -> Outcome {
     Outcome::Homeless
 }

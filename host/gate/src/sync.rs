@@ -70,6 +70,12 @@ pub enum Mutant {
     RetireBlindly,
     /// The end of a hold's bound does not look whose hold it ends.
     ExpireBlindly,
+    /// A batch is let in and counted as one operation.
+    BatchCountsOne,
+    /// A batch that is refused after it was counted takes back one operation.
+    BatchBacksOutOne,
+    /// The first that leaves a batch counts all of it out.
+    BatchLeavesWhole,
 }
 
 #[cfg(not(loom))]

@@ -8,6 +8,9 @@
 //!   that the table says of each mutant every model that kills it;
 //! - any other word: only models whose name contains it.
 
+#[cfg(loom)]
+#[path = "models/batches.rs"]
+mod batches;
 #[cfg(not(loom))]
 #[path = "models/drive.rs"]
 mod program;

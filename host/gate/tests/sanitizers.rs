@@ -74,7 +74,7 @@ fn address(target: &Path) -> Result<bool, &'static str> {
     let mut command = nightly(&target.join("address"));
     command
         .args(["test", "--quiet", "--target", TARGET, "--package", "cofferdam-gate"])
-        .args(["--lib", "--test", "behaviour", "--test", "stress"])
+        .args(["--lib", "--test", "behaviour", "--test", "batch", "--test", "stress"])
         .env("RUSTFLAGS", "-Zsanitizer=address -Cunsafe-allow-abi-mismatch=sanitizer")
         // Slots are never freed, and some tests leak guards.
         .env("ASAN_OPTIONS", "detect_leaks=0");
@@ -95,7 +95,7 @@ fn thread(target: &Path, long: bool) -> Result<bool, &'static str> {
     let mut command = nightly(&target.join("thread"));
     command
         .args(["test", "--quiet", "--target", TARGET, "-Zbuild-std", "--package", "cofferdam-gate"])
-        .args(["--test", "behaviour", "--test", "stress"])
+        .args(["--test", "behaviour", "--test", "batch", "--test", "stress"])
         .env("RUSTFLAGS", "-Zsanitizer=thread")
         // It sees no inline assembly: sections would be reported as races.
         .env("COFFERDAM_GATE", "xadd");
@@ -111,7 +111,7 @@ fn miri(target: &Path, long: bool) -> Result<bool, &'static str> {
     }
     let mut command = nightly(&target.join("miri"));
     command
-        .args(["miri", "test", "--package", "cofferdam-gate", "--test", "behaviour"])
+        .args(["miri", "test", "--package", "cofferdam-gate", "--test", "behaviour", "--test", "batch"])
         .env("MIRIFLAGS", "-Zmiri-disable-isolation -Zmiri-ignore-leaks");
     Ok(passes(command))
 }

@@ -1,4 +1,4 @@
-//! Threads that come and go and change cores, guards that move between them, and a payload that
+//! Threads that come and go and change cores, guards and batches that move between them, and a payload that
 //! is poisoned when the gate says that nobody is inside: in the best form that the machine has,
 //! and once more, in a process of its own, in the portable form.
 //!
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use cofferdam_gate::{
-    Cancel, Drain, Gate, Guard, Handle, HandleRefused, MECHANISM_VARIABLE, Mechanism, Refused, mechanism,
+    Cancel, Drain, Gate, Guard, Guards, Handle, HandleRefused, MECHANISM_VARIABLE, Mechanism, Refused, mechanism,
 };
 
 fn bound() -> Duration {
@@ -55,46 +55,86 @@ fn flip_core(dice: &mut Dice) {
     let _ = rustix::thread::sched_setaffinity(None, &set);
 }
 
-/// A guard on its way to another thread, with what it guards.
-type Parcel = (Guard, Arc<Payload>);
+/// What somebody is inside by.
+enum Inside {
+    One(#[expect(dead_code, reason = "held until it is dropped")] Guard),
+    Many(Guards),
+}
 
-/// Operates until refused for good; sends some of its guards away.
+/// A guard or a batch on its way to another thread, with what it guards.
+type Parcel = (Inside, Arc<Payload>);
+
+/// Uses what is guarded; some of a batch leave, and what stays uses it again.
+fn touch(inside: &mut Inside, payload: &Payload, dice: &mut Dice) {
+    match inside {
+        Inside::One(_) => payload.touch(),
+        // Nobody of an empty batch is inside.
+        Inside::Many(guards) if guards.count() == 0 => {}
+        Inside::Many(guards) => {
+            payload.touch();
+            guards.leave(dice.below(u64::from(guards.count())) as u32);
+            payload.touch();
+        }
+    }
+}
+
+/// Operates until refused for good; sends some of its guards away, and keeps some of its batches to
+/// join them with the next.
 fn work(gate: Gate, handle: Option<Handle>, payload: &Arc<Payload>, post: &mpsc::Sender<Parcel>, mut dice: Dice) {
+    let mut kept: Option<Guards> = None;
     loop {
         if dice.below(64) == 0 {
             flip_core(&mut dice);
         }
         let admitted = match handle {
-            None => gate.admit().map_err(|refused| refused == Refused::Closed),
-            Some(handle) => handle.admit().map_err(|refused| refused == HandleRefused::Revoked),
+            None => gate.admit().map(Inside::One).map_err(|refused| refused == Refused::Closed),
+            Some(handle) if dice.below(2) == 0 => {
+                let count = dice.below(70) as u32;
+                handle.admit_many(count).map(Inside::Many).map_err(|refused| refused == HandleRefused::Revoked)
+            }
+            Some(handle) => handle.admit().map(Inside::One).map_err(|refused| refused == HandleRefused::Revoked),
         };
         match admitted {
-            Ok(guard) => {
-                payload.touch();
-                if dice.below(16) == 0 {
-                    let _ = post.send((guard, Arc::clone(payload)));
-                } else {
-                    let _crossing = (dice.below(4) == 0).then(|| gate.cross());
-                    payload.touch();
-                    drop(guard);
+            Ok(mut inside) => {
+                touch(&mut inside, payload, &mut dice);
+                match (&mut kept, inside) {
+                    (_, inside) if dice.below(16) == 0 => {
+                        let _ = post.send((inside, Arc::clone(payload)));
+                    }
+                    (None, Inside::Many(guards)) => kept = Some(guards),
+                    (Some(kept), Inside::Many(guards)) if kept.count() < 1000 => {
+                        kept.join(guards).expect("of the same handle");
+                        if kept.count() > 0 {
+                            payload.touch();
+                        }
+                    }
+                    (_, mut inside) => {
+                        let _crossing = (dice.below(4) == 0).then(|| gate.cross());
+                        touch(&mut inside, payload, &mut dice);
+                        drop(inside);
+                        kept = None;
+                    }
                 }
             }
             Err(true) => return,
-            Err(false) => std::thread::yield_now(),
+            Err(false) => {
+                kept = None;
+                std::thread::yield_now();
+            }
         }
     }
 }
 
-/// Ends guards that others began.
+/// Ends guards and batches that others began.
 fn finish(parcels: &Mutex<mpsc::Receiver<Parcel>>, mut dice: Dice) {
     loop {
         let parcel = parcels.lock().expect("no finisher panics inside").recv();
-        let Ok((guard, payload)) = parcel else { return };
+        let Ok((mut inside, payload)) = parcel else { return };
         if dice.below(32) == 0 {
             flip_core(&mut dice);
         }
-        payload.touch();
-        drop(guard);
+        touch(&mut inside, &payload, &mut dice);
+        drop(inside);
     }
 }
 

@@ -17,18 +17,23 @@ pub(crate) struct Case {
     name: &'static str,
     /// How many gates (or other things) the operations go round.
     gates: usize,
+    /// Operations that one turn of the loop makes.
+    batch: u32,
     /// May put its thread to sleep.
     blocks: bool,
     /// Makes the operation for each of so many threads, over shared things.
     make: fn(gates: usize, threads: usize) -> Vec<Slice>,
 }
 
+/// Operations of the cases that let many in at once.
+const BATCH: u32 = 32;
+
 /// About how long one slice takes.
 const SLICE: Duration = Duration::from_micros(1000);
 
 /// The gate alone: also measured in its portable form.
 pub(crate) fn gate_cases() -> Vec<Case> {
-    let case = |name, gates, make| Case { name, gates, blocks: false, make };
+    let case = |name, gates, make| Case { name, gates, batch: 1, blocks: false, make };
     vec![
         case("empty", 1, empty),
         case("floor", 1, floor),
@@ -38,12 +43,13 @@ pub(crate) fn gate_cases() -> Vec<Case> {
         case("floor", 64, floor),
         case("gate-pair", 64, gate_pair),
         case("handle-call", 64, handle_call),
+        Case { batch: BATCH, ..case("handle-batch-32", 1, handle_batch) },
     ]
 }
 
 pub(crate) fn all_cases() -> Vec<Case> {
     let mut cases = gate_cases();
-    let case = |name, blocks, make| Case { name, gates: 1, blocks, make };
+    let case = |name, blocks, make| Case { name, gates: 1, batch: 1, blocks, make };
     cases.extend([
         case("pinned", false, pinned),
         case("pinned-handle-call", false, pinned_handle_call),
@@ -77,14 +83,15 @@ pub(crate) fn measure(cases: &[Case], cores: usize, rounds: usize) -> Vec<Row> {
         }
         let medians: Vec<f64> = samples.into_iter().map(median).collect();
         for (case, ns) in cases.iter().zip(&medians).skip(1) {
-            let ns = (ns - medians[0]).max(0.0);
+            // The loop turns once for all of them.
+            let ns = (ns - medians[0]).max(0.0) / f64::from(case.batch);
             rows.push(Row { case: case.name.to_owned(), threads, gates: case.gates, ns });
         }
     }
     rows
 }
 
-/// How many operations make a slice.
+/// How many turns make a slice.
 fn calibrate(case: &Case, slices: &mut [Slice]) -> u64 {
     let mut count = 1000;
     loop {
@@ -96,7 +103,7 @@ fn calibrate(case: &Case, slices: &mut [Slice]) -> u64 {
     }
 }
 
-/// One slice on every thread at once; the mean of the threads, in ns per operation.
+/// One slice on every thread at once; the mean of the threads, in ns per turn.
 fn round(case: &Case, slices: &mut [Slice], count: u64) -> f64 {
     let threads = slices.len();
     let start = Barrier::new(threads);
@@ -230,6 +237,21 @@ fn handle_call(gates_used: usize, threads: usize) -> Vec<Slice> {
             for turn in 0..count {
                 let guard = handles[(black_box(turn) & mask) as usize].admit();
                 black_box(&guard);
+            }
+        }
+    })
+}
+
+fn handle_batch(_: usize, threads: usize) -> Vec<Slice> {
+    let gate = Gate::new();
+    each(threads, || {
+        let handle = gate.open_handle(None).expect("open");
+        move |count| {
+            for turn in 0..count {
+                black_box(turn);
+                let mut guards = handle.admit_many(black_box(BATCH)).expect("open");
+                guards.leave(black_box(BATCH));
+                black_box(&guards);
             }
         }
     })

@@ -44,6 +44,7 @@ impl Report {
         aim("Arc clone / gate pair", one("arc-clone") / one("gate-pair"), "at least", 5.0);
         aim("gate pair, scaling to all cores", one("gate-pair") / all("gate-pair"), "at least", 0.95);
         aim("handle call / gate pair", one("handle-call") / one("gate-pair"), "at most", 1.25);
+        aim("batch of 32, each / handle call", one("handle-batch-32") / one("handle-call"), "at most", 0.1);
         aim("pinned / floor", one("pinned") / one("floor"), "at most", 2.0);
         aim(
             "close+drain / bare membarrier, busy peer",

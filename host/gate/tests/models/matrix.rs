@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use cofferdam_gate::model::{MUTANTS, Mechanism, Mutant, configure};
 
-use crate::scenes::{SCENES, Scene};
+use crate::batches;
+use crate::scenes::{self, Scene};
 
 const MECHANISMS: [Mechanism; 2] = [Mechanism::Rseq, Mechanism::Xadd];
 /// The child explored everything and found nothing.
@@ -34,13 +35,17 @@ pub(crate) fn main() -> ExitCode {
     }
     let long = arguments.iter().any(|argument| argument == "--long");
     let filters: Vec<&String> = arguments.iter().filter(|word| !word.starts_with("--")).collect();
-    let runs: Vec<Run> = SCENES
-        .iter()
+    let runs: Vec<Run> = scenes()
         .filter(|scene| filters.is_empty() || filters.iter().any(|word| scene.name.contains(*word)))
         .flat_map(|scene| plan(scene, long))
         .collect();
     let outcomes = run_all(&runs, long);
     report(&runs, &outcomes, filters.is_empty())
+}
+
+/// Every model.
+fn scenes() -> impl Iterator<Item = &'static Scene> {
+    scenes::SCENES.iter().chain(batches::SCENES)
 }
 
 /// The runs of one model.
@@ -99,7 +104,7 @@ fn run_one(run: &Run, long: bool) -> (i32, String, f64) {
 
 fn child(arguments: &[String]) {
     let [scene, mechanism, mutant, length] = arguments else { panic!("four words") };
-    let scene = SCENES.iter().find(|known| known.name == scene).expect("a model of this name");
+    let scene = scenes().find(|known| known.name == scene).expect("a model of this name");
     let mechanism = MECHANISMS.into_iter().find(|known| format!("{known:?}") == *mechanism);
     let mutant = MUTANTS.iter().copied().find(|known| format!("{known:?}") == *mutant);
     configure(mechanism.expect("a mechanism of this name"), mutant);

@@ -139,29 +139,29 @@ pub(crate) const SCENES: &[Scene] = &[
 ];
 
 /// What the gate guards. Loom reports any use that is not ordered before the end.
-struct Payload(Arc<UnsafeCell<bool>>);
+pub(crate) struct Payload(Arc<UnsafeCell<bool>>);
 
 impl Payload {
-    fn new() -> Payload {
+    pub(crate) fn new() -> Payload {
         Payload(Arc::new(UnsafeCell::new(true)))
     }
 
-    fn share(&self) -> Payload {
+    pub(crate) fn share(&self) -> Payload {
         Payload(Arc::clone(&self.0))
     }
 
-    fn used(&self) {
+    pub(crate) fn used(&self) {
         // SAFETY: loom checks that no `ended` runs at the same time.
         assert!(self.0.with(|alive| unsafe { *alive }), "used after the end");
     }
 
-    fn ended(&self) {
+    pub(crate) fn ended(&self) {
         // SAFETY: loom checks that nothing else runs at the same time.
         self.0.with_mut(|alive| unsafe { *alive = false });
     }
 }
 
-fn thread(number: usize, core: usize, act: impl FnOnce() + 'static) -> JoinHandle<()> {
+pub(crate) fn thread(number: usize, core: usize, act: impl FnOnce() + 'static) -> JoinHandle<()> {
     spawn(move || {
         thread_on(number, core);
         act();
@@ -169,7 +169,7 @@ fn thread(number: usize, core: usize, act: impl FnOnce() + 'static) -> JoinHandl
 }
 
 /// Waits without bound: a lost wake-up shows itself as a deadlock.
-fn drained(gate: Gate) {
+pub(crate) fn drained(gate: Gate) {
     gate.drain(Drain::Operations, None, &Cancel::new()).expect("drains");
 }
 
