@@ -9,7 +9,7 @@ use std::sync::Arc;
 use offset_allocator::{Allocation, Allocator};
 use parking_lot::Mutex;
 
-use crate::buffer::{Buffer, Origin};
+use crate::buffer::{Buffer, Home, Keeper};
 use crate::dma::{DmaRegion, PAGE_BYTES};
 use crate::error::{ArenaError, RegionError};
 
@@ -21,13 +21,30 @@ const STACK_MAX: usize = 64;
 /// Shares one [`DmaRegion`] out in leases. Cloning gives another reference to the same arena.
 #[derive(Clone)]
 pub struct DmaArena {
-    shared: Arc<Shared>,
+    home: Arc<Home>,
+    shelves: Arc<Shelves>,
 }
 
-struct Shared {
-    region: Arc<DmaRegion>,
+/// What is leased, and what is not.
+pub(crate) struct Shelves {
     max_bytes: u32,
     state: Mutex<State>,
+}
+
+impl Shelves {
+    /// A lease of `bytes` bytes has ended.
+    pub(crate) fn give_back(&self, bytes: u32, allocation: Allocation<u32>) {
+        let pages = pages(bytes);
+        let mut state = self.state.lock();
+        state.leased_pages -= u64::from(pages);
+        state.leased_buffers -= 1;
+        state.give_back(pages, allocation);
+    }
+}
+
+/// Pages of a lease.
+fn pages(bytes: u32) -> u32 {
+    bytes.div_ceil(PAGE_BYTES as u32)
 }
 
 /// Invariant: `allocator` holds what is in no lease and in no stack; `leased_pages` and `leased_buffers` count live [`Buffer`]s.
@@ -89,7 +106,8 @@ impl DmaArena {
             retired: false,
         };
         let max_bytes = max_pages * PAGE_BYTES as u32;
-        Ok(Self { shared: Arc::new(Shared { region, max_bytes, state: Mutex::new(state) }) })
+        let shelves = Arc::new(Shelves { max_bytes, state: Mutex::new(state) });
+        Ok(Self { home: Arc::new(Home { region, keeper: Keeper::Arena(Arc::clone(&shelves)) }), shelves })
     }
 
     /// Leases `bytes` bytes. Never blocks for longer than another lease takes. What the memory held before is still there.
@@ -97,12 +115,12 @@ impl DmaArena {
     /// # Errors
     /// [`ArenaError`].
     pub fn lease(&self, bytes: u32) -> Result<Buffer, ArenaError> {
-        let shared = &self.shared;
-        if bytes == 0 || bytes > shared.max_bytes {
-            return Err(ArenaError::Size { bytes, max_bytes: shared.max_bytes });
+        let shelves = &self.shelves;
+        if bytes == 0 || bytes > shelves.max_bytes {
+            return Err(ArenaError::Size { bytes, max_bytes: shelves.max_bytes });
         }
-        let pages = bytes.div_ceil(PAGE_BYTES as u32);
-        let mut state = shared.state.lock();
+        let pages = pages(bytes);
+        let mut state = shelves.state.lock();
         if state.retired {
             return Err(ArenaError::Retired);
         }
@@ -110,104 +128,75 @@ impl DmaArena {
         state.leased_pages += u64::from(pages);
         state.leased_buffers += 1;
         drop(state);
-        let lease = Lease { arena: Arc::clone(shared), allocation, pages };
-        let start = lease.start();
-        Ok(Buffer::new(Origin::Lease(lease), start, bytes))
+        Ok(Buffer::lease(&self.home, allocation, bytes))
     }
 
     /// Whether `buffer` is a lease of this very arena. Two arenas may use the same I/O addresses, so a buffer of another one must not reach this device.
+    #[inline]
     #[must_use]
     pub fn owns(&self, buffer: &Buffer) -> bool {
-        matches!(buffer.origin(), Origin::Lease(lease) if Arc::ptr_eq(&self.shared, &lease.arena))
+        buffer.is_of(&self.home)
     }
 
     /// Largest possible lease in bytes, when nothing else is leased. The allocator sorts free blocks into classes 12.5 % apart, so this may be that much below the
     /// region's length.
     #[must_use]
     pub fn max_lease_bytes(&self) -> u32 {
-        self.shared.max_bytes
+        self.shelves.max_bytes
     }
 
     /// Bytes leased now, in whole pages.
     #[must_use]
     pub fn leased_bytes(&self) -> u64 {
-        self.shared.state.lock().leased_pages * PAGE_BYTES
+        self.shelves.state.lock().leased_pages * PAGE_BYTES
     }
 
     /// Buffers leased now.
     #[must_use]
     pub fn leased_buffers(&self) -> u64 {
-        self.shared.state.lock().leased_buffers
+        self.shelves.state.lock().leased_buffers
     }
 
     /// The region behind it.
     #[must_use]
     pub fn region(&self) -> &Arc<DmaRegion> {
-        &self.shared.region
+        &self.home.region
     }
 
     /// Hands nothing out any more and leaks the memory on purpose, because a device may still write to it (DESIGN L1). Buffers that are leased stay
     /// usable and are counted until they drop. Idempotent. Returns the bytes leaked.
     pub fn retire(&self) -> u64 {
-        let first = !std::mem::replace(&mut self.shared.state.lock().retired, true);
-        if first { Arc::clone(&self.shared.region).retire() } else { self.shared.region.len() }
+        let first = !std::mem::replace(&mut self.shelves.state.lock().retired, true);
+        if first { Arc::clone(&self.home.region).retire() } else { self.home.region.len() }
     }
 
     /// Hands nothing out any more and takes the memory away from every lease that is still held ([`DmaRegion::revoke`]). Idempotent.
     pub fn revoke(&self) {
-        self.shared.state.lock().retired = true;
-        self.shared.region.revoke();
+        self.shelves.state.lock().retired = true;
+        self.home.region.revoke();
     }
 
     /// Buffers whose holders still reach memory: none after [`DmaArena::revoke`].
     #[must_use]
     pub fn live_buffers(&self) -> u64 {
-        if self.shared.region.is_revoked() { 0 } else { self.leased_buffers() }
+        if self.home.region.is_revoked() { 0 } else { self.leased_buffers() }
     }
 
     /// Whether [`DmaArena::retire`] or [`DmaArena::revoke`] was called.
     #[must_use]
     pub fn is_retired(&self) -> bool {
-        self.shared.state.lock().retired
+        self.shelves.state.lock().retired
     }
 }
 
 impl fmt::Debug for DmaArena {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = self.shared.state.lock();
+        let state = self.shelves.state.lock();
         f.debug_struct("DmaArena")
-            .field("bytes", &self.shared.region.len())
+            .field("bytes", &self.home.region.len())
             .field("leased_pages", &state.leased_pages)
             .field("leased_buffers", &state.leased_buffers)
             .field("retired", &state.retired)
             .finish()
-    }
-}
-
-/// The arena's half of a [`Buffer`]: what goes back when it is dropped.
-pub(crate) struct Lease {
-    arena: Arc<Shared>,
-    allocation: Allocation<u32>,
-    pages: u32,
-}
-
-impl Lease {
-    /// The region that the lease is in.
-    pub(crate) fn region(&self) -> &Arc<DmaRegion> {
-        &self.arena.region
-    }
-
-    /// Where the lease begins in its region.
-    fn start(&self) -> u64 {
-        u64::from(self.allocation.offset) * PAGE_BYTES
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut state = self.arena.state.lock();
-        state.leased_pages -= u64::from(self.pages);
-        state.leased_buffers -= 1;
-        state.give_back(self.pages, self.allocation);
     }
 }

@@ -5,52 +5,80 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
-use crate::arena::Lease;
-use crate::dma::DmaRegion;
+use offset_allocator::Allocation;
+
+use crate::arena::Shelves;
+use crate::dma::{DmaRegion, PAGE_BYTES};
 use crate::error::RegionError;
-use crate::window::Window;
 
 /// A range of DMA memory. A lease is given back when dropped, and is nobody else's until then; a window ends when dropped, and others may overlap it.
+///
+/// Three words: it is moved several times on the way of a request.
 pub struct Buffer {
-    origin: Origin,
-    /// Offset in the region.
-    start: u64,
+    home: Arc<Home>,
+    /// Of a lease, what goes back to the arena.
+    allocation: Option<Allocation<u32>>,
+    /// Of a window, its offset in the region.
+    offset: u32,
     len: u32,
 }
 
-/// Where a buffer comes from.
-pub(crate) enum Origin {
+/// Where buffers come from: one per arena and per windowed region.
+pub(crate) struct Home {
+    pub(crate) region: Arc<DmaRegion>,
+    pub(crate) keeper: Keeper,
+}
+
+/// Who is told that a buffer is gone.
+pub(crate) enum Keeper {
     /// See [`crate::DmaArena::lease`].
-    Lease(Lease),
-    /// See [`crate::WindowedRegion::window`].
-    Window(Window),
+    Arena(Arc<Shelves>),
+    /// See [`crate::WindowedRegion::window`]: the number of windows.
+    Windows(Arc<AtomicU64>),
 }
 
 impl Buffer {
-    /// `len` bytes at `start` of the origin's region, which the caller has checked to be inside.
-    pub(crate) fn new(origin: Origin, start: u64, len: u32) -> Self {
-        Self { origin, start, len }
+    /// A lease of `len` bytes at `allocation`, which is of `home`.
+    pub(crate) fn lease(home: &Arc<Home>, allocation: Allocation<u32>, len: u32) -> Self {
+        Self { home: Arc::clone(home), allocation: Some(allocation), offset: 0, len }
     }
 
-    pub(crate) fn origin(&self) -> &Origin {
-        &self.origin
+    /// The window of `len` bytes at `offset`, which the caller has checked to be inside.
+    pub(crate) fn window(home: &Arc<Home>, offset: u32, len: u32) -> Self {
+        Self { home: Arc::clone(home), allocation: None, offset, len }
     }
 
+    #[inline]
+    pub(crate) fn is_of(&self, home: &Arc<Home>) -> bool {
+        Arc::ptr_eq(&self.home, home)
+    }
+
+    #[inline]
     fn region(&self) -> &DmaRegion {
-        match &self.origin {
-            Origin::Lease(lease) => lease.region(),
-            Origin::Window(window) => window.region(),
+        &self.home.region
+    }
+
+    /// Offset of the first byte in the region.
+    #[inline]
+    fn start(&self) -> u64 {
+        match self.allocation {
+            Some(allocation) => u64::from(allocation.offset) * PAGE_BYTES,
+            None => u64::from(self.offset),
         }
     }
 
     /// I/O address of the first byte. A multiple of 4096 for a lease, any address for a window.
+    #[inline]
     #[must_use]
     pub fn iova(&self) -> u64 {
-        self.region().iova() + self.start
+        self.region().iova() + self.start()
     }
 
     /// Bytes, as they were asked for.
+    #[inline]
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a buffer has at least one byte")]
     pub fn len(&self) -> u32 {
@@ -94,7 +122,7 @@ impl Buffer {
         if range.start > range.end || range.end > self.len || self.region().is_revoked() {
             return None;
         }
-        let start = usize::try_from(self.start).ok()? + range.start as usize;
+        let start = usize::try_from(self.start()).ok()? + range.start as usize;
         // Inside the mapping, since the buffer is; `wrapping_add` only spares an unsafe block.
         Some((self.region().host_address().wrapping_add(start), (range.end - range.start) as usize))
     }
@@ -108,7 +136,20 @@ impl Buffer {
                 region_bytes: u64::from(self.len),
             });
         }
-        Ok(self.start + u64::from(offset))
+        Ok(self.start() + u64::from(offset))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        match (&self.home.keeper, self.allocation) {
+            (Keeper::Arena(shelves), Some(allocation)) => shelves.give_back(self.len, allocation),
+            (Keeper::Windows(live), None) => {
+                live.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            }
+            // Neither is ever made.
+            (Keeper::Arena(_), None) | (Keeper::Windows(_), Some(_)) => {}
+        }
     }
 }
 

@@ -7,26 +7,23 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::buffer::{Buffer, Origin};
+use crate::buffer::{Buffer, Home, Keeper};
 use crate::dma::DmaRegion;
 use crate::error::RegionError;
 
 /// A [`DmaRegion`] that is shared out in windows. Cloning gives another reference to the same one.
 #[derive(Clone)]
 pub struct WindowedRegion {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
-    region: Arc<DmaRegion>,
-    live: AtomicU64,
+    home: Arc<Home>,
+    live: Arc<AtomicU64>,
 }
 
 impl WindowedRegion {
-    /// Windows of all of `region`, which must hold nothing else.
+    /// Windows of all of `region`, which must hold nothing else. Of a region over 4 GiB, windows begin in the first 4 GiB.
     #[must_use]
     pub fn new(region: Arc<DmaRegion>) -> Self {
-        Self { shared: Arc::new(Shared { region, live: AtomicU64::new(0) }) }
+        let live = Arc::new(AtomicU64::new(0));
+        Self { home: Arc::new(Home { region, keeper: Keeper::Windows(Arc::clone(&live)) }), live }
     }
 
     /// The `bytes` bytes at `offset`, as a buffer for one request. Neither needs any alignment.
@@ -34,35 +31,36 @@ impl WindowedRegion {
     /// # Errors
     /// [`RegionError::OutOfRange`] when not all of it is inside or it is empty, [`RegionError::Revoked`] after [`DmaRegion::revoke`].
     pub fn window(&self, offset: u64, bytes: u32) -> Result<Buffer, RegionError> {
-        let region = &self.shared.region;
+        let region = &self.home.region;
         if region.is_revoked() {
             return Err(RegionError::Revoked);
         }
         let length = u64::from(bytes);
-        if bytes == 0 || offset > region.len() || length > region.len() - offset {
+        let inside = bytes > 0 && offset <= region.len() && length <= region.len() - offset;
+        let Some(place) = u32::try_from(offset).ok().filter(|_| inside) else {
             return Err(RegionError::OutOfRange { offset, bytes: length, region_bytes: region.len() });
-        }
-        self.shared.live.fetch_add(1, Ordering::Relaxed);
-        Ok(Buffer::new(Origin::Window(Window { shared: Arc::clone(&self.shared) }), offset, bytes))
+        };
+        self.live.fetch_add(1, Ordering::Relaxed);
+        Ok(Buffer::window(&self.home, place, bytes))
     }
 
     /// Whether `buffer` is a window of this very region. I/O addresses say nothing about that: two devices may use the same ones.
     #[must_use]
     #[inline]
     pub fn owns(&self, buffer: &Buffer) -> bool {
-        matches!(buffer.origin(), Origin::Window(window) if Arc::ptr_eq(&self.shared, &window.shared))
+        buffer.is_of(&self.home)
     }
 
     /// Windows that exist now, with the client or with a request.
     #[must_use]
     pub fn live_windows(&self) -> u64 {
-        self.shared.live.load(Ordering::Relaxed)
+        self.live.load(Ordering::Relaxed)
     }
 
     /// The region behind it.
     #[must_use]
     pub fn region(&self) -> &Arc<DmaRegion> {
-        &self.shared.region
+        &self.home.region
     }
 }
 
@@ -73,23 +71,6 @@ impl fmt::Debug for WindowedRegion {
             .field("bytes", &self.region().len())
             .field("live_windows", &self.live_windows())
             .finish()
-    }
-}
-
-/// The region's half of a [`Buffer`].
-pub(crate) struct Window {
-    shared: Arc<Shared>,
-}
-
-impl Window {
-    pub(crate) fn region(&self) -> &Arc<DmaRegion> {
-        &self.shared.region
-    }
-}
-
-impl Drop for Window {
-    fn drop(&mut self) {
-        self.shared.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::Buffer;
 pub use cofferdam_gate::HandleState;
-use cofferdam_gate::{Cancel, DrainError, Guard, HandleError, HandleRefused, Notify};
+use cofferdam_gate::{Cancel, DrainError, Guards, HandleError, HandleRefused, Notify};
 use cofferdam_runtime::clean;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -98,22 +98,23 @@ impl HandleShared {
         count
     }
 
-    /// One more is in flight. Only under the lane's lease.
+    /// So many more are in flight. Only under the lane's lease.
     #[inline]
-    pub(crate) fn count_in(&self) {
-        self.in_flight.store(self.in_flight.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    pub(crate) fn count_in(&self, count: u32) {
+        self.in_flight.store(self.in_flight.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+        self.requests.store(self.requests.load(Ordering::Relaxed) + u64::from(count), Ordering::Relaxed);
     }
 
-    /// One less is. Only under the lane's lease.
+    /// So many less are. Only under the lane's lease.
     #[inline]
-    pub(crate) fn count_out(&self) {
+    pub(crate) fn count_out(&self, count: u32) {
         // Release: who reads 0 sees all that was done for the requests that are over; earlier holders of the lease are before this one.
-        self.in_flight.store(self.in_flight.load(Ordering::Relaxed).saturating_sub(1), Ordering::Release);
+        self.in_flight.store(self.in_flight.load(Ordering::Relaxed).saturating_sub(count), Ordering::Release);
     }
 
-    /// The one look that admits an operation (G1).
-    pub(crate) fn admit(&self) -> Result<Guard, HandleRefused> {
-        self.right.admit()
+    /// The one look that admits operations (G1): all of them or none.
+    pub(crate) fn admit(&self, count: u32) -> Result<Guards, HandleRefused> {
+        self.right.admit_many(count)
     }
 
     /// Whether the client has left so many answers unfetched that nothing more is taken from it.

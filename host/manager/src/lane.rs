@@ -13,6 +13,7 @@
 
 mod inside;
 
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -100,6 +101,29 @@ pub(crate) struct Lane {
     inside: Mutex<Inside>,
 }
 
+/// The lease. What was answered under it is counted out before it is given back.
+struct Lease<'a>(MutexGuard<'a, Inside>);
+
+impl Deref for Lease<'_> {
+    type Target = Inside;
+
+    fn deref(&self) -> &Inside {
+        &self.0
+    }
+}
+
+impl DerefMut for Lease<'_> {
+    fn deref_mut(&mut self) -> &mut Inside {
+        &mut self.0
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.0.ledger.settle();
+    }
+}
+
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
         let LaneParts { driver, queue, arena, geometry, requests, binding, wake, reaper } = parts;
@@ -120,6 +144,14 @@ impl Lane {
         }
     }
 
+    fn lease(&self) -> Lease<'_> {
+        Lease(self.inside.lock())
+    }
+
+    fn try_lease(&self) -> Option<Lease<'_>> {
+        self.inside.try_lock().map(Lease)
+    }
+
     pub(crate) fn geometry(&self) -> &BlockGeometry {
         &self.geometry
     }
@@ -134,13 +166,12 @@ impl Lane {
 
     /// See [`crate::Handle::submit`].
     pub(crate) fn submit(&self, owner: &Arc<HandleShared>, requests: &mut Vec<BlockRequest>) -> Result<(), Stop> {
-        let mut lease = self.inside.lock();
+        let mut lease = self.lease();
         let inside = &mut *lease;
         let mut taken = 0;
         let mut result = Ok(());
         while taken < requests.len() && result.is_ok() {
-            let batch = requests[taken..].iter_mut().take(MAX_BATCH);
-            let (count, stop) = inside.enter(&self.geometry, &self.arena, owner, batch);
+            let (count, stop) = inside.enter(&self.geometry, &self.arena, owner, &mut requests[taken..]);
             taken += count;
             if let Some(stop) = stop {
                 result = Err(stop);
@@ -161,7 +192,7 @@ impl Lane {
     pub(crate) fn poll(&self, me: &Arc<HandleShared>, arm: bool, out: &mut Vec<Completion>) -> usize {
         // Whoever has the lease is reaping or about to: its answers reach `me` through its notify. Only a poller that is about to sleep has to
         // make sure that the device will wake somebody.
-        let lease = if arm { Some(self.inside.lock()) } else { self.inside.try_lock() };
+        let lease = if arm { Some(self.lease()) } else { self.try_lease() };
         let Some(mut lease) = lease else { return 0 };
         let before = out.len();
         lease.awake(&me.notify);
@@ -177,7 +208,7 @@ impl Lane {
     /// The host's own poll: what is still unanswered afterwards, or `None` while somebody else has the lease. It never calls the driver; where the driver has to be
     /// asked, a thread of its own does that.
     pub(crate) fn try_reap(&self) -> Option<usize> {
-        let mut lease = self.inside.try_lock()?;
+        let mut lease = self.try_lease()?;
         self.reap(&mut lease, true, false, &mut Sink { me: None, out: &mut Vec::new() });
         lease.wake_all();
         let (left, unjudged) = (lease.ledger.len(), lease.unjudged.len());
@@ -192,7 +223,7 @@ impl Lane {
 
     /// Asks the driver about what [`Lane::try_reap`] put aside. Takes as long as a guest call may.
     pub(crate) fn judge(&self) {
-        let mut lease = self.inside.lock();
+        let mut lease = self.lease();
         self.reap(&mut lease, true, true, &mut Sink { me: None, out: &mut Vec::new() });
         lease.wake_all();
     }
@@ -242,11 +273,11 @@ impl Lane {
     }
 
     /// The lease for the ladder, which waits until `until`, and once that was in vain no longer than it takes to get past a client that only polls.
-    fn lease_for_ladder(&self, until: Instant) -> Option<MutexGuard<'_, Inside>> {
+    fn lease_for_ladder(&self, until: Instant) -> Option<Lease<'_>> {
         // The lock is fair to whoever waits for it, if it waits at all.
         let fair = Instant::now() + FAIR_TURN;
         let until = if self.stuck.load(Ordering::Relaxed) { fair } else { until.max(fair) };
-        let lease = self.inside.try_lock_until(until);
+        let lease = self.inside.try_lock_until(until).map(Lease);
         self.stuck.store(lease.is_none(), Ordering::Relaxed);
         lease
     }
@@ -270,7 +301,7 @@ impl Lane {
 
     /// Whether the device broke the ring's rules, so that waiting for it is pointless.
     pub(crate) fn device_is_broken(&self) -> bool {
-        self.inside.try_lock().is_some_and(|inside| inside.device_fault.is_some())
+        self.try_lease().is_some_and(|inside| inside.device_fault.is_some())
     }
 
     /// Requests so far that were failed before the device had them.
@@ -309,15 +340,12 @@ impl Lane {
             if silent || !published {
                 inside.answer(token, Err(BlockError::Revoked), &mut sink);
                 failed += 1;
-            } else if let Some((entry, owner)) = inside.ledger.remove(token) {
+            } else if let Some(taken) = inside.ledger.remove(token) {
                 // The device may still write there: the buffer is never given back.
-                if let Some(buffer) = entry.answer.buffer {
+                if let Some(buffer) = taken.buffer {
                     buffer.retire();
                 }
-                if let Some(handle) = inside.ledger.handle(owner) {
-                    handle.count_out();
-                }
-                inside.ledger.release(owner);
+                inside.ledger.over(taken.owner, false);
                 abandoned += 1;
             }
         }

@@ -6,10 +6,10 @@
 
 use std::sync::Arc;
 
-use cofferdam_device::BlockOp;
-use cofferdam_gate::Guard;
+use cofferdam_device::{BlockOp, Buffer};
+use cofferdam_gate::Guards;
 
-use crate::block::Completion;
+use crate::block::BlockRequest;
 use crate::board::{Board, Stamp};
 use crate::handle::HandleShared;
 
@@ -39,32 +39,40 @@ impl Stage {
     }
 }
 
-/// One admitted operation. Dropping an entry unanswered is a bug, except for what the ladder abandons on purpose.
-pub(crate) struct Entry {
-    /// What the client will get, but for its result. Made here at once: putting it together from parts at the end was a third of answering.
-    pub(crate) answer: Completion,
-    pub(crate) op: BlockOp,
-    /// Counts the operation in the gate until it is answered.
-    pub(crate) guard: Guard,
-}
-
-/// The handle of an entry, by its place in the ledger's list: good until the entry is removed and [`Ledger::release`] was told.
+/// The handle of an entry, by its place in the ledger's list: good until the entry is removed, [`Ledger::over`] was told and [`Ledger::settle`] has run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner(u16);
 
 /// A handle that has entries. It is held once for all of them: a counted reference each was two locked operations per request.
 struct Holder {
     handle: Arc<HandleShared>,
-    /// Its entries, and one while a batch of it is being entered.
-    entries: u32,
+    /// Counts its operations in the gate: all of them together, so that a batch costs one look and one count at each end.
+    guards: Guards,
+    /// Operations that are answered and not yet counted out of the gate.
+    over: u32,
+    /// Of those, the ones that are not yet counted out of the handle either.
+    uncounted: u32,
 }
 
 struct Slot {
     /// Requests that the slot has had; the low 16 bits are the generation in its token.
     lap: u64,
     stage: Stage,
+    op: BlockOp,
     owner: Owner,
-    entry: Option<Entry>,
+    /// A request has the slot.
+    live: bool,
+    /// What the client calls it.
+    user: u64,
+    /// Goes back with the answer. Dropping it without one is a bug, except for what the ladder abandons on purpose.
+    buffer: Option<Buffer>,
+}
+
+/// What is left of an operation that was taken out, for its answer.
+pub(crate) struct Taken {
+    pub(crate) user: u64,
+    pub(crate) buffer: Option<Buffer>,
+    pub(crate) owner: Owner,
 }
 
 impl Slot {
@@ -80,6 +88,8 @@ pub(crate) struct Ledger {
     free: Vec<u16>,
     /// As many as handles had entries at the same time, at the most.
     holders: Vec<Option<Holder>>,
+    /// A holder has operations that are over.
+    unsettled: bool,
     limit: usize,
     board: Arc<Board>,
 }
@@ -89,7 +99,7 @@ impl Ledger {
     pub(crate) fn new(limit: usize) -> Ledger {
         let limit = limit.clamp(1, usize::from(u16::MAX));
         let board = Arc::new(Board::new(limit));
-        Ledger { slots: Vec::new(), free: Vec::new(), holders: Vec::new(), limit, board }
+        Ledger { slots: Vec::new(), free: Vec::new(), holders: Vec::new(), unsettled: false, limit, board }
     }
 
     /// What everybody may know, without the lease.
@@ -107,25 +117,27 @@ impl Ledger {
         self.slots.len() - self.free.len()
     }
 
+    /// How many more may come in.
     #[inline]
-    pub(crate) fn is_full(&self) -> bool {
-        self.len() >= self.limit
+    pub(crate) fn room(&self) -> usize {
+        self.limit.saturating_sub(self.len())
     }
 
-    /// Takes hold of a handle, for a batch of [`Ledger::insert`]; [`Ledger::release`] ends it.
-    pub(crate) fn hold(&mut self, handle: &Arc<HandleShared>) -> Owner {
+    /// Takes over operations that a handle was admitted with. For each of them comes an [`Ledger::insert`] that is removed some day, or none, and then [`Ledger::over`].
+    pub(crate) fn hold(&mut self, handle: &Arc<HandleShared>, mut guards: Guards) -> Owner {
         let mut free = self.holders.len();
-        for (index, holder) in self.holders.iter_mut().enumerate() {
-            match holder {
-                Some(holder) if Arc::ptr_eq(&holder.handle, handle) => {
-                    holder.entries += 1;
-                    return Owner(index as u16);
-                }
+        for (index, place) in self.holders.iter_mut().enumerate() {
+            match place {
+                Some(holder) if Arc::ptr_eq(&holder.handle, handle) => match holder.guards.join(guards) {
+                    Ok(()) => return Owner(index as u16),
+                    // A handle has one right, so this does not happen; a holder of its own would do as well.
+                    Err(others) => guards = others,
+                },
                 Some(_) => {}
                 None => free = index,
             }
         }
-        let holder = Some(Holder { handle: Arc::clone(handle), entries: 1 });
+        let holder = Some(Holder { handle: Arc::clone(handle), guards, over: 0, uncounted: 0 });
         match self.holders.get_mut(free) {
             Some(place) => *place = holder,
             None => self.holders.push(holder),
@@ -140,34 +152,51 @@ impl Ledger {
         self.holders.get(usize::from(owner.0))?.as_ref().map(|holder| &holder.handle)
     }
 
-    /// An entry of it was removed and dealt with, or its batch is entered. The handle is let go with the last.
+    /// An operation of it is answered. `counted`: the handle knows already.
     #[inline]
-    pub(crate) fn release(&mut self, owner: Owner) {
-        let Some(place) = self.holders.get_mut(usize::from(owner.0)) else { return };
-        if let Some(holder) = place {
-            holder.entries -= 1;
-            if holder.entries == 0 {
-                *place = None;
+    pub(crate) fn over(&mut self, owner: Owner, counted: bool) {
+        if let Some(Some(holder)) = self.holders.get_mut(usize::from(owner.0)) {
+            holder.over += 1;
+            holder.uncounted += u32::from(!counted);
+            self.unsettled = true;
+        }
+    }
+
+    /// Counts what is over out of its handles and of the gate. A handle is let go with its last operation. Whoever gives the lease back has done this: a drain waits for it.
+    #[inline]
+    pub(crate) fn settle(&mut self) {
+        if !std::mem::take(&mut self.unsettled) {
+            return;
+        }
+        for place in &mut self.holders {
+            let Some(holder) = place else { continue };
+            if holder.over > 0 {
+                holder.handle.count_out(std::mem::take(&mut holder.uncounted));
+                holder.guards.leave(std::mem::take(&mut holder.over));
+                if holder.guards.count() == 0 {
+                    *place = None;
+                }
             }
         }
     }
 
-    /// Enters an operation that came in at `since`, and names it. The caller has checked [`Ledger::is_full`] and holds `owner`, whose number is `handle`.
+    /// Enters an operation that came in at `since`, takes its buffer, and names it. The caller has checked [`Ledger::room`] and holds `owner`, whose number is `handle`.
     #[inline]
-    pub(crate) fn insert(&mut self, entry: Entry, owner: Owner, handle: u64, since: Stamp) -> u32 {
+    pub(crate) fn insert(&mut self, request: &mut BlockRequest, owner: Owner, handle: u64, since: Stamp) -> u32 {
+        let op = request.op;
         let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { lap: 0, stage: Stage::Given, owner, entry: None });
+            self.slots.push(Slot { lap: 0, stage: Stage::Given, op, owner, live: false, user: 0, buffer: None });
             (self.slots.len() - 1) as u16
         });
-        if let Some(Some(holder)) = self.holders.get_mut(usize::from(owner.0)) {
-            holder.entries += 1;
-        }
         let slot = &mut self.slots[usize::from(index)];
-        debug_assert!(slot.entry.is_none());
-        self.board.put(index, slot.lap, entry.op, since, handle);
+        debug_assert!(!slot.live && slot.buffer.is_none());
+        self.board.put(index, slot.lap, op, since, handle);
         slot.stage = Stage::Given;
+        slot.op = op;
         slot.owner = owner;
-        slot.entry = Some(entry);
+        slot.live = true;
+        slot.user = request.user;
+        slot.buffer = request.buffer.take();
         slot.token(usize::from(index))
     }
 
@@ -177,47 +206,45 @@ impl Ledger {
         (u32::from(slot.lap as u16) == token >> 16).then_some(slot)
     }
 
-    fn get(&self, token: u32) -> Option<(&Entry, Stage)> {
+    fn get(&self, token: u32) -> Option<&Slot> {
         let slot = self.slots.get((token & 0xffff) as usize)?;
-        let entry = slot.entry.as_ref().filter(|_| u32::from(slot.lap as u16) == token >> 16)?;
-        Some((entry, slot.stage))
+        (slot.live && u32::from(slot.lap as u16) == token >> 16).then_some(slot)
     }
 
     /// What an operation asks for.
     pub(crate) fn op(&self, token: u32) -> Option<BlockOp> {
-        self.get(token).map(|(entry, _)| entry.op)
+        self.get(token).map(|slot| slot.op)
     }
 
     /// How far an operation has come.
     pub(crate) fn stage(&self, token: u32) -> Option<Stage> {
-        self.get(token).map(|(_, stage)| stage)
+        self.get(token).map(|slot| slot.stage)
     }
 
     /// It has come further.
     #[inline]
     pub(crate) fn set_stage(&mut self, token: u32, stage: Stage) {
-        let Some(slot) = self.slot(token) else { return };
-        let Some(entry) = &slot.entry else { return };
-        let (lap, op) = (slot.lap, entry.op);
+        let Some(slot) = self.slot(token).filter(|slot| slot.live) else { return };
+        let (lap, op) = (slot.lap, slot.op);
         slot.stage = stage;
         self.board.set_stage(token as u16, lap, op, stage);
     }
 
-    /// Takes an operation out, to answer it. Its handle is held for as long as the caller does not [`Ledger::release`] it.
-    #[inline]
-    pub(crate) fn remove(&mut self, token: u32) -> Option<(Entry, Owner)> {
-        let slot = self.slot(token)?;
-        let entry = slot.entry.take()?;
-        let owner = slot.owner;
+    /// Takes an operation out, to answer it; [`Ledger::over`] comes after.
+    #[inline(always)]
+    pub(crate) fn remove(&mut self, token: u32) -> Option<Taken> {
+        let slot = self.slot(token).filter(|slot| slot.live)?;
+        slot.live = false;
         slot.lap += 1;
+        let taken = Taken { user: slot.user, buffer: slot.buffer.take(), owner: slot.owner };
         self.board.take(token as u16);
         self.free.push(token as u16);
-        Some((entry, owner))
+        Some(taken)
     }
 
     /// Tokens of everything that is in, for the ladder.
     pub(crate) fn tokens(&self) -> Vec<u32> {
         let slots = self.slots.iter().enumerate();
-        slots.filter(|(_, slot)| slot.entry.is_some()).map(|(index, slot)| slot.token(index)).collect()
+        slots.filter(|(_, slot)| slot.live).map(|(index, slot)| slot.token(index)).collect()
     }
 }

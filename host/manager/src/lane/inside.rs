@@ -17,7 +17,7 @@ use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
 use crate::block::{BlockError, Completion};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
-use crate::ledger::{Entry, Ledger, Stage};
+use crate::ledger::{Ledger, Stage, Taken};
 
 /// The lane's driver, ring and ledger.
 pub(super) struct Inside {
@@ -306,21 +306,22 @@ impl Inside {
         }
     }
 
-    /// The one place where an operation ends: the ledger forgets it, its client gets the answer, the gate counts it out.
+    /// The one place where an operation ends: the ledger forgets it, its client gets the answer, and [`Ledger::settle`] counts it out.
+    #[inline(always)]
     pub(super) fn answer(&mut self, token: u32, result: Result<(), BlockError>, sink: &mut Sink<'_>) {
-        let Some((Entry { answer: mut completion, guard, .. }, holder)) = self.ledger.remove(token) else { return };
+        let Some(Taken { user, buffer, owner: holder }) = self.ledger.remove(token) else { return };
         let Some(owner) = self.ledger.handle(holder) else { return };
-        completion.result = result;
-        owner.count_out();
-        match sink.me {
-            Some(me) if Arc::ptr_eq(me, owner) => sink.out.push(completion),
-            _ => {
-                owner.deliver(completion);
-                note_owner(&mut self.scratch.to_wake, owner);
-            }
+        let mine = sink.me.is_some_and(|me| Arc::ptr_eq(me, owner));
+        if mine {
+            // Put together where it stays: a copy of a value whose parts were just written waits for them.
+            sink.out.push(Completion { user, result, buffer });
+        } else {
+            // Whoever finds the answer finds it counted.
+            owner.count_out(1);
+            owner.deliver(Completion { user, result, buffer });
+            note_owner(&mut self.scratch.to_wake, owner);
         }
-        self.ledger.release(holder);
-        drop(guard);
+        self.ledger.over(holder, !mine);
     }
 
     /// Moves parked chains to the ring while there is room; how many.

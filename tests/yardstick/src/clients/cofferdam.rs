@@ -199,17 +199,15 @@ impl Engine for InProcess {
     fn submit(&mut self, requests: &[Io]) -> Result<()> {
         let lanes = self.handles.len();
         for io in requests {
-            let buffer = self.buffers[io.tag as usize].take();
-            let request = BlockRequest {
+            let lane = if lanes == 1 { 0 } else { io.tag as usize % lanes };
+            self.requests[lane].push(BlockRequest {
                 user: u64::from(io.tag),
                 op: self.op,
                 offset: io.offset,
                 length: self.bytes,
                 flags: BlockFlags::default(),
-                buffer,
-            };
-            let lane = if lanes == 1 { 0 } else { io.tag as usize % lanes };
-            self.requests[lane].push(request);
+                buffer: self.buffers[io.tag as usize].take(),
+            });
         }
         for (handle, requests) in self.handles.iter().zip(&mut self.requests) {
             if !requests.is_empty() {
