@@ -29,9 +29,11 @@
 
 mod checks;
 
-use checks::{Checks, Words};
+use checks::{Checks, Common, Words};
 
 use crate::error::{ChainError, ChainRule};
+pub(crate) use checks::WHOLE_HEADER_BYTES;
+
 use crate::words::{MAX_BATCH, MAX_HEADER_BYTES, MAX_SEGMENTS, REFUSED, Seen, Status, Unseen};
 
 /// Which way a payload goes.
@@ -86,11 +88,26 @@ pub(crate) struct Segment {
     pub(crate) kind: Kind,
 }
 
-/// What the guest made of one request, but for the segments and header bytes of a chain.
+/// What a guest made of one request, in short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Made {
+    /// The commonest chain ([`Whole`]): what is particular to it is in the head.
+    Whole,
+    /// Any other chain: header bytes and segments are apart.
+    Pieces,
+    /// None; the rest of the head is 0.
+    Refused(Status),
+}
+
+/// What the guest made of one request, but for the segments and header bytes of a chain that is not whole.
 #[derive(Clone, Copy, Debug)]
 struct Head {
     token: u32,
     writable: u32,
+    /// Of a whole chain.
+    header: [u8; WHOLE_HEADER_BYTES],
+    /// Of a whole chain.
+    payload: Segment,
     /// Index of the first segment in `ChainBatch::segments`.
     first: u32,
     queue: u16,
@@ -98,9 +115,10 @@ struct Head {
     segments: u8,
     header_len: u8,
     status_len: u8,
-    /// There is no chain; the rest of it is 0.
-    refused: Option<Status>,
+    made: Made,
 }
+
+const NO_SEGMENT: Segment = Segment { place: 0, length: 0, kind: Kind::Header };
 
 /// The header bytes of one chain.
 type Header = [u8; MAX_HEADER_BYTES];
@@ -138,7 +156,7 @@ impl Chain<'_> {
     #[inline]
     #[must_use]
     pub fn segment_count(&self) -> u16 {
-        self.segments.len() as u16
+        u16::from(self.head.segments)
     }
 
     /// Bytes that the device may write: payload-in and status-in.
@@ -162,15 +180,29 @@ impl Chain<'_> {
         self.header
     }
 
+    /// The header bytes and the payload of a chain of three segments: so many header bytes, the whole payload, a status.
+    #[inline(always)]
+    pub(crate) fn whole(&self) -> Option<(&[u8; WHOLE_HEADER_BYTES], &Segment)> {
+        (self.head.made == Made::Whole).then_some((&self.head.header, &self.head.payload))
+    }
+
     /// A copy that owns itself, for a chain that has to wait for room. Allocates: not for the ordinary way.
     #[must_use]
     pub fn to_buf(&self) -> ChainBuf {
         ChainBuf { head: *self.head, header: self.header.into(), segments: self.segments.into() }
     }
 
+    /// Calls `each` with every segment, and whether it is the last.
     #[inline]
-    pub(crate) fn segments(&self) -> &[Segment] {
-        self.segments
+    pub(crate) fn each_segment(&self, mut each: impl FnMut(&Segment, bool)) {
+        if let Some((_, payload)) = self.whole() {
+            each(&Segment { place: 0, length: WHOLE_HEADER_BYTES as u32, kind: Kind::Header }, false);
+            each(payload, false);
+            each(&Segment { place: 0, length: u32::from(self.head.status_len), kind: Kind::Status }, true);
+        } else if let Some((last, others)) = self.segments.split_last() {
+            others.iter().for_each(|segment| each(segment, false));
+            each(last, true);
+        }
     }
 }
 
@@ -210,9 +242,9 @@ pub enum Outcome<'a> {
 #[derive(Debug, Default)]
 pub struct ChainBatch {
     entries: Vec<Head>,
-    /// The header bytes of each entry, in places of one size: a chain's are written once, without looking for room. Not shorter than `entries`.
+    /// The header bytes of each entry that is made of pieces, in places of one size: a chain's are written once, without looking for room. Not shorter than `entries`.
     headers: Vec<Header>,
-    /// The segments of all chains, one after another.
+    /// The segments of all chains that are not whole, one after another.
     segments: Vec<Segment>,
     scratch: Vec<(u32, u32)>,
 }
@@ -271,16 +303,17 @@ impl ChainBatch {
 
     #[inline]
     fn outcome<'a>(&'a self, index: usize, head: &'a Head) -> Outcome<'a> {
-        match head.refused {
-            None => {
-                let first = head.first as usize;
+        match head.made {
+            Made::Whole => Outcome::Chain(Chain { head, header: &head.header, segments: &[] }),
+            Made::Pieces => {
+                let (first, header) = (head.first as usize, &self.headers[index]);
                 Outcome::Chain(Chain {
                     head,
-                    header: &self.headers[index][..usize::from(head.header_len)],
+                    header: &header[..usize::from(head.header_len)],
                     segments: &self.segments[first..first + usize::from(head.segments)],
                 })
             }
-            Some(status) => Outcome::Refused { token: head.token, request: usize::from(head.request), status },
+            Made::Refused(status) => Outcome::Refused { token: head.token, request: usize::from(head.request), status },
         }
     }
 
@@ -293,7 +326,18 @@ impl ChainBatch {
         if self.headers.len() < requests.len() {
             self.headers.resize(requests.len(), [0; MAX_HEADER_BYTES]);
         }
-        while let Some(token) = words.next() {
+        self.entries.reserve(requests.len());
+        let common = Common::new(queues);
+        loop {
+            // A driver that keeps the order and makes nothing but whole chains never leaves this loop before the end.
+            while let Some((next, expected)) = seen.next_of(requests)
+                && let Some((rest, head)) = common.whole(words.0, expected, next as u16)
+            {
+                words.0 = rest;
+                self.entries.push(head);
+                seen.take_next();
+            }
+            let Some(token) = words.next() else { break };
             let blame = |rule| ChainError::Rule { token, rule };
             let request = seen.take(token, requests.len(), |index| requests[index].token).map_err(|unseen| {
                 blame(match unseen {
@@ -327,12 +371,14 @@ impl ChainBatch {
             writable: 0,
             // At most 64 chains of 130 segments: 32 bits are enough.
             first: first as u32,
+            header: [0; WHOLE_HEADER_BYTES],
+            payload: NO_SEGMENT,
             queue,
             request,
             segments: count,
             header_len: 0,
             status_len: 0,
-            refused: None,
+            made: Made::Pieces,
         };
         if queue == REFUSED {
             if count != 0 {
@@ -340,7 +386,7 @@ impl ChainBatch {
             }
             match Status::from_word(u32::from(top)) {
                 None | Some(Status::Ok) => return Err(ChainRule::RefusedStatus(top)),
-                refused => head.refused = refused,
+                Some(status) => head.made = Made::Refused(status),
             }
             self.entries.push(head);
             return Ok(());
@@ -353,19 +399,6 @@ impl ChainBatch {
         }
         if count == 0 || usize::from(count) > MAX_SEGMENTS {
             return Err(ChainRule::SegmentCount(count));
-        }
-        if count == 3
-            && let Some(payload) = expected.payload
-            && let Some((rest, whole)) = checks::whole(words.0, payload)
-        {
-            words.0 = rest;
-            self.headers[self.entries.len()][..checks::WHOLE_HEADER_BYTES].copy_from_slice(&whole.header);
-            self.segments.extend_from_slice(&whole.segments);
-            head.header_len = checks::WHOLE_HEADER_BYTES as u8;
-            head.status_len = whole.status_len;
-            head.writable = whole.writable;
-            self.entries.push(head);
-            return Ok(());
         }
         let mut checks = Checks::new(expected.payload);
         // Each request is met once, so there is a place for the header of each entry.

@@ -20,7 +20,7 @@ pub const PAGE_BYTES: u64 = 4096;
 /// hands out a slice. Shared as an `Arc`; the memory goes when the last owner does.
 #[derive(Debug)]
 pub struct DmaRegion {
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     file: OwnedFd,
     iova: u64,
     revoked: AtomicBool,
@@ -54,6 +54,7 @@ impl DmaRegion {
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(io("fcntl(F_ADD_SEALS)"))?;
         let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
+        let mapping = Arc::new(mapping);
         Ok(Self { mapping, file, iova, revoked: AtomicBool::new(false), gone: AtomicBool::new(false) })
     }
 
@@ -191,7 +192,7 @@ impl DmaRegion {
     }
 
     /// The mapping, for the ring and the transfers of this crate.
-    pub(crate) fn mapping(&self) -> &Mapping {
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
     }
 

@@ -2,11 +2,14 @@
 //!
 //! What is mapped is also mapped or reached by someone else who is not trusted, so no Rust reference to plain bytes of it ever exists: bulk data is
 //! copied with volatile accesses, ring words are atomics.
+//!
+//! Ring words are reached through [`Entries`]: its place is checked once, when it is made, and an index is cut to the number of entries, so that no access needs a check.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
 use rustix::mm::{MapFlags, ProtFlags};
@@ -145,21 +148,72 @@ impl Mapping {
         // too, but within this process only by atomics and volatile copies of the very same size or by a caller that is its own race.
         unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
     }
+}
 
-    /// The 32-bit word at `offset`. Panics when outside or not aligned.
-    #[inline]
-    pub(crate) fn word32(&self, offset: usize) -> &AtomicU32 {
-        assert!(offset.is_multiple_of(4), "misaligned word");
-        // SAFETY: as in `word16`.
-        unsafe { AtomicU32::from_ptr(self.at(offset, 4).cast()) }
+/// A power of two of equal entries in a mapping, each of `STRIDE` bytes and aligned to `ALIGN`. A single word is one entry of itself.
+///
+/// Invariant: the bytes `first .. first + STRIDE * (mask + 1)` are inside `mapping`, `first` and `STRIDE` are multiples of `ALIGN`, and `mask + 1` is a power of two.
+#[derive(Debug)]
+pub(crate) struct Entries<const STRIDE: usize, const ALIGN: usize> {
+    /// Keeps the memory where it is.
+    mapping: Arc<Mapping>,
+    first: NonNull<u8>,
+    mask: u16,
+}
+
+// SAFETY: `first` points into `mapping`, which is `Send` and `Sync`; every access is atomic.
+unsafe impl<const STRIDE: usize, const ALIGN: usize> Send for Entries<STRIDE, ALIGN> {}
+// SAFETY: as for `Send`.
+unsafe impl<const STRIDE: usize, const ALIGN: usize> Sync for Entries<STRIDE, ALIGN> {}
+
+impl<const STRIDE: usize, const ALIGN: usize> Entries<STRIDE, ALIGN> {
+    /// `count` entries, a power of two, from `offset` of `mapping`.
+    ///
+    /// # Panics
+    /// If they are outside, not aligned, or not a power of two: as for `Mapping::at` a defect of the host.
+    pub(crate) fn new(mapping: &Arc<Mapping>, offset: usize, count: u16) -> Self {
+        const { assert!(ALIGN.is_power_of_two() && ALIGN <= 8 && STRIDE.is_multiple_of(ALIGN)) };
+        assert!(count.is_power_of_two(), "no power of two");
+        assert!(offset.is_multiple_of(ALIGN), "misaligned entries");
+        let first = mapping.at(offset, STRIDE * usize::from(count));
+        let first = NonNull::new(first).expect("inside a mapping, which is not at address 0");
+        Self { mapping: Arc::clone(mapping), first, mask: count - 1 }
     }
 
-    /// The 64-bit word at `offset`. Panics when outside or not aligned.
-    #[inline]
-    pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8), "misaligned word");
-        // SAFETY: as in `word16`.
-        unsafe { AtomicU64::from_ptr(self.at(offset, 8).cast()) }
+    /// The address of `BYTES` bytes at `AT` of entry `index`, which is cut to the number of entries.
+    #[inline(always)]
+    fn word<const AT: usize, const BYTES: usize>(&self, index: u16) -> *mut u8 {
+        const { assert!(AT + BYTES <= STRIDE && BYTES <= ALIGN && AT.is_multiple_of(BYTES)) };
+        // SAFETY: the cut index is at most `mask` and `AT + BYTES` at most `STRIDE` (checked above, when compiled), so by the invariant of the type the
+        // bytes are inside the one mapping that `self` keeps.
+        unsafe { self.first.as_ptr().add(usize::from(index & self.mask) * STRIDE + AT) }
+    }
+
+    /// The 16-bit word at `AT` of entry `index`, which is cut to the number of entries.
+    #[inline(always)]
+    pub(crate) fn word16<const AT: usize>(&self, index: u16) -> &AtomicU16 {
+        // SAFETY: inside the mapping for as long as `self` is borrowed (`word`), and aligned: `first`, `STRIDE` and `AT` are multiples of 2, since 2 divides
+        // `ALIGN` (a power of two that is not less). Others access it too, but within this process only as `Mapping::word16` says.
+        unsafe { AtomicU16::from_ptr(self.word::<AT, 2>(index).cast()) }
+    }
+
+    /// The 32-bit word at `AT` of entry `index`, which is cut to the number of entries.
+    #[inline(always)]
+    pub(crate) fn word32<const AT: usize>(&self, index: u16) -> &AtomicU32 {
+        // SAFETY: as in `word16`, with 4.
+        unsafe { AtomicU32::from_ptr(self.word::<AT, 4>(index).cast()) }
+    }
+
+    /// The 64-bit word at `AT` of entry `index`, which is cut to the number of entries.
+    #[inline(always)]
+    pub(crate) fn word64<const AT: usize>(&self, index: u16) -> &AtomicU64 {
+        // SAFETY: as in `word16`, with 8.
+        unsafe { AtomicU64::from_ptr(self.word::<AT, 8>(index).cast()) }
+    }
+
+    /// The mapping that they are in.
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
     }
 }
 
@@ -172,9 +226,64 @@ fn split(start: *mut u8, bytes: usize) -> (usize, usize) {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: this value owns the range (`new`), and no pointer or reference into it outlives the borrow that gave it.
+        // SAFETY: this value owns the range (`new`), and no reference into it outlives the borrow that gave it; a pointer that does (`Entries`) lies beside a
+        // reference count of this value.
         if let Err(error) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
             tracing::error!(%error, bytes = self.len, "munmap failed, the mapping stays");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+
+    const BYTES: usize = 4096;
+
+    fn mapping() -> Arc<Mapping> {
+        let file = rustix::fs::memfd_create("mmap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, BYTES as u64).unwrap();
+        Arc::new(Mapping::new(file.as_fd(), BYTES).unwrap())
+    }
+
+    #[test]
+    fn an_index_is_cut_to_the_number_of_entries() {
+        let mapping = mapping();
+        let entries = Entries::<16, 8>::new(&mapping, BYTES - 64, 4);
+        for index in [0, 1, 2, 3, 4, 7, 0x8001, u16::MAX] {
+            mapping.fill(0, BYTES, 0);
+            entries.word64::<8>(index).store(u64::MAX, Relaxed);
+            let mut all = [0; BYTES];
+            mapping.copy_out(0, &mut all);
+            let place = BYTES - 64 + usize::from(index % 4) * 16 + 8;
+            assert!(all.iter().enumerate().all(|(at, &byte)| (byte == 0xff) == (place..place + 8).contains(&at)));
+        }
+    }
+
+    #[test]
+    fn words_of_each_size_lie_where_they_are_asked_for() {
+        let mapping = mapping();
+        let entries = Entries::<16, 8>::new(&mapping, 32, 2);
+        entries.word16::<6>(1).store(u16::from_le(0x1234), Relaxed);
+        entries.word32::<12>(0).store(u32::from_le(0x89ab_cdef), Relaxed);
+        let mut bytes = [0; 32];
+        mapping.copy_out(32, &mut bytes);
+        assert_eq!((&bytes[12..16], &bytes[22..24]), (&[0xef, 0xcd, 0xab, 0x89][..], &[0x34, 0x12][..]));
+        assert_eq!(bytes.iter().filter(|&&byte| byte != 0).count(), 6);
+    }
+
+    #[test]
+    fn entries_that_are_not_all_inside_are_a_defect() {
+        let made = |offset, count| {
+            let mapping = mapping();
+            std::panic::catch_unwind(move || drop(Entries::<16, 8>::new(&mapping, offset, count))).is_ok()
+        };
+        assert!(made(0, 256) && made(BYTES - 16, 1));
+        for (offset, count) in [(8, 256), (BYTES - 8, 1), (BYTES, 1), (usize::MAX - 7, 1), (4, 1), (0, 3), (0, 0)] {
+            assert!(!made(offset, count), "{count} at {offset}");
         }
     }
 }

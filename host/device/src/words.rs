@@ -209,6 +209,20 @@ impl Seen {
         Ok(index)
     }
 
+    /// The position after the one that was met last, if there is one and it was not met.
+    #[inline(always)]
+    pub(crate) fn next_of<'a, T>(&self, all: &'a [T]) -> Option<(usize, &'a T)> {
+        let item = all.get(self.next)?;
+        (self.bits >> self.next & 1 == 0).then_some((self.next, item))
+    }
+
+    /// Meets what [`Seen::next_of`] answered.
+    #[inline(always)]
+    pub(crate) fn take_next(&mut self) {
+        self.bits |= 1 << self.next;
+        self.next += 1;
+    }
+
     /// The first position of `count` that was not met.
     pub(crate) fn first_missing(&self, count: usize) -> Option<usize> {
         let index = (!self.bits).trailing_zeros() as usize;

@@ -1,51 +1,72 @@
 //! The rules of one chain's segments, checked one after another as they come.
 
-use super::{Direction, Header, Kind, Payload, Segment};
+use super::{Direction, Expected, Head, Header, Kind, Made, Payload, Segment};
 use crate::error::ChainRule;
-use crate::words::{MAX_HEADER_BYTES, MAX_STATUS_BYTES};
+use crate::words::{MAX_HEADER_BYTES, MAX_STATUS_BYTES, REFUSED};
 
-/// Header bytes of the chain that [`whole`] knows: those of virtio-blk (section 5.2.6).
-pub(super) const WHOLE_HEADER_BYTES: usize = 16;
+/// Header bytes of the chain that [`Common::whole`] knows: those of virtio-blk (section 5.2.6).
+pub(crate) const WHOLE_HEADER_BYTES: usize = 16;
 
-/// A chain of three segments, checked by [`whole`].
-pub(super) struct Whole {
-    pub(super) header: [u8; WHOLE_HEADER_BYTES],
-    pub(super) segments: [Segment; 3],
-    pub(super) status_len: u8,
-    pub(super) writable: u32,
+/// The check of the commonest chain in one step: 16 header bytes, the whole payload in one segment, a status.
+pub(super) struct Common {
+    /// Second word of such a chain on the lane's first queue; 0, which is that of no chain, if it has none.
+    word: u32,
+    queue: u16,
 }
 
-/// The check of the commonest chain in one step, and what comes after it in `words`: 16 header bytes, the whole payload in one segment, a status. `None` says nothing about
-/// the words but that they have to be looked at one by one, by [`Checks`]; what is answered here is what would be answered there (a test compares them).
-#[inline(always)]
-pub(super) fn whole(words: &[u32], payload: Payload) -> Option<(&[u32], Whole)> {
-    let (&[header, a, b, c, d, data, offset, status], rest) = words.split_first_chunk()?;
-    let (kind, to_device) = match payload.direction {
-        Direction::In => (Kind::PayloadIn, 0),
-        Direction::Out => (Kind::PayloadOut, payload.length),
-    };
-    let status_len = status >> 4;
-    let fits = header == (WHOLE_HEADER_BYTES as u32) << 4 | Kind::Header as u32
-        // A length that does not fit its 28 bits fails here, because something of it is lost.
-        && data >> 4 == payload.length
-        && data & 0xf == kind as u32
-        && offset == 0
-        && payload.length != 0
-        && status & 0xf == Kind::Status as u32
-        && (1..=MAX_STATUS_BYTES as u32).contains(&status_len);
-    if !fits {
-        return None;
+impl Common {
+    /// For a lane that serves `queues`. Chains on others than the first are looked at the long way.
+    pub(super) fn new(queues: &[u16]) -> Self {
+        match queues.first() {
+            Some(&queue) if queue != REFUSED => Self { word: u32::from(queue) | 3 << 16, queue },
+            _ => Self { word: 0, queue: 0 },
+        }
     }
-    let low = u128::from(a) | u128::from(b) << 32;
-    let segments = [
-        Segment { place: 0, length: WHOLE_HEADER_BYTES as u32, kind: Kind::Header },
-        Segment { place: payload.iova, length: payload.length, kind },
-        Segment { place: 0, length: status_len, kind: Kind::Status },
-    ];
-    let header = (low | u128::from(c) << 64 | u128::from(d) << 96).to_le_bytes();
-    // 28 bits and 7.
-    let writable = payload.length - to_device + status_len;
-    Some((rest, Whole { header, segments, status_len: status_len as u8, writable }))
+
+    /// What comes after the chain that `words` begin with, and its head, if it is such a chain for `expected`, the request at position `request`. `None` says nothing about the
+    /// words but that they have to be looked at one by one, by [`Checks`]; what is answered here is what would be answered there (a test compares them).
+    #[inline(always)]
+    pub(super) fn whole<'a>(&self, words: &'a [u32], expected: &Expected, request: u16) -> Option<(&'a [u32], Head)> {
+        let (&[token, second, header, a, b, c, d, data, offset, status], rest) = words.split_first_chunk()?;
+        let payload = expected.payload?;
+        let (kind, writable) = match payload.direction {
+            Direction::In => (Kind::PayloadIn, payload.length),
+            Direction::Out => (Kind::PayloadOut, 0),
+        };
+        // A status of 1 to 64 bytes. Of another kind of segment, something is left in the lowest bits.
+        let status_len = (status ^ Kind::Status as u32).rotate_right(4);
+        // One look at all of them, not a branch for each: what differs leaves a bit.
+        let differs = (token ^ expected.token)
+            | (second ^ self.word)
+            | (header ^ ((WHOLE_HEADER_BYTES as u32) << 4 | Kind::Header as u32))
+            // A length that does not fit its 28 bits fails here, because something of it is lost.
+            | (data.rotate_right(4) ^ payload.length ^ (kind as u32) << 28)
+            | offset;
+        let fits = differs == 0
+            && payload.length.wrapping_sub(1) < (1 << 28) - 1
+            && status_len.wrapping_sub(1) < MAX_STATUS_BYTES as u32
+            && self.word != 0;
+        if !fits {
+            return None;
+        }
+        let low = u64::from(a) | u64::from(b) << 32;
+        let high = u64::from(c) | u64::from(d) << 32;
+        let head = Head {
+            token,
+            // 28 bits and 7.
+            writable: writable + status_len,
+            header: (u128::from(low) | u128::from(high) << 64).to_le_bytes(),
+            payload: Segment { place: payload.iova, length: payload.length, kind },
+            first: 0,
+            queue: self.queue,
+            request,
+            segments: 3,
+            header_len: WHOLE_HEADER_BYTES as u8,
+            status_len: status_len as u8,
+            made: Made::Whole,
+        };
+        Some((rest, head))
+    }
 }
 
 /// A guest's list, read from the front.
@@ -176,10 +197,14 @@ fn header_words(into: &mut [u8], words: &[u32]) -> Result<(), ChainRule> {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::Chain;
     use super::*;
     use crate::words::{SegmentWords, push_chain};
 
-    /// The words of a chain that `whole` takes, but for its token and its queue.
+    const TOKEN: u32 = 0x8000_0001;
+    const QUEUE: u16 = 5;
+
+    /// The words of a chain that `whole` takes.
     fn good(payload: Payload, header: &[u8; 16], status: u32) -> Vec<u32> {
         let (offset, length) = (0, payload.length);
         let data = match payload.direction {
@@ -187,19 +212,43 @@ mod tests {
             Direction::Out => SegmentWords::PayloadOut { offset, length },
         };
         let mut words = Vec::new();
-        push_chain(&mut words, 1, 0, &[SegmentWords::HeaderOut(header), data, SegmentWords::StatusIn(status)]);
-        words.split_off(2)
+        push_chain(&mut words, TOKEN, QUEUE, &[SegmentWords::HeaderOut(header), data, SegmentWords::StatusIn(status)]);
+        words
     }
 
+    type Found = (usize, Vec<u8>, Vec<Segment>, u8, u64);
+
     /// What looking at them one by one makes of the words.
-    fn one_by_one(words: &[u32], payload: Payload) -> Option<(usize, Header, Vec<Segment>, u8, u64)> {
-        let (mut words, mut checks, mut header) = (Words(words), Checks::new(Some(payload)), [0; MAX_HEADER_BYTES]);
+    fn one_by_one(words: &[u32], payload: Payload) -> Option<Found> {
+        if words.get(..2)? != [TOKEN, u32::from(QUEUE) | 3 << 16] {
+            return None;
+        }
+        let (mut words, mut checks, mut header) =
+            (Words(&words[2..]), Checks::new(Some(payload)), [0; MAX_HEADER_BYTES]);
         let segments = (0..3).map(|_| checks.segment(&mut words, &mut header)).collect::<Result<Vec<_>, _>>().ok()?;
         let is_whole = checks.ascending && checks.covered == u64::from(payload.length);
+        let header = header[..usize::from(checks.header_len)].to_vec();
         is_whole.then_some((words.0.len(), header, segments, checks.status_len, checks.writable))
     }
 
+    fn in_one_step(words: &[u32], payload: Payload, queues: &[u16]) -> Option<Found> {
+        let expected = Expected { token: TOKEN, payload: Some(payload) };
+        let (rest, head) = Common::new(queues).whole(words, &expected, 9)?;
+        let chain = Chain { head: &head, header: &head.header, segments: &[] };
+        assert_eq!((chain.token(), chain.queue(), chain.request(), chain.segment_count()), (TOKEN, QUEUE, 9, 3));
+        assert_eq!((head.made, usize::from(head.header_len)), (Made::Whole, WHOLE_HEADER_BYTES));
+        let (mut segments, mut lasts) = (Vec::new(), Vec::new());
+        chain.each_segment(|segment, is_last| {
+            segments.push(*segment);
+            lasts.push(is_last);
+        });
+        assert_eq!(lasts, [false, false, true]);
+        Some((rest.len(), chain.header().to_vec(), segments, head.status_len, u64::from(chain.writable_bytes())))
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn the_one_step_check_answers_what_the_long_one_answers(
             length in prop_oneof![Just(0), 1_u32..9000, Just((1 << 28) - 1), Just(1 << 28), any::<u32>()],
@@ -207,24 +256,39 @@ mod tests {
             header in any::<[u8; 16]>(),
             status in prop_oneof![Just(1), 0_u32..70],
             more in 0_usize..3,
-            damage in proptest::option::of((0_usize..8, prop_oneof![(0_u32..32).prop_map(|bit| 1 << bit), any::<u32>()])),
+            cut in proptest::option::of(0_usize..10),
+            damage in proptest::option::of((0_usize..10, prop_oneof![(0_u32..32).prop_map(|bit| 1 << bit), any::<u32>()])),
         ) {
             let direction = if writes { Direction::Out } else { Direction::In };
             let payload = Payload { iova: 0x10_0000, length, direction };
             let mut words = good(payload, &header, status);
             words.resize(words.len() + more, 7);
-            if let Some((place, bits)) = damage {
-                words[place] ^= bits;
+            if let Some(length) = cut {
+                words.truncate(length);
+            }
+            if let Some((place, bits)) = damage && let Some(word) = words.get_mut(place) {
+                *word ^= bits;
             }
             let long = one_by_one(&words, payload);
-            if let Some((rest, whole)) = whole(&words, payload) {
-                let mut header = [0; MAX_HEADER_BYTES];
-                header[..WHOLE_HEADER_BYTES].copy_from_slice(&whole.header);
-                let short = (rest.len(), header, whole.segments.to_vec(), whole.status_len, u64::from(whole.writable));
+            if let Some(short) = in_one_step(&words, payload, &[QUEUE, 6]) {
                 prop_assert_eq!(Some(short), long);
-            } else if damage.is_none() && (1..1 << 28).contains(&length) && (1..=64).contains(&status) {
+            } else if damage.is_none() && cut.is_none() && (1..1 << 28).contains(&length) && (1..=64).contains(&status) {
                 prop_assert!(false, "the commonest chain is looked at the long way");
             }
+            for queues in [&[][..], &[6, QUEUE], &[REFUSED]] {
+                prop_assert_eq!(in_one_step(&words, payload, queues), None, "only the first queue is known");
+            }
+        }
+    }
+
+    #[test]
+    fn a_refusal_with_three_segments_is_no_chain_of_a_queue_with_that_number() {
+        let payload = Payload { iova: 0, length: 512, direction: Direction::In };
+        for second in [u32::from(REFUSED) | 3 << 16, 0] {
+            let mut words = good(payload, &[0; 16], 1);
+            words[1] = second;
+            assert_eq!(in_one_step(&words, payload, &[REFUSED]), None);
+            assert_eq!(in_one_step(&words, payload, &[]), None);
         }
     }
 }

@@ -133,6 +133,11 @@ impl Device {
         self.region.load_u16(self.offset(place, 2), Relaxed).unwrap()
     }
 
+    pub(crate) fn set_used_event(&self, index: u16) {
+        let place = self.addresses.available + 4 + 2 * u64::from(self.size);
+        self.region.store_u16(self.offset(place, 2), index, Relaxed).unwrap();
+    }
+
     pub(crate) fn set_available_event(&self, index: u16) {
         let place = self.addresses.used + 4 + 8 * u64::from(self.size);
         self.region.store_u16(self.offset(place, 2), index, Relaxed).unwrap();

@@ -148,3 +148,59 @@ fn without_event_index_the_flags_say_it() {
     device.complete(head.into(), 0);
     assert!(queue.arm(), "something is there");
 }
+
+#[test]
+fn a_queue_armed_for_the_next_chain_hears_of_it_alone() {
+    let (mut queue, mut device) = pair(QueueConfig { index: 0, size: 8, event_idx: true, indirect: false });
+    advance(&mut queue, &mut device, u16::MAX - 3);
+    let chain = SMALL.chain(0, 0);
+    for _ in 0..8 {
+        for _ in 0..3 {
+            queue.add(&chain.chain()).unwrap();
+        }
+        queue.publish();
+        queue.arm_next();
+        let heads: Vec<u16> = std::iter::from_fn(|| device.take()).map(|taken| taken.head).collect();
+        let mut calls = Vec::new();
+        for head in heads {
+            let old = device.used;
+            device.complete(head.into(), 0);
+            calls.push(passes(device.used_event(), device.used, old));
+        }
+        assert_eq!(calls, [true, false, false]);
+        queue.pop().unwrap().unwrap();
+        queue.arm_next();
+        assert_eq!(device.used_event(), device.used.wrapping_sub(2), "counted from what was popped");
+        while queue.pop().unwrap().is_some() {}
+    }
+}
+
+#[test]
+fn arming_for_the_next_chain_writes_only_what_is_not_armed_yet() {
+    const MARK: u16 = 0x5555;
+    let (mut queue, mut device) = pair(QueueConfig { index: 0, size: 8, event_idx: true, indirect: false });
+    advance(&mut queue, &mut device, 5);
+    queue.arm_next();
+    assert_eq!(device.used_event(), 5);
+    device.set_used_event(MARK);
+    queue.arm_next();
+    assert_eq!(device.used_event(), MARK, "it was armed");
+    queue.disarm();
+    assert_eq!(device.used_event(), 4);
+    queue.arm_next();
+    assert_eq!(device.used_event(), 5);
+    for _ in 0..3 {
+        queue.add(&SMALL.chain(0, 0).chain()).unwrap();
+    }
+    queue.publish();
+    assert!(!queue.arm_after(3));
+    queue.arm_next();
+    assert_eq!(device.used_event(), 5, "it was armed for another one");
+
+    let (mut queue, device) = pair(QueueConfig { index: 0, size: 8, event_idx: false, indirect: false });
+    queue.disarm();
+    queue.arm_next();
+    assert_eq!(device.available_flags(), 0);
+    queue.disarm();
+    assert_eq!(device.available_flags(), 1);
+}
