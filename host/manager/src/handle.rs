@@ -7,21 +7,24 @@
 //!
 //! What was submitted through a handle that was closed still completes; its answers are thrown away and its buffers go back to the arena.
 
+mod patience;
+mod wait;
+
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use cofferdam_device::Buffer;
 pub use cofferdam_gate::HandleState;
 use cofferdam_gate::{Cancel, DrainError, Guards, HandleError, HandleRefused, Notify};
 use cofferdam_runtime::clean;
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::binding::Binding;
 use crate::block::{BlockGeometry, BlockRequest, Completion};
 use crate::error::{LeaseError, OpenError, SubmitError};
+pub use crate::handle::patience::Patience;
 use crate::lane::Lane;
 use crate::mapped::{Regions, Share};
 
@@ -38,9 +41,6 @@ pub struct HandleSpec {
     /// their handles when it is signalled. With `None` the handle makes its own, which hangs up for ever at revocation.
     pub notify: Option<Arc<Notify>>,
 }
-
-/// How long a client of a revoked handle sleeps between two looks for its last answers.
-const REVOKED_SLICE: Duration = Duration::from_millis(5);
 
 /// Longest label and peer, in bytes: they are shown to operators, and what is in them may be a client's.
 const LABEL_BYTES: usize = 256;
@@ -184,6 +184,7 @@ pub struct Handle {
     shared: Arc<HandleShared>,
     lane: Arc<Lane>,
     binding: Arc<Binding>,
+    patience: Patience,
 }
 
 impl std::fmt::Debug for Handle {
@@ -226,7 +227,8 @@ impl Handle {
             mapping: AtomicBool::new(false),
             mapped: OnceLock::new(),
         });
-        Ok((Handle { shared: Arc::clone(&shared), lane, binding }, shared))
+        let patience = Patience::new(Patience::DEFAULT);
+        Ok((Handle { shared: Arc::clone(&shared), lane, binding, patience }, shared))
     }
 
     /// What [`Handle::map`] works with.
@@ -313,31 +315,6 @@ impl Handle {
     /// Requests of this handle that are not answered yet.
     pub fn in_flight(&self) -> u32 {
         self.shared.in_flight.load(Ordering::Acquire)
-    }
-
-    /// Polls, and sleeps for at most `timeout` if there is nothing yet. Returns what [`Handle::poll`] returned last; 0 after a time-out or at revocation.
-    pub fn wait(&self, timeout: Duration, out: &mut Vec<Completion>) -> usize {
-        let deadline = crate::ladder::after(Instant::now(), timeout);
-        loop {
-            let found = self.poll(true, out);
-            let left = deadline.saturating_duration_since(Instant::now());
-            let revoked = self.state() == HandleState::Revoked;
-            if found > 0 || left.is_zero() || (revoked && self.in_flight() == 0) {
-                return found;
-            }
-            // Of a revoked handle the notify is readable for ever; the ladder brings the last answers, so look again soon.
-            let slice = if revoked { left.min(REVOKED_SLICE) } else { left };
-            let wait = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
-            let mut fds = vec![PollFd::from_borrowed_fd(self.device_fd(), PollFlags::IN)];
-            if !revoked {
-                fds.push(PollFd::from_borrowed_fd(self.shared.notify.fd(), PollFlags::IN));
-            }
-            // EINTR and spurious returns lead to another look, bounded by the deadline.
-            let _ = poll(&mut fds, Some(&wait));
-            if !revoked {
-                self.shared.notify.clear();
-            }
-        }
     }
 }
 

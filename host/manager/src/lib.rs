@@ -52,7 +52,7 @@ pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
 pub use error::{LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError};
 pub use events::{EventKind, EventReader, EventRecord};
 pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
-pub use handle::{Handle, HandleSpec, HandleState};
+pub use handle::{Handle, HandleSpec, HandleState, Patience};
 pub use ladder::{Cause, UnloadOptions};
 pub use load::LoadSpec;
 pub use manager::{Config, Manager};
