@@ -40,11 +40,14 @@ impl SplitQueue {
     #[inline]
     pub(super) fn add_whole(&mut self, chain: &Chain<'_>, header: &[u8; WHOLE_HEADER_BYTES], payload: &Segment) {
         let status_bytes = chain.status_bytes();
-        let head = if let Some(&head) = self.ready[..usize::from(self.ready_len)].last() {
-            self.ready_len -= 1;
-            head
-        } else {
-            self.make_set()
+        // Of no set, the place is past the end.
+        let last = self.ready_len.wrapping_sub(1);
+        let head = match self.ready.get(usize::from(last)) {
+            Some(&head) => {
+                self.ready_len = last;
+                head
+            }
+            None => self.make_set(),
         };
         let slot = &mut self.slots[usize::from(head)];
         if usize::from(slot.status_len) != status_bytes {

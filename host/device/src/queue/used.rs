@@ -79,13 +79,18 @@ mod tests {
     const IOVA: u64 = 0x10_0000;
     const PAYLOAD_BYTES: u32 = 512;
 
-    /// What is found of a chain whose status bytes the device made `status`, and which it says it wrote `missing` bytes too few of.
-    fn found(status: &[u8], missing: u32, ordinary: Option<&Ordinary>) -> Popped {
+    /// What is found of a chain whose status bytes the device made `status`, and which it says it wrote `missing` bytes too few of. With a
+    /// header it is a whole chain.
+    fn found(header: bool, status: &[u8], missing: u32, ordinary: Option<&Ordinary>) -> Popped {
         let config = QueueConfig { index: 0, size: 8, event_idx: false, indirect: false };
         let region = Arc::new(DmaRegion::new("used", SplitQueue::bytes(8, false), IOVA).unwrap());
         let mut queue = SplitQueue::new(config, Arc::clone(&region), 0).unwrap();
         let payload = Some(Payload { iova: 0x900_0000, length: PAYLOAD_BYTES, direction: Direction::In });
-        let mut segments = vec![SegmentWords::PayloadIn { offset: 0, length: PAYLOAD_BYTES }];
+        let mut segments = Vec::new();
+        if header {
+            segments.push(SegmentWords::HeaderOut(&[7; 16]));
+        }
+        segments.push(SegmentWords::PayloadIn { offset: 0, length: PAYLOAD_BYTES });
         if !status.is_empty() {
             segments.push(SegmentWords::StatusIn(status.len() as u32));
         }
@@ -97,9 +102,9 @@ mod tests {
         let offered = chain.writable_bytes();
         queue.add(&chain).unwrap();
         queue.publish();
-        // The device: it finds the status area in the second descriptor, if there is one.
+        // The device: it finds the status area in the last descriptor, if there is one.
         let mut place = [0; 8];
-        region.read_at(16, &mut place).unwrap();
+        region.read_at(16 * (segments.len() as u64 - 1), &mut place).unwrap();
         let place = u64::from_le_bytes(place).checked_sub(IOVA);
         if let (Some(place), false) = (place, status.is_empty()) {
             region.write_at(place, status).unwrap();
@@ -120,6 +125,7 @@ mod tests {
     proptest! {
         #[test]
         fn ordinary_is_what_was_written_in_full_with_the_declared_status(
+            header in any::<bool>(),
             declared in bytes(),
             other in proptest::option::of(bytes()),
             flip in proptest::option::of((0..MAX_STATUS_BYTES, 0_u32..8)),
@@ -130,12 +136,12 @@ mod tests {
                 *byte ^= 1 << bit;
             }
             let ordinary = Ordinary::new(&declared).unwrap();
-            match found(&status, missing, Some(&ordinary)) {
+            match found(header, &status, missing, Some(&ordinary)) {
                 Popped::Ordinary(token) => prop_assert_eq!((token, missing, &status), (7, 0, &declared)),
                 Popped::Other(used) => {
                     prop_assert!(missing > 0 || status != declared);
                     prop_assert_eq!((used.token, used.offered - used.written, used.status()), (7, missing, &status[..]));
-                    prop_assert_eq!(found(&status, missing, None), Popped::Other(used));
+                    prop_assert_eq!(found(header, &status, missing, None), Popped::Other(used));
                 }
                 Popped::Nothing => prop_assert!(false, "it was used"),
             }

@@ -275,6 +275,29 @@ proptest! {
     }
 
     #[test]
+    fn whole_chains_in_any_order_and_among_others_are_as_the_oracle_says(
+        given in vec((prop_oneof![8 => 0..4u32, 1 => Just(4)], 0..8u8, any::<[u8; 16]>()), 0..6), in_order: bool, change in (0..60usize, 0..32u32, 0..4u8)
+    ) {
+        let requests = [0, 1, 2, 3].map(read);
+        let mut words = Vec::new();
+        for (at, (token, kind, header)) in (0..).zip(&given) {
+            let token = if in_order { at } else { *token };
+            let data = SegmentWords::PayloadIn { offset: 0, length: 4096 };
+            match kind {
+                0 => words::push_refusal(&mut words, token, words::Status::Io),
+                1 => words::push_chain(&mut words, token, QUEUES[0], &[SegmentWords::HeaderOut(&header[..7]), data, SegmentWords::StatusIn(2)]),
+                2 => words::push_chain(&mut words, token, QUEUES[1], &[SegmentWords::HeaderOut(header), data, SegmentWords::StatusIn(1)]),
+                _ => words::push_chain(&mut words, token, QUEUES[0], &[SegmentWords::HeaderOut(header), data, SegmentWords::StatusIn(1)]),
+            }
+        }
+        let (place, bit, often) = change;
+        if often == 0 && let Some(word) = words.get_mut(place) {
+            *word ^= 1 << bit;
+        }
+        compare(&words, &requests[..given.len().clamp(2, 4)])?;
+    }
+
+    #[test]
     fn random_words_never_panic(words in vec(prop_oneof![any::<u32>(), 0..8u32, (0..8u32).prop_map(|count| count << 16)], 0..60), requests in requests()) {
         compare(&words, &requests)?;
     }
