@@ -57,6 +57,8 @@ pub(super) struct Scratch {
     tokens: Vec<u32>,
     answers: Vec<u32>,
     verdicts: Vec<(usize, Status)>,
+    /// Places of operations of the polling client that ended in the ordinary way.
+    mine: Vec<u16>,
     /// Handles that got an answer from somebody else's poll.
     to_wake: Vec<Arc<HandleShared>>,
 }
@@ -209,6 +211,7 @@ impl Inside {
         if self.device_fault.is_some() {
             return (0, None);
         }
+        let mine = sink.me.and_then(|me| self.ledger.owner_of(me));
         let mut count = 0;
         let mut fault = None;
         while cross && count < MAX_BATCH {
@@ -221,7 +224,10 @@ impl Inside {
             match ring.pop_but(self.ordinary.as_ref()) {
                 Ok(Popped::Ordinary(token)) => {
                     count += 1;
-                    self.answer(token, Ok(()), sink);
+                    match mine.and_then(|owner| self.ledger.claim(token, owner)) {
+                        Some(place) => self.scratch.mine.push(place),
+                        None => self.answer(token, Ok(()), sink),
+                    }
                 }
                 Ok(Popped::Other(used)) => {
                     count += 1;
@@ -238,6 +244,10 @@ impl Inside {
                     break;
                 }
             }
+        }
+        if let Some(owner) = mine {
+            self.ledger.answer_all(owner, &self.scratch.mine, sink.out);
+            self.scratch.mine.clear();
         }
         if let Some(guest) = self.judge(sink) {
             fault.get_or_insert(guest);
@@ -307,13 +317,11 @@ impl Inside {
     }
 
     /// The one place where an operation ends: the ledger forgets it, its client gets the answer, and [`Ledger::settle`] counts it out.
-    #[inline(always)]
     pub(super) fn answer(&mut self, token: u32, result: Result<(), BlockError>, sink: &mut Sink<'_>) {
         let Some(Taken { user, buffer, owner: holder }) = self.ledger.remove(token) else { return };
         let Some(owner) = self.ledger.handle(holder) else { return };
         let mine = sink.me.is_some_and(|me| Arc::ptr_eq(me, owner));
         if mine {
-            // Put together where it stays: a copy of a value whose parts were just written waits for them.
             sink.out.push(Completion { user, result, buffer });
         } else {
             // Whoever finds the answer finds it counted.

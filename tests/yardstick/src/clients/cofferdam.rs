@@ -197,17 +197,21 @@ impl Engine for InProcess {
     }
 
     fn submit(&mut self, requests: &[Io]) -> Result<()> {
-        let lanes = self.handles.len();
-        for io in requests {
-            let lane = if lanes == 1 { 0 } else { io.tag as usize % lanes };
-            self.requests[lane].push(BlockRequest {
-                user: u64::from(io.tag),
-                op: self.op,
-                offset: io.offset,
-                length: self.bytes,
-                flags: BlockFlags::default(),
-                buffer: self.buffers[io.tag as usize].take(),
-            });
+        let InProcess { buffers, op, bytes, .. } = self;
+        let mut request = |io: &Io| BlockRequest {
+            user: u64::from(io.tag),
+            op: *op,
+            offset: io.offset,
+            length: *bytes,
+            flags: BlockFlags::default(),
+            buffer: buffers[io.tag as usize].take(),
+        };
+        match &mut self.requests[..] {
+            [only] => only.extend(requests.iter().map(request)),
+            lanes => {
+                let count = lanes.len();
+                requests.iter().for_each(|io| lanes[io.tag as usize % count].push(request(io)));
+            }
         }
         for (handle, requests) in self.handles.iter().zip(&mut self.requests) {
             if !requests.is_empty() {
