@@ -311,7 +311,6 @@ impl Inside {
         let Some((Entry { answer: mut completion, guard, .. }, holder)) = self.ledger.remove(token) else { return };
         let Some(owner) = self.ledger.handle(holder) else { return };
         completion.result = result;
-        owner.count_out();
         match sink.me {
             Some(me) if Arc::ptr_eq(me, owner) => sink.out.push(completion),
             _ => {
@@ -319,6 +318,8 @@ impl Inside {
                 note_owner(&mut self.scratch.to_wake, owner);
             }
         }
+        // Behind the answer: of a revoked handle with nothing in flight, a client that looks once more has them all.
+        owner.count_out();
         self.ledger.release(holder);
         drop(guard);
     }
