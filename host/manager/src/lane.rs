@@ -345,7 +345,7 @@ impl Lane {
                 if let Some(buffer) = taken.buffer {
                     buffer.retire();
                 }
-                inside.ledger.over(taken.owner, false);
+                inside.ledger.over(taken.owner);
                 abandoned += 1;
             }
         }

@@ -48,10 +48,8 @@ struct Holder {
     handle: Arc<HandleShared>,
     /// Counts its operations in the gate: all of them together, so that a batch costs one look and one count at each end.
     guards: Guards,
-    /// Operations that are answered and not yet counted out of the gate.
+    /// Operations that are answered and not yet counted out, neither of the gate nor of the handle.
     over: u32,
-    /// Of those, the ones that are not yet counted out of the handle either.
-    uncounted: u32,
 }
 
 struct Slot {
@@ -137,7 +135,7 @@ impl Ledger {
                 None => free = index,
             }
         }
-        let holder = Some(Holder { handle: Arc::clone(handle), guards, over: 0, uncounted: 0 });
+        let holder = Some(Holder { handle: Arc::clone(handle), guards, over: 0 });
         match self.holders.get_mut(free) {
             Some(place) => *place = holder,
             None => self.holders.push(holder),
@@ -158,17 +156,16 @@ impl Ledger {
         self.holders.iter().position(is_it).map(|index| Owner(index as u16))
     }
 
-    /// An operation of it is answered. `counted`: the handle knows already.
+    /// An operation of it is answered.
     #[inline]
-    pub(crate) fn over(&mut self, owner: Owner, counted: bool) {
+    pub(crate) fn over(&mut self, owner: Owner) {
         if let Some(Some(holder)) = self.holders.get_mut(usize::from(owner.0)) {
             holder.over += 1;
-            holder.uncounted += u32::from(!counted);
             self.unsettled = true;
         }
     }
 
-    /// Counts what is over out of its handles and of the gate. A handle is let go with its last operation. Whoever gives the lease back has done this: a drain waits for it.
+    /// Counts what is over out of its handles and of the gate, behind the answers: of a revoked handle with nothing in flight, a client that looks once more has them all. A handle is let go with its last operation. Whoever gives the lease back has done this: a drain waits for it.
     #[inline]
     pub(crate) fn settle(&mut self) {
         if !std::mem::take(&mut self.unsettled) {
@@ -177,8 +174,9 @@ impl Ledger {
         for place in &mut self.holders {
             let Some(holder) = place else { continue };
             if holder.over > 0 {
-                holder.handle.count_out(std::mem::take(&mut holder.uncounted));
-                holder.guards.leave(std::mem::take(&mut holder.over));
+                let over = std::mem::take(&mut holder.over);
+                holder.handle.count_out(over);
+                holder.guards.leave(over);
                 if holder.guards.count() == 0 {
                     *place = None;
                 }
@@ -256,7 +254,6 @@ impl Ledger {
     pub(crate) fn answer_all(&mut self, owner: Owner, mine: &[u16], out: &mut Vec<Completion>) {
         let Some(Some(holder)) = self.holders.get_mut(usize::from(owner.0)) else { return };
         holder.over += mine.len() as u32;
-        holder.uncounted += mine.len() as u32;
         self.unsettled = true;
         let slots = &mut self.slots;
         out.extend(mine.iter().map(|index| {

@@ -6,14 +6,18 @@
 //! | | the next look |
 //! | --- | --- |
 //! | at first | as long as allowed |
-//! | it found something | twice as long |
-//! | it did not, and the sleep after it was short too | twice as long, from [`LEAST`] |
-//! | it did not, and the sleep after it was long | half; below [`LEAST`] none |
+//! | it found something | twice as long, from [`LEAST`] |
+//! | it did not | half as long; below [`LEAST`] none |
+//! | it did not, and the sleep after it was short too | twice as long as it was, from [`LEAST`] |
 //! | [`REST`] waits without a look | as long as allowed, once: the device may be faster while nobody lets it sleep |
 //!
 //! "Short" is what the longest look would have caught: that long, and [`WAKING`] more, which is the sleep's own cost. "As long as allowed" is at most a
 //! millisecond; [`Patience::DEFAULT`] is 50 us. A device that never answers in that time costs one look in [`REST`] waits. While nothing is in flight there is
 //! nothing to look for: the caller does not begin.
+//!
+//! A port's thread does not tell of its sleeps. It stands between its client and the device, and where they have to share its core, short sleeps are when they
+//! run: with 50 us of looking against them, two cores, qemu-storage-daemon and one NBD client, reads fell from 643 to 527 thousand a second at depth 128 and
+//! from 43 to 28 at depth 1.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -35,8 +39,8 @@ const MOST: Duration = Duration::from_millis(1);
 pub struct Patience {
     most_ns: u32,
     spin_ns: AtomicU32,
-    /// How long the last look took, if it was in vain.
-    wasted_ns: AtomicU32,
+    /// How long the last look was to be.
+    last_ns: AtomicU32,
     /// Waits since the last look.
     rested: AtomicU32,
 }
@@ -49,16 +53,17 @@ impl Patience {
     #[must_use]
     pub fn new(most: Duration) -> Patience {
         let most_ns = nanos(most.min(MOST));
-        Patience { most_ns, spin_ns: AtomicU32::new(most_ns), wasted_ns: AtomicU32::new(0), rested: AtomicU32::new(0) }
+        Patience { most_ns, spin_ns: AtomicU32::new(most_ns), last_ns: AtomicU32::new(0), rested: AtomicU32::new(0) }
     }
 
     /// Calls `look` until it finds something, for as long as has paid lately and for no longer than `limit`. Whether it found something; if not, the caller
-    /// asks for notifications, looks once more and sleeps, and tells [`Patience::slept`].
+    /// asks for notifications, looks once more and sleeps, and may tell [`Patience::slept`].
     ///
-    /// `look` is called without a pause and does not block. It is not called at all where looking has not paid.
+    /// `look` is called without a pause and must not block. It is not called at all where looking has not paid.
     pub fn spin(&self, limit: Duration, mut look: impl FnMut() -> bool) -> bool {
-        let spin = self.length().min(limit);
-        self.wasted_ns.store(0, Ordering::Relaxed);
+        let spin_ns = self.length_ns();
+        self.last_ns.store(spin_ns, Ordering::Relaxed);
+        let spin = Duration::from_nanos(u64::from(spin_ns)).min(limit);
         if spin.is_zero() {
             return false;
         }
@@ -66,46 +71,45 @@ impl Patience {
         loop {
             for _ in 0..LOOKS {
                 if look() {
-                    self.grow();
+                    self.grow(self.spin_ns.load(Ordering::Relaxed));
                     return true;
                 }
                 std::hint::spin_loop();
             }
-            let spent = start.elapsed();
-            if spent >= spin {
-                self.wasted_ns.store(nanos(spent), Ordering::Relaxed);
+            if start.elapsed() >= spin {
+                let half = self.spin_ns.load(Ordering::Relaxed) / 2;
+                self.spin_ns.store(if half < nanos(LEAST) { 0 } else { half }, Ordering::Relaxed);
                 return false;
             }
         }
     }
 
-    /// The sleep after [`Patience::spin`] took that long, until there was something or for as long as it was allowed to last.
+    /// The wait that [`Patience::spin`] began went on for that long in a sleep, until there was something or for as long as it was allowed to last.
     pub fn slept(&self, sleep: Duration) {
-        let waited = sleep + Duration::from_nanos(u64::from(self.wasted_ns.load(Ordering::Relaxed)));
-        if waited <= Duration::from_nanos(u64::from(self.most_ns)) + WAKING {
-            self.grow();
-            return;
+        let last_ns = self.last_ns.load(Ordering::Relaxed);
+        let caught = Duration::from_nanos(u64::from(self.most_ns)) + WAKING;
+        if sleep + Duration::from_nanos(u64::from(last_ns)) <= caught {
+            self.grow(last_ns);
         }
-        let half = self.spin_ns.load(Ordering::Relaxed) / 2;
-        self.spin_ns.store(if half < nanos(LEAST) { 0 } else { half }, Ordering::Relaxed);
     }
 
     /// How long to look this time.
-    fn length(&self) -> Duration {
+    fn length_ns(&self) -> u32 {
         let spin_ns = self.spin_ns.load(Ordering::Relaxed);
         if spin_ns > 0 {
-            return Duration::from_nanos(u64::from(spin_ns));
+            return spin_ns;
         }
         let rested = self.rested.load(Ordering::Relaxed) + 1;
         let again = rested >= REST;
         self.rested.store(if again { 0 } else { rested }, Ordering::Relaxed);
-        if again { Duration::from_nanos(u64::from(self.most_ns)) } else { Duration::ZERO }
+        if again { self.most_ns } else { 0 }
     }
 
-    fn grow(&self) {
-        let spin_ns = self.spin_ns.load(Ordering::Relaxed);
-        if spin_ns < self.most_ns {
-            self.spin_ns.store(spin_ns.saturating_mul(2).max(nanos(LEAST)).min(self.most_ns), Ordering::Relaxed);
+    /// Looks twice as long as `spin_ns` from now on.
+    fn grow(&self, spin_ns: u32) {
+        let twice = spin_ns.saturating_mul(2).max(nanos(LEAST)).min(self.most_ns);
+        if self.spin_ns.load(Ordering::Relaxed) != twice {
+            self.spin_ns.store(twice, Ordering::Relaxed);
         }
     }
 }
@@ -144,18 +148,42 @@ mod tests {
     fn a_device_that_answers_soon_after_the_sleep_began_is_looked_for_again() {
         let patience = Patience::new(Patience::DEFAULT);
         while looks(&patience, Duration::from_secs(1)) {}
-        patience.slept(Duration::from_micros(40));
-        assert_eq!(patience.length(), LEAST);
-        for _ in 0..10 {
-            patience.slept(Duration::from_micros(40));
+        let short = Duration::from_micros(40);
+        assert!(!looks(&patience, short));
+        assert_eq!(patience.length_ns(), nanos(LEAST));
+        // Looks grow although each is in vain, until one would have caught it, and shrink when it gets too late for that.
+        for microseconds in [8, 16, 32] {
+            assert!(looks(&patience, short));
+            assert_eq!(patience.length_ns(), microseconds * 1000);
         }
-        assert_eq!(patience.length(), Patience::DEFAULT);
+        assert!(looks(&patience, Duration::from_micros(60)));
+        assert_eq!(patience.length_ns(), 16_000);
+    }
+
+    #[test]
+    fn who_does_not_tell_of_sleeps_looks_for_as_long_as_it_finds_something() {
+        let patience = Patience::new(Patience::DEFAULT);
+        while patience.length_ns() > 0 {
+            assert!(!patience.spin(Duration::MAX, || false));
+        }
+        let mut looks = 0;
+        for _ in 0..REST {
+            patience.spin(Duration::MAX, || {
+                looks += 1;
+                true
+            });
+        }
+        assert_eq!(looks, 1, "one look in {REST} waits");
+        for _ in 0..4 {
+            assert!(patience.spin(Duration::MAX, || true));
+        }
+        assert_eq!(patience.length_ns(), nanos(Patience::DEFAULT));
     }
 
     #[test]
     fn a_look_ends_with_the_caller_s_time_and_with_what_it_finds() {
         let patience = Patience::new(Duration::from_secs(100));
-        assert_eq!(patience.length(), MOST);
+        assert_eq!(patience.length_ns(), nanos(MOST));
         assert!(!patience.spin(Duration::ZERO, || unreachable!("there is no time")));
         let mut calls = 0;
         assert!(patience.spin(Duration::MAX, || {

@@ -38,11 +38,13 @@ impl Handle {
         let deadline = crate::ladder::after(begun, timeout);
         let mut asleep = None;
         loop {
+            let revoked = self.state() == HandleState::Revoked;
+            // Before the look: whose last answer is counted has it where the look finds it.
+            let over = revoked && self.in_flight() == 0;
             found = self.poll(true, out);
             let now = Instant::now();
             let left = deadline.saturating_duration_since(now);
-            let revoked = self.state() == HandleState::Revoked;
-            if found > 0 || left.is_zero() || (revoked && self.in_flight() == 0) {
+            if found > 0 || left.is_zero() || over {
                 if let (true, Some(asleep)) = (looks, asleep) {
                     self.patience.slept(now.saturating_duration_since(asleep));
                 }

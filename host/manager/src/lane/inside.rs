@@ -320,16 +320,14 @@ impl Inside {
     pub(super) fn answer(&mut self, token: u32, result: Result<(), BlockError>, sink: &mut Sink<'_>) {
         let Some(Taken { user, buffer, owner: holder }) = self.ledger.remove(token) else { return };
         let Some(owner) = self.ledger.handle(holder) else { return };
-        let mine = sink.me.is_some_and(|me| Arc::ptr_eq(me, owner));
-        if mine {
-            sink.out.push(Completion { user, result, buffer });
-        } else {
-            // Whoever finds the answer finds it counted.
-            owner.count_out(1);
-            owner.deliver(Completion { user, result, buffer });
-            note_owner(&mut self.scratch.to_wake, owner);
+        match sink.me {
+            Some(me) if Arc::ptr_eq(me, owner) => sink.out.push(Completion { user, result, buffer }),
+            _ => {
+                owner.deliver(Completion { user, result, buffer });
+                note_owner(&mut self.scratch.to_wake, owner);
+            }
         }
-        self.ledger.over(holder, !mine);
+        self.ledger.over(holder);
     }
 
     /// Moves parked chains to the ring while there is room; how many.

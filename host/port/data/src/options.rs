@@ -11,7 +11,7 @@ pub const LINGER: Duration = Duration::from_millis(100);
 /// How often a client's thread looks again while the lane is full.
 pub(crate) const RETRY: Duration = Duration::from_millis(2);
 /// Longest busy wait before a client's thread sleeps.
-pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
+pub const DEFAULT_SPIN: Duration = cofferdam_manager::Patience::DEFAULT;
 
 /// Settings of one port.
 #[derive(Clone, Debug)]

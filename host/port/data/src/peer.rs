@@ -16,7 +16,7 @@ use cofferdam_client::wire::{Hello, PACKET_MAX_BYTES, Refusal, TAG_REVOKED, TAG_
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::options::{LINGER, RETRY};
-use crate::service::{Disk, Notify, Service};
+use crate::service::{Disk, Notify, Patience, Service};
 use crate::session::{Session, Violation};
 use crate::shared::{End, Shared};
 use crate::socket::{Received, receive, send};
@@ -26,10 +26,6 @@ use crate::welcome::{Admitted, refused, welcome};
 const PACKETS: u32 = 16;
 /// Turns with traffic between two looks at the socket, so that a client which hung up is noticed though its rings go on.
 const TURNS_PER_LOOK: u32 = 1024;
-/// Turns between two looks at the clock while spinning.
-const SPIN_TURNS: u32 = 32;
-/// Shortest spin that is worth trying.
-const SPIN_FLOOR: Duration = Duration::from_micros(2);
 
 /// See the module.
 pub(crate) struct Peer<S: Service> {
@@ -114,8 +110,7 @@ impl<S: Service> Peer<S> {
 
     /// Until it is over: revoked and quiet, hung up, or cut off by the shutdown.
     fn serve(&self, session: &mut Session<S::Disk>, over: &mut Over) -> Result<End, Violation> {
-        let most = self.shared.options.spin;
-        let mut spin = most;
+        let patience = Patience::new(self.shared.options.spin);
         let mut turns: u32 = 0;
         loop {
             if self.shared.stopping.load(Ordering::Acquire) {
@@ -137,11 +132,9 @@ impl<S: Service> Peer<S> {
             if moved {
                 continue;
             }
-            if self.spin(session, spin)? {
-                spin = (spin * 2).min(most);
+            if self.spin(session, &patience)? {
                 continue;
             }
-            spin = (spin / 2).max(SPIN_FLOOR.min(most));
             // Partner: the client stores its tail or head, then looks for what this side sleeps. The manager and the device have `arm` and the notify.
             self.notify.clear();
             let what = session.sleeps_for();
@@ -173,23 +166,15 @@ impl<S: Service> Peer<S> {
         Ok(turn.moved)
     }
 
-    /// Turns for a while; whether one moved something. Its length follows what it brings.
-    fn spin(&self, session: &mut Session<S::Disk>, limit: Duration) -> Result<bool, Violation> {
-        if limit.is_zero() {
-            return Ok(false);
-        }
-        let start = Instant::now();
-        loop {
-            for _ in 0..SPIN_TURNS {
-                if self.turn(session, false)? {
-                    return Ok(true);
-                }
-                std::hint::spin_loop();
-            }
-            if start.elapsed() >= limit {
-                return Ok(false);
-            }
-        }
+    /// Turns for as long as that pays ([`Patience`]); whether one moved something. The clock of that is the client's as well as the device's: a client that
+    /// submits nothing for long is slept for, and then neither costs anything.
+    fn spin(&self, session: &mut Session<S::Disk>, patience: &Patience) -> Result<bool, Violation> {
+        let mut last = Ok(false);
+        let moved = patience.spin(Duration::MAX, || {
+            last = self.turn(session, false);
+            !matches!(last, Ok(false))
+        });
+        last.map(|_| moved)
     }
 
     /// Says that it is over, and lets the client take its answers. Nothing of it is in flight, unless the grace is over.

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 pub use cofferdam_manager::{
     Binding, BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec,
-    HandleState, MapError, Mapped, Notify, OpenError, Port, PortReport, PortThreads, RegionError, SubmitError,
+    HandleState, MapError, Mapped, Notify, OpenError, Patience, Port, PortReport, PortThreads, RegionError,
+    SubmitError,
 };
 
 /// One client's right to operate; see [`Handle`] for what each call promises.

@@ -16,7 +16,7 @@ pub const STALL: Duration = Duration::from_secs(2);
 /// How often a starved or turned-away connection looks again, in case that nothing of its own worker wakes it.
 pub(crate) const RETRY: Duration = Duration::from_millis(2);
 /// Longest busy wait for the device before the worker sleeps.
-pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
+pub const DEFAULT_SPIN: Duration = cofferdam_manager::Patience::DEFAULT;
 
 /// Settings of one port.
 #[derive(Clone, Debug)]

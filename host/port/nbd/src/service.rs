@@ -9,7 +9,7 @@ use std::sync::Arc;
 pub(crate) use cofferdam_manager::transfer;
 pub use cofferdam_manager::{
     Binding, BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec,
-    HandleState, LeaseError, Notify, OpenError, Port, PortReport, PortThreads, SubmitError,
+    HandleState, LeaseError, Notify, OpenError, Patience, Port, PortReport, PortThreads, SubmitError,
 };
 
 /// One client's right to operate; see [`Handle`] for what each call promises.

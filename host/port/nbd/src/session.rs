@@ -129,7 +129,8 @@ pub(crate) struct Session<D> {
     pub(crate) alone: Option<u32>,
     /// That read wants leases for its next segment.
     pub(crate) resume: bool,
-    pub(crate) last_was_write: bool,
+    /// Payload of the last request that was begun, 0 if it had none.
+    pub(crate) last_write_bytes: u32,
     /// When the payload that is being received last made progress.
     pub(crate) payload_moved: Instant,
     /// Since when new requests get `NBD_ESHUTDOWN`.
@@ -169,7 +170,7 @@ impl<D: Disk> Session<D> {
             rx: Rx::Header,
             alone: None,
             resume: false,
-            last_was_write: false,
+            last_write_bytes: 0,
             payload_moved: now,
             refused_at: None,
             idle_at: now,

@@ -10,8 +10,10 @@ use crate::service::transfer::{Space, receive};
 
 /// Requests that are read ahead of need at most.
 const READ_AHEAD_REQUESTS: usize = 64;
-/// Bytes that one connection reads ahead.
+/// Bytes that one connection reads ahead, as long as it sends no small writes.
 pub(crate) const READ_AHEAD_BYTES: usize = READ_AHEAD_REQUESTS * REQUEST_BYTES;
+/// Bytes that a connection which sends small writes reads ahead, with their payload: some thirty of 4 KiB in one system call, and about half of what a Unix socket holds.
+pub(crate) const BULK_BYTES: usize = 128 * 1024;
 
 /// Reads of what is thrown away at the end: no more than others of the same thread can spare, and with 64 KiB each what
 /// a Unix socket holds by default many times over.
@@ -32,7 +34,8 @@ pub(crate) enum Got {
 #[derive(Debug)]
 pub(crate) struct Wire {
     socket: OwnedFd,
-    ahead: Box<[u8; READ_AHEAD_BYTES]>,
+    /// [`READ_AHEAD_BYTES`] long until the first small write, [`BULK_BYTES`] from then on.
+    ahead: Vec<u8>,
     start: usize,
     end: usize,
     /// The socket may hold bytes.
@@ -49,7 +52,7 @@ impl Wire {
     pub(crate) fn new(socket: OwnedFd) -> Wire {
         Wire {
             socket,
-            ahead: Box::new([0; READ_AHEAD_BYTES]),
+            ahead: vec![0; READ_AHEAD_BYTES],
             start: 0,
             end: 0,
             readable: true,
@@ -76,16 +79,18 @@ impl Wire {
         }
     }
 
-    /// Reads ahead, up to `limit` bytes in all (bounded by [`READ_AHEAD_BYTES`]); never less than one byte of room is
-    /// asked for.
+    /// Reads ahead, up to `limit` bytes in all (bounded by [`BULK_BYTES`]); never less than one byte of room is asked for.
     pub(crate) fn fill(&mut self, limit: usize) -> io::Result<Got> {
         if self.start > 0 {
             self.ahead.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let limit = limit.clamp(self.end, READ_AHEAD_BYTES);
+        let limit = limit.min(BULK_BYTES).max(self.end);
         if limit == self.end {
             return Ok(Got::Nothing);
+        }
+        if limit > self.ahead.len() {
+            self.ahead.resize(BULK_BYTES, 0);
         }
         let asked = limit - self.end;
         let result = receive(self.socket.as_fd(), &mut [Space::Bytes(&mut self.ahead[self.end..limit])], 0);

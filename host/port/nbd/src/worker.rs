@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use crate::connection::{Connection, End, Next, Turn};
 use crate::error::NbdError;
 use crate::options::RETRY;
-use crate::service::{Completion, Disk, HandleSpec, Notify, Service};
+use crate::service::{Completion, Disk, HandleSpec, Notify, Patience, Service};
 use crate::session::Stuck;
 use crate::shared::{Inbox, Shared};
 
@@ -30,8 +30,6 @@ const EVENTS: usize = 256;
 const SCRATCH_BYTES: usize = 64 * 1024;
 /// Rounds of polling between two looks at the sockets while spinning.
 const SPIN_ROUNDS: u32 = 32;
-/// Shortest spin that is worth trying.
-const SPIN_FLOOR: Duration = Duration::from_micros(2);
 /// How often a starving worker wakes the others to look for stalled clients.
 const RALLY: Duration = Duration::from_millis(250);
 
@@ -67,7 +65,7 @@ pub(crate) struct Worker<S: Service> {
     /// When to look at deadlines next.
     due: Option<Instant>,
     stop_at: Option<Instant>,
-    spin: Duration,
+    patience: Arc<Patience>,
     completions: Vec<Completion>,
     scratch: Box<[u8]>,
 }
@@ -87,7 +85,7 @@ impl<S: Service> Worker<S> {
             lane,
             notify: Some(Arc::clone(&notify)),
         };
-        let spin = shared.options.spin;
+        let patience = Arc::new(Patience::new(shared.options.spin));
         Ok(Worker {
             shared,
             inbox,
@@ -106,7 +104,7 @@ impl<S: Service> Worker<S> {
             device: None,
             due: None,
             stop_at: None,
-            spin,
+            patience,
             completions: Vec::with_capacity(EVENTS),
             scratch: vec![0; SCRATCH_BYTES].into_boxed_slice(),
         })
@@ -127,12 +125,11 @@ impl<S: Service> Worker<S> {
             }
             busy |= !self.ready.is_empty();
             busy = busy || self.spin() || self.reap(Instant::now(), true) > 0 || !self.ready.is_empty();
-            let timeout = if busy {
-                Some(Duration::ZERO)
-            } else {
-                self.due.map(|due| due.saturating_duration_since(Instant::now()))
-            };
-            self.wait(timeout);
+            if busy {
+                self.wait(Some(Duration::ZERO));
+                continue;
+            }
+            self.wait(self.due.map(|due| due.saturating_duration_since(Instant::now())));
         }
         let left: Vec<usize> = (0..self.connections.len()).filter(|&index| self.connections[index].is_some()).collect();
         for index in left {
@@ -327,33 +324,21 @@ impl<S: Service> Worker<S> {
         }
     }
 
-    /// Busy-waits for an answer; true when there is something to do. Its length follows what it brings: doubled by
-    /// success, halved by failure.
+    /// Looks for answers and at the sockets while something is in flight, for as long as that pays ([`Patience`]); true when there is something to do.
     fn spin(&mut self) -> bool {
-        let most = self.shared.options.spin;
-        if self.active.is_empty() || most.is_zero() {
+        if self.active.is_empty() {
             return false;
         }
+        let patience = Arc::clone(&self.patience);
         let start = Instant::now();
         let mut rounds = 0;
-        loop {
-            if self.reap(start, false) > 0 {
-                self.spin = (self.spin * 2).min(most);
-                return true;
-            }
+        patience.spin(Duration::MAX, || {
             rounds += 1;
             if rounds % SPIN_ROUNDS == 0 {
                 self.wait(Some(Duration::ZERO));
-                if !self.ready.is_empty() {
-                    return true;
-                }
             }
-            if start.elapsed() >= self.spin {
-                self.spin = (self.spin / 2).max(SPIN_FLOOR.min(most));
-                return false;
-            }
-            std::hint::spin_loop();
-        }
+            self.reap(start, false) > 0 || !self.ready.is_empty()
+        })
     }
 
     fn wait(&mut self, timeout: Option<Duration>) {

@@ -42,9 +42,8 @@ impl Inside {
             let foreign = buffer.is_some_and(|buffer| !arena.owns(buffer) && !owner.owns_window(buffer));
             let checked = geometry.check(op, offset, length, buffer);
             if let Err(error) = if foreign { Err(BlockError::Invalid) } else { checked } {
-                owner.count_out(1);
                 owner.deliver(Completion { user: request.user, result: Err(error), buffer: request.buffer.take() });
-                self.ledger.over(holder, true);
+                self.ledger.over(holder);
                 note_owner(&mut self.scratch.to_wake, owner);
                 continue;
             }
