@@ -165,7 +165,8 @@ impl Ledger {
         }
     }
 
-    /// Counts what is over out of its handles and of the gate, behind the answers: of a revoked handle with nothing in flight, a client that looks once more has them all. A handle is let go with its last operation. Whoever gives the lease back has done this: a drain waits for it.
+    /// Counts what is over out of its handles and of the gate, behind the answers: of a revoked handle with nothing in flight, a client that looks once more has them
+    /// all. A handle is let go with its last operation. Whoever gives the lease back has done this: a drain waits for it.
     #[inline]
     pub(crate) fn settle(&mut self) {
         if !std::mem::take(&mut self.unsettled) {

@@ -365,10 +365,18 @@ impl Inside {
 
     /// Makes what was added visible, and tells the device if it wants to be told.
     pub(super) fn ring_doorbell(&mut self) {
-        if let (Some(ring), Some(doorbell), false) =
+        let (Some(ring), Some(doorbell), false) =
             (&mut self.ring, &self.doorbell, self.withdrawn.load(Ordering::Acquire))
-            && ring.publish()
-        {
+        else {
+            return;
+        };
+        // Of one request at a time the device is always asked to notify, also where the client only looks. What sending the notification takes is time in which the next
+        // request comes, and a device that looks once more before it sleeps (qemu-storage-daemon) finds it: without, each request waits for a kick and a wake-up. From
+        // four in flight it costs a third (measured in docs/PERFORMANCE.md).
+        if ring.in_flight() == 1 && ring.config().event_idx {
+            ring.arm_next();
+        }
+        if ring.publish() {
             doorbell.ring();
         }
     }
