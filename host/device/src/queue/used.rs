@@ -149,6 +149,15 @@ mod tests {
     }
 
     #[test]
+    fn a_long_status_is_not_taken_for_what_lies_in_the_area_of_short_ones() {
+        let declared = [0; SHORT_STATUS_BYTES + 1];
+        for header in [false, true] {
+            let popped = found(header, &[1; SHORT_STATUS_BYTES + 1], 0, Ordinary::new(&declared).as_ref());
+            assert!(matches!(popped, Popped::Other(used) if used.status() == [1; SHORT_STATUS_BYTES + 1]));
+        }
+    }
+
+    #[test]
     fn an_ordinary_status_is_no_longer_than_a_status_may_be() {
         assert!(Ordinary::new(&[0; MAX_STATUS_BYTES]).is_some());
         assert!(Ordinary::new(&[0; MAX_STATUS_BYTES + 1]).is_none());

@@ -162,3 +162,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_lie_that_is_taken_back_is_not_forgiven() {
+    let (mut queue, mut device, held) = busy(false, true, 0, 2, 0);
+    device.complete(u32::from(SIZE), 0);
+    device.complete(held[1].head.into(), 0);
+    let fault = queue.pop().unwrap_err();
+    device.used = device.used.wrapping_sub(2);
+    device.complete(held[0].head.into(), 0);
+    device.complete(held[1].head.into(), 0);
+    assert_eq!((queue.pop(), queue.pop()), (Err(fault), Err(fault)));
+    assert_eq!(queue.in_flight(), 2);
+}
