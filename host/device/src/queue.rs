@@ -15,7 +15,7 @@
 //! a line of 64 bytes that goes from one core to the other serves four headers or eight statuses.
 //!
 //! **Direct or indirect.** A direct chain takes a descriptor per segment, an indirect one a single descriptor and a table, which was measured to cost
-//! 13 to 15 % of the request rate. So chains are direct while at least half of the ring stays free and none takes more than its fair share (a sixteenth of
+//! 13 to 15 % of the request rate. So chains are direct while at least a quarter of the ring stays free and none takes more than its fair share (a sixteenth of
 //! the ring, at least 4); otherwise they are indirect, if the device does that.
 //!
 //! **Notifications.** Two stores and two loads cross between the sides, and each side has a full fence between its store and its load, so that at least one of

@@ -142,7 +142,7 @@ impl SplitQueue {
 
     /// Whether a chain of `segments` is direct when `free` descriptors are free: it has to be, or leaves enough for others.
     pub(super) fn is_direct(&self, segments: u16, free: u16) -> bool {
-        let is_fair = segments <= self.fair_share && free.saturating_sub(segments) >= self.config.size / 2;
+        let is_fair = segments <= self.fair_share && free.saturating_sub(segments) >= self.config.size / 4;
         segments == 1 || !self.config.indirect || is_fair
     }
 

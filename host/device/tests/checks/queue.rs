@@ -225,8 +225,8 @@ fn a_crowded_ring_turns_to_indirect_chains() {
     while queue.add(&chain.chain()).is_ok() {
         count += 1;
     }
-    // 21 direct ones in the first half, one descriptor each from there.
-    assert_eq!(count, 21 + (128 - 63));
+    // 32 direct ones in the first three quarters, one descriptor each from there.
+    assert_eq!(count, 32 + 32);
     assert_eq!(queue.free(), 0);
 
     let (mut direct, _) = pair(QueueConfig { index: 0, size: 128, event_idx: true, indirect: false });
