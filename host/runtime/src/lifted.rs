@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 
 use wasmtime::component::__internal::{CanonicalAbiInfo, InstanceType, InterfaceType, LiftContext, LowerContext};
 use wasmtime::component::{ComponentType, Func, Lift, Lower, TypedFunc, WasmList};
-use wasmtime::{AsContext, AsContextMut, Result, format_err};
+use wasmtime::{AsContext, AsContextMut, Result, bail, format_err};
 
 use crate::service::{MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, WINDOW_ALIGN_BYTES, WINDOW_BYTES};
 
@@ -35,13 +35,21 @@ impl Lifted {
         self.len
     }
 
-    fn keep(cx: &mut LiftContext<'_>, list: &WasmList<u32>) -> Result<Lifted> {
+    /// Copies `len` words at `pointer` of `memory`, if they lie there.
+    fn keep(memory: &[u8], pointer: u32, len: u32) -> Result<Lifted> {
+        let len = len as usize;
         WORDS.with_borrow_mut(|words| {
             words.clear();
-            if list.len() <= MOST {
-                u32::linear_lift_into_from_memory(cx, list, words)?;
+            if len <= MOST {
+                let bytes = memory.get(pointer as usize..).and_then(|rest| rest.get(..len * size_of::<u32>()));
+                let bytes =
+                    bytes.ok_or_else(|| format_err!("{len} words at {pointer:#x} reach beyond the driver's memory"))?;
+                if !pointer.is_multiple_of(align_of::<u32>() as u32) {
+                    bail!("a list of words at {pointer:#x}, which is not aligned");
+                }
+                words.extend(bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)));
             }
-            Ok(Lifted { len: list.len() })
+            Ok(Lifted { len })
         })
     }
 }
@@ -57,16 +65,16 @@ unsafe impl ComponentType for Lifted {
     }
 }
 
-// SAFETY: both ways lift a `WasmList<u32>`, which checks pointer, length and alignment.
+// SAFETY: what is lifted is the pair of a `list<u32>` in this memory model, and its words are read through a slice of the guest's memory.
 unsafe impl Lift for Lifted {
-    fn linear_lift_from_flat(cx: &mut LiftContext<'_>, ty: InterfaceType, from: &Self::Lower) -> Result<Self> {
-        let list = WasmList::linear_lift_from_flat(cx, ty, from)?;
-        Lifted::keep(cx, &list)
+    fn linear_lift_from_flat(_: &mut LiftContext<'_>, _: InterfaceType, _: &Self::Lower) -> Result<Self> {
+        // The canonical ABI returns one value flat at most, and a list is two.
+        bail!("a list is not returned flat")
     }
 
-    fn linear_lift_from_memory(cx: &mut LiftContext<'_>, ty: InterfaceType, bytes: &[u8]) -> Result<Self> {
-        let list = WasmList::linear_lift_from_memory(cx, ty, bytes)?;
-        Lifted::keep(cx, &list)
+    fn linear_lift_from_memory(cx: &mut LiftContext<'_>, _: InterfaceType, bytes: &[u8]) -> Result<Self> {
+        let ([pointer, len], []) = bytes.as_chunks() else { bail!("{} bytes are not a list", bytes.len()) };
+        Lifted::keep(cx.memory(), u32::from_le_bytes(*pointer), u32::from_le_bytes(*len))
     }
 }
 
@@ -187,6 +195,21 @@ impl<W: Word> Words<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_is_copied_if_it_lies_inside_the_memory() {
+        let memory: Vec<u8> = (0..64).collect();
+        let lift = |pointer, len| {
+            let mut out = Vec::new();
+            Lifted::keep(&memory, pointer, len).map(|lifted| (lifted.take(&mut out), out))
+        };
+        assert_eq!(lift(56, 2).unwrap(), (2, vec![0x3b3a_3938, 0x3f3e_3d3c]));
+        assert_eq!(lift(64, 0).unwrap(), (0, vec![]));
+        assert_eq!(lift(0, MOST as u32 + 1).unwrap(), (MOST + 1, vec![]));
+        for (pointer, len) in [(60, 2), (64, 1), (68, 0), (u32::MAX - 3, 2), (2, 1), (63, 0)] {
+            assert!(lift(pointer, len).is_err(), "{pointer} {len}");
+        }
+    }
 
     #[test]
     fn words_are_written_inside_the_window_alone() {

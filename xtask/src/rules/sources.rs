@@ -20,7 +20,10 @@ const UNSAFE: &[(&str, &str)] = &[
     ("host/gate/tests/models/scenes.rs", "data that only the gate's order protects, for loom to watch"),
     ("host/gate/tests/seccomp.rs", "system calls that install a filter in a child process"),
     ("host/runtime/src/cache.rs", "loading code that this program compiled and sealed earlier"),
-    ("host/runtime/src/lifted.rs", "writing words into a guest's window, and lifting its answer into memory that is used again"),
+    (
+        "host/runtime/src/lifted.rs",
+        "writing words into a guest's window, and lifting its answer into memory that is used again",
+    ),
     ("tests/sim/src/bin/cofferdam-sim-blk.rs", "sigset_t and sigwait are only to be had from libc"),
     ("tests/sim/src/memory.rs", "the device's side of shared memory"),
     ("tests/yardstick/src/clients/blkio.rs", "buffers that a native library is given by address"),
