@@ -17,7 +17,7 @@
 //! | --- | --- |
 //! | [`device`] | the virtio device as a driver sees it |
 //! | [`block`] | the traits of a block driver and the records they exchange |
-//! | [`words`] | typed views of the flat lists that cross the boundary |
+//! | [`words`] | typed views of the flat words that cross the boundary |
 //! | [`log`] | the log capability |
 //! | [`native`] | running a driver without Wasm |
 //! | [`mock`] | a device to test drivers against, and a checker of their chains |

@@ -1,6 +1,7 @@
-//! Typed views of the flat lists of integers that cross between host and driver. Their layout is documented in `wit/block.wit`.
+//! Typed views of the flat words that cross between host and driver. Their layout is documented in `wit/block.wit`.
 //!
-//! Lists of plain integers cross as one copy, which is why they are flat; nobody but this module needs to know their bits.
+//! Plain integers cross as one copy, which is why they are flat: the host writes requests into the lane's window, and copies the chains from where they were
+//! written. Nobody but this module needs to know their bits.
 
 mod chain;
 mod request;

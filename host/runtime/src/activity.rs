@@ -32,10 +32,12 @@ pub(crate) enum Export {
     GetProperties,
     Submit,
     Complete,
+    Window,
 }
 
 /// By number of [`Export`].
-const EXPORTS: [&str; 7] = ["instantiate", "attach", "config-changed", "start", "get-properties", "submit", "complete"];
+const EXPORTS: [&str; 8] =
+    ["instantiate", "attach", "config-changed", "start", "get-properties", "submit", "complete", "window"];
 
 /// A call out of the guest. Functions of this project's interfaces one by one, those of WASI by interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use crate::error::InstantiateError;
 use crate::fault::{CallError, DriverError, FaultKind, GuestFault, frames};
 use crate::grants::Grants;
 use crate::kill::KillSwitch;
-use crate::lifted::{Lifted, Words};
+use crate::lifted::{Lifted, Window, Words};
 use crate::limits::{GuestLimits, Meter};
 use crate::module::{Module, mismatch};
 use crate::runtime::Runtime;
@@ -148,7 +148,7 @@ impl Instance {
         // The exports have the right names (`world`); now their types are compared, once, and the functions looked up.
         let guest = VirtioBlockDriver::new(&mut store, &made).map_err(|error| mismatch(&error))?;
         let (submit, complete) = data_path(&mut store, &made).map_err(|error| mismatch(&error))?;
-        let guest = Guest { exports: guest, submit, complete };
+        let guest = Guest { exports: guest, submit, complete, window: None };
         Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, runtime })
     }
 
@@ -206,15 +206,36 @@ impl Instance {
         BlockProperties::check(&properties).map_err(|fault| self.fail(fault))
     }
 
-    /// Data lane, once, before any request.
+    /// Data lane, once, before any request. Asks for the lane's window too.
     ///
     /// # Errors
-    /// As [`Instance::attach`].
+    /// As [`Instance::attach`]; a window that is not aligned is a fault.
     pub fn start(&mut self, setup: &LaneSetup) -> Result<(), CallError> {
         let setup = setup.into();
         let answer =
             self.call(Export::Start, |store, guest| guest.exports.cofferdam_driver_driver().call_start(store, &setup))?;
-        Ok(answer.map_err(DriverError::from)?)
+        answer.map_err(DriverError::from)?;
+        self.window()?;
+        Ok(())
+    }
+
+    /// Where the guest wants its words; it is asked once.
+    fn window(&mut self) -> Result<Window, CallError> {
+        if let Some(window) = self.guest.window {
+            return Ok(window);
+        }
+        self.ask_window()
+    }
+
+    #[cold]
+    fn ask_window(&mut self) -> Result<Window, CallError> {
+        let offset =
+            self.call(Export::Window, |store, guest| guest.exports.cofferdam_driver_block().call_window(store))?;
+        let Some(window) = Window::at(offset) else {
+            return Err(self.fail(GuestFault::layout(format!("window: {offset:#x} is not a multiple of 8"))));
+        };
+        self.guest.window = Some(window);
+        Ok(window)
     }
 
     fn with_device<R>(
@@ -290,9 +311,11 @@ impl Instance {
 /// What is called in a guest.
 struct Guest {
     exports: VirtioBlockDriver,
-    /// The data path's two, which the generated functions would allocate for.
+    /// The data path's two, for which the generated functions would allocate.
     submit: Words<u64>,
     complete: Words<u32>,
+    /// Where they find their words; `None` until the guest was asked.
+    window: Option<Window>,
 }
 
 /// The two functions of the data path.
@@ -314,13 +337,17 @@ fn data_path(
 
 impl BlockDriver for Instance {
     fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
-        let words = self.call(Export::Submit, |store, guest| guest.submit.call(store, requests))?;
-        let limit = (requests.len() / REQUEST_WORDS).min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
+        let window = self.window()?;
+        let count = requests.len() / REQUEST_WORDS;
+        let words = self.call(Export::Submit, |store, guest| guest.submit.call(store, window, requests, count))?;
+        let limit = count.min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
         self.replace(out, words, limit, "submit")
     }
 
     fn complete(&mut self, responses: &[u32], out: &mut Vec<u32>) -> Result<(), CallError> {
-        let words = self.call(Export::Complete, |store, guest| guest.complete.call(store, responses))?;
+        let window = self.window()?;
+        let count = responses.len();
+        let words = self.call(Export::Complete, |store, guest| guest.complete.call(store, window, responses, count))?;
         self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
     }
 

@@ -15,6 +15,15 @@ pub const MAX_CHAIN_WORDS: usize = 2 + 130 * 2 + 16;
 /// Words of one answer of `complete`: token and status.
 pub const MAX_ANSWER_WORDS: usize = 2;
 
+/// Words of one response, at most: 3 of head and 16 for the 64 bytes of status.
+const MAX_RESPONSE_WORDS: usize = 3 + 16;
+
+/// Bytes of a lane's window (`wit/block.wit`): 64 responses of the longest kind, which is more than 64 requests.
+pub(crate) const WINDOW_BYTES: usize = MAX_BATCH_REQUESTS * MAX_RESPONSE_WORDS * size_of::<u32>();
+
+/// Alignment of a lane's window.
+pub(crate) const WINDOW_ALIGN_BYTES: u32 = 8;
+
 const MAX_QUEUES: usize = 64;
 const MAX_STATE_BYTES: usize = 4096;
 const MAX_ORDINARY_BYTES: usize = 64;

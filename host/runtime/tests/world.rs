@@ -66,13 +66,14 @@ fn a_driver_of_another_version_is_told_both_versions() {
 fn right_names_with_wrong_types_are_refused_at_instantiation() {
     let wit =
         "package cofferdam:driver@0.1.0; interface driver { attach: func(); config-changed: func(); start: func(); }
-               interface block { get-properties: func(); submit: func(); complete: func(); }
+               interface block { get-properties: func(); window: func(); submit: func(); complete: func(); }
                world other { export driver; export block; }";
     let names = [
         "driver@0.1.0#attach",
         "driver@0.1.0#config-changed",
         "driver@0.1.0#start",
         "block@0.1.0#get-properties",
+        "block@0.1.0#window",
         "block@0.1.0#submit",
         "block@0.1.0#complete",
     ];

@@ -18,7 +18,7 @@ package wasi:io@0.2.6 { interface poll { resource pollable { block: func(); } } 
 package wasi:clocks@0.2.6 { interface monotonic-clock { use wasi:io/poll@0.2.6.{pollable}; subscribe-duration: func(when: u64) -> pollable; } }
 world sleeper { include cofferdam:driver/virtio-block-driver@0.1.0; import wasi:clocks/monotonic-clock@0.2.6; }";
 
-/// Where the results of the exports are: at 256; plans at 320, the ordinary response (one byte, 0) at 400.
+/// Where the results of the exports are: at 256; plans at 320, the ordinary response (one byte, 0) at 400. The window is the last page.
 const CORE: &str = r#"(module $sleeper
   (import "cofferdam:driver/virtio@0.1.0" "[method]device.negotiate" (func $negotiate (param i32 i64 i32)))
   (import "cofferdam:driver/virtio@0.1.0" "[method]device.max-queues" (func $max-queues (param i32) (result i32)))
@@ -81,10 +81,12 @@ const CORE: &str = r#"(module $sleeper
   (func $word (param $at i32) (param $value i32) (result i32)
     (i32.store (local.get $at) (local.get $value)) (i32.add (local.get $at) (i32.const 4)))
 
-  (func (export "cofferdam:driver/block@0.1.0#submit") (param $ptr i32) (param $len i32) (result i32)
-    (local $end i32) (local $out i32) (local $begin i32) (local $op i32) (local $offset i64) (local $sector i64) (local $mute i32)
-    (local.set $end (i32.add (local.get $ptr) (i32.mul (local.get $len) (i32.const 8))))
-    (local.set $begin (call $alloc (i32.mul (local.get $len) (i32.const 16))))
+  (func (export "cofferdam:driver/block@0.1.0#window") (result i32) (i32.const 196608))
+  (func (export "cofferdam:driver/block@0.1.0#submit") (param $n i32) (result i32)
+    (local $ptr i32) (local $end i32) (local $out i32) (local $begin i32) (local $op i32) (local $offset i64) (local $sector i64) (local $mute i32)
+    (local.set $ptr (i32.const 196608))
+    (local.set $end (i32.add (local.get $ptr) (i32.mul (local.get $n) (i32.const 24))))
+    (local.set $begin (call $alloc (i32.mul (local.get $n) (i32.const 48))))
     (local.set $out (local.get $begin))
     (block $done (loop $next
       (br_if $done (i32.ge_u (local.get $ptr) (local.get $end)))
@@ -122,8 +124,9 @@ const CORE: &str = r#"(module $sleeper
   (func (export "cabi_post_cofferdam:driver/block@0.1.0#submit") (param i32) (call $reset))
 
   ;; Whatever is out of the ordinary is an error of the device.
-  (func (export "cofferdam:driver/block@0.1.0#complete") (param $ptr i32) (param $len i32) (result i32)
-    (local $end i32) (local $out i32) (local $begin i32)
+  (func (export "cofferdam:driver/block@0.1.0#complete") (param $len i32) (result i32)
+    (local $ptr i32) (local $end i32) (local $out i32) (local $begin i32)
+    (local.set $ptr (i32.const 196608))
     (local.set $end (i32.add (local.get $ptr) (i32.mul (local.get $len) (i32.const 4))))
     (local.set $begin (call $alloc (i32.mul (local.get $len) (i32.const 8))))
     (local.set $out (local.get $begin))

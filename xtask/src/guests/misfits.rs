@@ -12,7 +12,7 @@ world greeter { export greet: func(name: string) -> string; }";
 /// A driver of a contract that does not exist yet.
 const OTHER_VERSION: &str = "package cofferdam:driver@0.9.0;
 interface driver { attach: func(device: u32) -> result<list<u8>, string>; }
-interface block { submit: func(requests: list<u64>) -> list<u32>; }
+interface block { submit: func(requests: u32) -> list<u32>; }
 world virtio-block-driver { export driver; export block; }";
 
 /// A driver of the right contract that asks for a clock besides.

@@ -65,9 +65,10 @@ impl<'a> ChainWriter<'a> {
     ///
     /// # Errors
     /// [`ChainError`] when the segments break the layout: nothing is written then, and the caller refuses the token.
+    #[inline]
     pub fn chain(&mut self, token: u32, queue: u16, build: impl FnOnce(&mut Chain<'_>)) -> Result<(), ChainError> {
         let start = self.words.len();
-        self.words.extend([token, 0]);
+        self.words.extend_from_slice(&[token, 0]);
         let mut chain =
             Chain { words: self.words, segments: 0, header_bytes: 0, status_bytes: 0, writable: false, error: None };
         build(&mut chain);
@@ -108,63 +109,78 @@ pub struct Chain<'a> {
 
 impl Chain<'_> {
     /// Bytes that the device reads, by value.
+    #[inline]
     pub fn header_out(&mut self, bytes: &[u8]) {
         self.header_bytes += bytes.len();
         if self.header_bytes > MAX_HEADER_BYTES {
-            self.error = self.error.or(Some(ChainError::InlineBytes));
+            self.breach(ChainError::InlineBytes);
         }
-        if self.segment(KIND_HEADER_OUT, bytes.len() as u32) {
-            for piece in bytes.chunks(4) {
-                let mut word = [0; 4];
-                word[..piece.len()].copy_from_slice(piece);
-                self.words.push(u32::from_le_bytes(word));
+        let Some(head) = self.segment(KIND_HEADER_OUT, bytes.len() as u32) else { return };
+        match bytes.as_chunks().0 {
+            // The commonest length, written at once.
+            [a, b, c, d] if bytes.len() == 16 => {
+                let [a, b, c, d] = [a, b, c, d].map(|word| u32::from_le_bytes(*word));
+                self.words.extend_from_slice(&[head, a, b, c, d]);
+            }
+            _ => {
+                self.words.push(head);
+                self.words.extend(bytes.chunks(4).map(|piece| {
+                    let mut word = [0; 4];
+                    word[..piece.len()].copy_from_slice(piece);
+                    u32::from_le_bytes(word)
+                }));
             }
         }
     }
 
     /// Payload that the device reads: `length` bytes at `offset` into the request's payload.
+    #[inline]
     pub fn payload_out(&mut self, offset: u32, length: u32) {
-        if self.segment(KIND_PAYLOAD_OUT, length) {
-            self.words.push(offset);
+        if let Some(head) = self.segment(KIND_PAYLOAD_OUT, length) {
+            self.words.extend_from_slice(&[head, offset]);
         }
     }
 
     /// Payload that the device writes: `length` bytes at `offset` into the request's payload.
+    #[inline]
     pub fn payload_in(&mut self, offset: u32, length: u32) {
-        if self.segment(KIND_PAYLOAD_IN, length) {
-            self.words.push(offset);
+        if let Some(head) = self.segment(KIND_PAYLOAD_IN, length) {
+            self.words.extend_from_slice(&[head, offset]);
         }
     }
 
     /// Bytes that the device writes and `complete` gets by value.
+    #[inline]
     pub fn status_in(&mut self, length: u32) {
         self.status_bytes = self.status_bytes.saturating_add(length);
         if self.status_bytes > MAX_STATUS_BYTES {
-            self.error = self.error.or(Some(ChainError::InlineBytes));
+            self.breach(ChainError::InlineBytes);
         }
-        self.segment(KIND_STATUS_IN, length);
+        if let Some(head) = self.segment(KIND_STATUS_IN, length) {
+            self.words.push(head);
+        }
     }
 
-    /// Counts and writes one segment word; whether what follows it is to be written too.
-    fn segment(&mut self, kind: u32, length: u32) -> bool {
+    /// Counts one segment; its first word, if it is to be written.
+    #[inline]
+    fn segment(&mut self, kind: u32, length: u32) -> Option<u32> {
         let writable = kind >= KIND_PAYLOAD_IN;
         self.segments += 1;
-        let breach = if length == 0 || length > MAX_SEGMENT_BYTES {
-            Some(ChainError::SegmentLength)
+        if length == 0 || length > MAX_SEGMENT_BYTES {
+            self.breach(ChainError::SegmentLength);
         } else if self.segments > MAX_SEGMENTS {
-            Some(ChainError::Segments)
+            self.breach(ChainError::Segments);
         } else if self.writable && !writable {
-            Some(ChainError::Order)
-        } else {
-            None
-        };
-        self.writable |= writable;
-        self.error = self.error.or(breach);
-        if self.error.is_some() {
-            return false;
+            self.breach(ChainError::Order);
         }
-        self.words.push(kind | length << 4);
-        true
+        self.writable |= writable;
+        self.error.is_none().then_some(kind | length << 4)
+    }
+
+    /// The first one counts.
+    #[cold]
+    fn breach(&mut self, error: ChainError) {
+        self.error.get_or_insert(error);
     }
 }
 

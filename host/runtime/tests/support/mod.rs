@@ -18,7 +18,9 @@ use wit_parser::Resolve;
 pub struct Guest {
     /// `(param $dev i32) (result i32)`; the result points to result<attachment, driver-error>.
     pub attach: String,
-    /// `(param $ptr i32) (param $len i32) (result i32)`; the result points to (pointer, length) of a list<u32>.
+    /// `(result i32)`; the offset of the window.
+    pub window: String,
+    /// `(param $n i32) (result i32)`, with the words at [`WINDOW`]; the result points to (pointer, length) of a list<u32>.
     pub submit: String,
     /// As `submit`.
     pub complete: String,
@@ -48,16 +50,18 @@ const ATTACH: &str = "
     (i32.store8 (i32.const 324) (i32.const 0))
     (i32.const 256)";
 
+/// Where the words are that the host writes.
+pub const WINDOW: usize = 65536;
+
 /// For each request one chain: its token, queue 0, one status byte.
 const SUBMIT: &str = "
-    (local $i i32) (local $n i32) (local $out i32)
-    (local.set $n (i32.div_u (local.get $len) (i32.const 3)))
+    (local $i i32) (local $out i32)
     (local.set $out (call $alloc (i32.mul (local.get $n) (i32.const 12)) (i32.const 4)))
     (i32.store (i32.const 256) (local.get $out))
     (i32.store (i32.const 260) (i32.mul (local.get $n) (i32.const 3)))
     (block $done (loop $next
         (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
-        (i32.store (local.get $out) (i32.load (i32.add (local.get $ptr) (i32.mul (local.get $i) (i32.const 24)))))
+        (i32.store (local.get $out) (i32.load offset=65536 (i32.mul (local.get $i) (i32.const 24))))
         (i32.store offset=4 (local.get $out) (i32.const 0x10000))
         (i32.store offset=8 (local.get $out) (i32.const 0x13))
         (local.set $out (i32.add (local.get $out) (i32.const 12)))
@@ -79,6 +83,7 @@ impl Default for Guest {
     fn default() -> Guest {
         Guest {
             attach: ATTACH.into(),
+            window: format!("(i32.const {WINDOW})"),
             submit: SUBMIT.into(),
             complete: COMPLETE.into(),
             properties: PROPERTIES.into(),
@@ -107,7 +112,7 @@ impl Guest {
 
     /// The core module as text.
     pub fn core(&self) -> String {
-        let Guest { attach, submit, complete, properties, start_function, imports, more, pages, .. } = self;
+        let Guest { attach, window, submit, complete, properties, start_function, imports, more, pages, .. } = self;
         format!(
             r#"(module $guest
             (import "cofferdam:driver/log@0.1.0" "write" (func $log (param i32 i32 i32)))
@@ -136,9 +141,10 @@ impl Guest {
             (func (export "cofferdam:driver/driver@0.1.0#start") (param i64 i32 i32 i32 i32) (result i32)
                 (i32.store8 (i32.const 256) (i32.const 0)) (i32.const 256))
             (func (export "cofferdam:driver/block@0.1.0#get-properties") (result i32) {properties})
-            (func $submit (export "cofferdam:driver/block@0.1.0#submit") (param $ptr i32) (param $len i32) (result i32) {submit})
+            (func (export "cofferdam:driver/block@0.1.0#window") (result i32) {window})
+            (func $submit (export "cofferdam:driver/block@0.1.0#submit") (param $n i32) (result i32) {submit})
             (func (export "cabi_post_cofferdam:driver/block@0.1.0#submit") (param i32) (call $reset))
-            (func (export "cofferdam:driver/block@0.1.0#complete") (param $ptr i32) (param $len i32) (result i32) {complete})
+            (func (export "cofferdam:driver/block@0.1.0#complete") (param $n i32) (result i32) {complete})
             (func (export "cabi_post_cofferdam:driver/block@0.1.0#complete") (param i32) (call $reset))
             (func $initialize {start_function})
             (start $initialize)

@@ -7,6 +7,8 @@
 
 mod control;
 mod lane;
+#[cfg(target_family = "wasm")]
+mod place;
 
 pub use control::Hostile;
 pub use lane::{COMMANDS, COMMANDS_OFFSET, HostileLane};
@@ -48,7 +50,7 @@ pub(crate) fn recurse(depth: u64) -> u64 {
     recurse(depth + 1).wrapping_add(frame[(depth % 64) as usize])
 }
 
-cofferdam_sdk::export_block_driver!(Hostile);
+cofferdam_sdk::export_block_driver!(Hostile, crate::place::window, crate::place::answer);
 
 #[cfg(test)]
 mod tests {
@@ -56,7 +58,7 @@ mod tests {
 
     #[test]
     fn every_listed_behaviour_is_in_the_code_and_fits_the_marker() {
-        let code = concat!(include_str!("control.rs"), include_str!("lane.rs"));
+        let code = concat!(include_str!("control.rs"), include_str!("lane.rs"), include_str!("place.rs"));
         let list = include_str!("../behaviours.txt");
         let names: Vec<_> = list
             .lines()

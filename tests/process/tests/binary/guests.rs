@@ -35,10 +35,18 @@ const LOAD_FAILS: &[(&str, &str)] = &[
     ("odd-capacity", "capacity-bytes 16777217"),
     ("trap-start", "(trap)"),
     ("refuse-start", "never starts"),
+    ("window-misaligned", "not a multiple of 8"),
 ];
 
 /// Guests that serve until a request is made, each with what the reason of its end must say.
 const TRAFFIC_FAILS: &[(&str, &str)] = &[
+    ("window-outside", "beyond the driver's memory"),
+    ("window-half-outside", "beyond the driver's memory"),
+    ("answer-outside", "(layout)"),
+    ("answer-half-outside", "(layout)"),
+    ("answer-misaligned", "(layout)"),
+    ("answer-window", "(layout)"),
+    ("answer-endless", "(layout)"),
     ("trap-submit", "(trap)"),
     ("trap-at-100", "(trap)"),
     ("loop-submit", "(deadline)"),
@@ -78,6 +86,7 @@ const TRAFFIC_FAILS: &[(&str, &str)] = &[
 const SERVES: &[&str] = &[
     "well-behaved",
     "on-command",
+    "window-moves",
     "flood-log",
     "long-log-line",
     "rude-log-line",
