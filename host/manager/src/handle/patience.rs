@@ -163,17 +163,14 @@ mod tests {
     #[test]
     fn who_does_not_tell_of_sleeps_looks_for_as_long_as_it_finds_something() {
         let patience = Patience::new(Patience::DEFAULT);
-        while patience.length_ns() > 0 {
-            assert!(!patience.spin(Duration::MAX, || false));
+        let in_vain = (0..REST).filter(|_| !patience.spin(Duration::MAX, || false)).count();
+        assert_eq!((in_vain as u32, patience.spin_ns.load(Ordering::Relaxed)), (REST, 0));
+        let mut waits = 1;
+        while !patience.spin(Duration::MAX, || true) {
+            waits += 1;
         }
-        let mut looks = 0;
-        for _ in 0..REST {
-            patience.spin(Duration::MAX, || {
-                looks += 1;
-                true
-            });
-        }
-        assert_eq!(looks, 1, "one look in {REST} waits");
+        assert!(waits <= REST, "looked again after {waits} waits");
+        assert_eq!(patience.length_ns(), nanos(LEAST));
         for _ in 0..4 {
             assert!(patience.spin(Duration::MAX, || true));
         }
