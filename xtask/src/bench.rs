@@ -8,6 +8,8 @@ struct Bench {
     name: &'static str,
     measures: &'static str,
     scope: Scope,
+    /// The profile it is built with; cargo's own for benches, which is that of the tests, unless it says otherwise.
+    profile: Option<&'static str>,
 }
 
 /// What has to be there for a bench, and how it is selected.
@@ -24,16 +26,19 @@ const BENCHES: &[Bench] = &[
         name: "block",
         measures: "the block data path beside its peers: libblkio, a bare ring, qemu-storage-daemon's NBD",
         scope: Scope::Workspace,
+        profile: Some("dist"),
     },
     Bench {
         name: "gate",
         measures: "what an admitted call costs, on one core and on many",
         scope: Scope::Package("cofferdam-gate"),
+        profile: None,
     },
     Bench {
         name: "unload",
         measures: "how long an unload takes, stage by stage, idle and under load",
         scope: Scope::Workspace,
+        profile: None,
     },
 ];
 
@@ -57,15 +62,26 @@ pub(crate) fn run(name: Option<&str>, arguments: &[String]) -> Result<()> {
     let folder = workspace::root().join("target/bench");
     std::fs::create_dir_all(&folder)?;
     let json = folder.join(format!("{name}.json"));
-    step::run(&format!("bench {name}: {}", bench.measures), command(bench).arg("--json").arg(&json).args(arguments))?;
+    step::run(
+        &format!("bench {name}: {}", bench.measures),
+        command(bench, arguments).arg("--json").arg(&json).args(arguments),
+    )?;
     println!("{}", json.display());
     Ok(())
 }
 
+/// A look at one's own change, for which nine minutes of building would be too long: built as the tests are.
+const QUICK_LOOK: &str = "--solo";
+
 /// Cargo's command for it, up to the program's own arguments.
-fn command(bench: &Bench) -> Command {
+fn command(bench: &Bench, arguments: &[String]) -> Command {
     let mut cargo = workspace::cargo();
     cargo.arg("bench");
+    if let Some(profile) = bench.profile
+        && !arguments.iter().any(|argument| argument == QUICK_LOOK)
+    {
+        cargo.args(["--profile", profile]);
+    }
     match bench.scope {
         Scope::Package(package) => cargo.args(["--package", package]),
         Scope::Workspace => cargo.arg("--workspace"),
@@ -98,11 +114,18 @@ mod tests {
 
     #[test]
     fn a_bench_of_whole_bindings_is_built_with_the_features_of_the_workspace() {
-        let arguments = |name: &str| {
+        let arguments = |name: &str, given: &[&str]| {
             let bench = BENCHES.iter().find(|bench| bench.name == name).expect("it is listed");
-            step::shown(&command(bench))
+            let given: Vec<String> = given.iter().map(|argument| (*argument).to_owned()).collect();
+            step::shown(&command(bench, &given))
         };
-        assert!(arguments("unload").ends_with("bench --workspace --bench unload --"), "{}", arguments("unload"));
-        assert!(arguments("gate").ends_with("bench --package cofferdam-gate --bench gate --"), "{}", arguments("gate"));
+        let unload = arguments("unload", &[]);
+        assert!(unload.ends_with("bench --workspace --bench unload --"), "{unload}");
+        let gate = arguments("gate", &[]);
+        assert!(gate.ends_with("bench --package cofferdam-gate --bench gate --"), "{gate}");
+        let block = arguments("block", &["--quick"]);
+        assert!(block.ends_with("bench --profile dist --workspace --bench block --"), "{block}");
+        let solo = arguments("block", &["--solo"]);
+        assert!(solo.ends_with("bench --workspace --bench block --"), "{solo}");
     }
 }
