@@ -110,7 +110,7 @@ pub(crate) struct BindArgs {
     /// Clients that may share memory with the device for zero-copy I/O (data ports).
     #[arg(long, value_name = "N", default_value_t = mapped_handles(), value_parser = clap::value_parser!(u32).range(0..=4096))]
     pub(crate) mapped_handles: u32,
-    /// Memory that all of them may share with it together, in MiB; taken when touched.
+    /// Memory that all of them may share with it together, in MiB (each at most 4096); taken when touched.
     #[arg(long, value_name = "MIB", default_value_t = mapped_mib(), value_parser = clap::value_parser!(u32).range(0..=65_536))]
     pub(crate) mapped_mib: u32,
 }

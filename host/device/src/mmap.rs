@@ -145,7 +145,8 @@ impl Mapping {
     pub(crate) fn word16(&self, offset: usize) -> &AtomicU16 {
         assert!(offset.is_multiple_of(2), "misaligned word");
         // SAFETY: inside the mapping (`at`) and aligned, since the base is page-aligned; valid as long as `self` is borrowed. Others access it
-        // too, but within this process only by atomics and volatile copies of the very same size or by a caller that is its own race.
+        // too: other processes, which are outside of this program, and within it only atomics of the same size, or volatile copies that are ordered against this access by
+        // `used.idx` (acquire) or `avail.idx` (release). A device of this very process that writes after it has published is a test's, and its own race.
         unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
     }
 }

@@ -477,7 +477,9 @@ impl Binding {
             if let Some(lane) = lane {
                 lane.try_reap();
             }
-            let requests_left = u64::from(handle.in_flight.load(Ordering::Acquire));
+            // The gate knows of what is admitted this moment and not in the ledger yet; of a pinned binding it knows nothing.
+            let in_flight = u64::from(handle.in_flight.load(Ordering::Acquire));
+            let requests_left = in_flight.max(handle.right().calls());
             let report = RevokeReport {
                 binding: self.name.clone(),
                 handle: id,

@@ -166,7 +166,8 @@ impl Ledger {
     }
 
     /// Counts what is over out of its handles and of the gate, behind the answers: of a revoked handle with nothing in flight, a client that looks once more has them
-    /// all. A handle is let go with its last operation. Whoever gives the lease back has done this: a drain waits for it.
+    /// all. A handle is let go with its last operation. Done before the driver is called, which
+    /// takes what it takes, and whenever the lease is given back: a drain waits for it.
     #[inline]
     pub(crate) fn settle(&mut self) {
         if !std::mem::take(&mut self.unsettled) {
@@ -253,12 +254,16 @@ impl Ledger {
     /// first, and the copy waits for parts that were just written: a third of the whole.
     #[inline]
     pub(crate) fn answer_all(&mut self, owner: Owner, mine: &[u16], out: &mut Vec<Completion>) {
-        let Some(Some(holder)) = self.holders.get_mut(usize::from(owner.0)) else { return };
+        let Some(Some(holder)) = self.holders.get_mut(usize::from(owner.0)) else {
+            debug_assert!(mine.is_empty(), "an owner with operations is held");
+            return;
+        };
         holder.over += mine.len() as u32;
         self.unsettled = true;
         let slots = &mut self.slots;
         out.extend(mine.iter().map(|index| {
             let slot = &mut slots[usize::from(*index)];
+            debug_assert!(!slot.live && slot.owner == owner);
             Completion { user: slot.user, result: Ok(()), buffer: slot.buffer.take() }
         }));
         self.free.extend_from_slice(mine);

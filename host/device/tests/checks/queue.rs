@@ -229,6 +229,12 @@ fn a_crowded_ring_turns_to_indirect_chains() {
     assert_eq!(count, 32 + 32);
     assert_eq!(queue.free(), 0);
 
+    // Of two descriptors one is left, and a chain of two is indirect in it.
+    let (mut small, _) = pair(QueueConfig { index: 0, size: 2, event_idx: true, indirect: true });
+    let two = Shape { payload_segments: 0, ..READ };
+    assert_eq!((small.add(&two.chain(1, 0).chain()), small.free()), (Ok(()), 1));
+    assert_eq!((small.add(&two.chain(2, 0).chain()), small.free()), (Ok(()), 0));
+
     let (mut direct, _) = pair(QueueConfig { index: 0, size: 128, event_idx: true, indirect: false });
     let mut count = 0;
     while direct.add(&chain.chain()).is_ok() {

@@ -61,9 +61,9 @@ impl Patience {
     ///
     /// `look` is called without a pause and must not block. It is not called at all where looking has not paid.
     pub fn spin(&self, limit: Duration, mut look: impl FnMut() -> bool) -> bool {
-        let spin_ns = self.length_ns();
-        self.last_ns.store(spin_ns, Ordering::Relaxed);
-        let spin = Duration::from_nanos(u64::from(spin_ns)).min(limit);
+        let whole = Duration::from_nanos(u64::from(self.length_ns()));
+        let spin = whole.min(limit);
+        self.last_ns.store(nanos(spin), Ordering::Relaxed);
         if spin.is_zero() {
             return false;
         }
@@ -77,6 +77,10 @@ impl Patience {
                 std::hint::spin_loop();
             }
             if start.elapsed() >= spin {
+                if spin < whole {
+                    // Cut short by the caller, it says nothing.
+                    return false;
+                }
                 let half = self.spin_ns.load(Ordering::Relaxed) / 2;
                 self.spin_ns.store(if half < nanos(LEAST) { 0 } else { half }, Ordering::Relaxed);
                 return false;

@@ -101,6 +101,8 @@ impl Inside {
         if self.scratch.expected.is_empty() {
             return None;
         }
+        // What was invalid is answered: it does not stay counted for as long as the driver takes.
+        self.ledger.settle();
         let called = match self.driver.as_mut() {
             Some(driver) => driver.submit(&self.scratch.requests, &mut self.scratch.chains),
             None => return None,
@@ -208,10 +210,12 @@ impl Inside {
         self.scratch.responses.clear();
         self.scratch.tokens.clear();
         self.scratch.judged.clear();
+        self.scratch.mine.clear();
         if self.device_fault.is_some() {
             return (0, None);
         }
-        let mine = sink.me.and_then(|me| self.ledger.owner_of(me));
+        // Looked up with the first answer: most looks of a poller find none.
+        let mut mine = None;
         let mut count = 0;
         let mut fault = None;
         while cross && count < MAX_BATCH {
@@ -224,7 +228,8 @@ impl Inside {
             match ring.pop_but(self.ordinary.as_ref()) {
                 Ok(Popped::Ordinary(token)) => {
                     count += 1;
-                    match mine.and_then(|owner| self.ledger.claim(token, owner)) {
+                    let owner = mine.get_or_insert_with(|| sink.me.and_then(|me| self.ledger.owner_of(me)));
+                    match owner.and_then(|owner| self.ledger.claim(token, owner)) {
                         Some(place) => self.scratch.mine.push(place),
                         None => self.answer(token, Ok(()), sink),
                     }
@@ -245,13 +250,15 @@ impl Inside {
                 }
             }
         }
-        if let Some(owner) = mine {
+        if let Some(Some(owner)) = mine {
             self.ledger.answer_all(owner, &self.scratch.mine, sink.out);
-            self.scratch.mine.clear();
         }
+        // Before the driver is asked, which takes what it takes, and before anybody is woken.
+        self.ledger.settle();
         if let Some(guest) = self.judge(sink) {
             fault.get_or_insert(guest);
         }
+        self.ledger.settle();
         (count, fault)
     }
 

@@ -203,8 +203,10 @@ impl Regions {
             return Err(MapError::Revoked);
         };
         let limits = site.limits;
-        if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > limits.bytes {
-            return Err(MapError::Size { bytes, max_bytes: limits.bytes });
+        // Windows begin in the first 4 GiB of a region: what is beyond would be granted and could not be used.
+        let max_bytes = limits.bytes.min(1 << 32);
+        if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > max_bytes {
+            return Err(MapError::Size { bytes, max_bytes });
         }
         if let Some(busy) = table.busy(limits, bytes) {
             return Err(busy);

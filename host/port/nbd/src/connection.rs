@@ -163,8 +163,10 @@ impl<S: Service> Connection<S> {
         let Phase::Session(session) = &mut self.phase else { return Ok(Next::Wait) };
         let mut rounds = 0;
         loop {
-            let pause = session.intake(turn.now, &mut self.wire, turn.may_lease, turn.scratch)?;
+            let pause = session.intake(turn.now, &mut self.wire, turn.may_lease, turn.scratch);
+            // Also what came in whole before the stream ended in the middle of the next.
             session.submit(turn.now);
+            let pause = pause?;
             let before = session.outbox.len();
             if self.wire.writable && before > 0 && !self.wire.gone {
                 match session.outbox.flush(turn.now, self.wire.socket()) {

@@ -56,6 +56,7 @@ impl Inside {
             words::push_request(&mut self.scratch.requests, token, op, flags, offset, u64::from(length));
             self.scratch.expected.push(Expected { token, payload });
         }
-        (count, (count < wanted).then_some(Stop::Full))
+        // What was invalid has taken no room, and then there may be some left.
+        (count, (count < wanted && self.ledger.room() == 0).then_some(Stop::Full))
     }
 }
