@@ -142,8 +142,8 @@ impl SplitQueue {
 
     /// Whether a chain of `segments` is direct when `free` descriptors are free: it has to be, or leaves enough for others.
     pub(super) fn is_direct(&self, segments: u16, free: u16) -> bool {
-        let is_fair =
-            segments <= self.fair_share && free.checked_sub(segments).is_some_and(|left| left >= self.config.size / 4);
+        let is_fair = segments <= self.fair_share
+            && free.checked_sub(segments).is_some_and(|left| left >= self.config.size.div_ceil(4));
         segments == 1 || !self.config.indirect || is_fair
     }
 

@@ -229,7 +229,7 @@ fn a_crowded_ring_turns_to_indirect_chains() {
     assert_eq!(count, 32 + 32);
     assert_eq!(queue.free(), 0);
 
-    // Of two descriptors one is left, and a chain of two is indirect in it.
+    // Of two descriptors a chain of two takes one, so that another finds room.
     let (mut small, _) = pair(QueueConfig { index: 0, size: 2, event_idx: true, indirect: true });
     let two = Shape { payload_segments: 0, ..READ };
     assert_eq!((small.add(&two.chain(1, 0).chain()), small.free()), (Ok(()), 1));
