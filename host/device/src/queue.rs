@@ -11,7 +11,8 @@
 //!
 //! All bookkeeping (free list, links, what each chain offered) is in private memory: the ring is written for the device and never read
 //! back, but for what the device itself has to say. Header and status bytes lie in areas of the ring's memory that no guest and no client ever sees; they travel by value. Each
-//! descriptor has an area for a short header and a short status and one for a long of each, 64 bytes. The short ones are packed, and numbered so that neighbours are used together ([`ring::area`]):
+//! descriptor has an area for a short header and a short status and one for a long of each, 64 bytes.
+//! The short ones are packed, and numbered so that neighbours are used together (`ring::area`):
 //! a line of 64 bytes that goes from one core to the other serves four headers or eight statuses.
 //!
 //! **Direct or indirect.** A direct chain takes a descriptor per segment, an indirect one a single descriptor and a table, which was measured to cost

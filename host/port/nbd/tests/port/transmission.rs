@@ -1,5 +1,6 @@
 //! Ordinary traffic.
 
+use std::io::Write;
 use std::sync::atomic::Ordering;
 
 use cofferdam_port_nbd::NbdOptions;
@@ -273,6 +274,56 @@ proptest! {
             }
         }
         prop_assert!(*served.mock.0.medium.lock().expect("not poisoned") == model);
+        served.finish();
+    }
+
+    /// Writes one behind the other in one stream, which is cut where it likes: each lands whole, also the last before a header that never ends. 33 blocks are the shortest payload
+    /// that goes straight into a lease.
+    #[test]
+    fn writes_land_whole_wherever_their_stream_is_cut(
+        blocks in proptest::collection::vec(prop_oneof![1u32..9, Just(32), Just(33), 34u32..200], 1..60),
+        cuts in proptest::collection::vec(prop_oneof![1usize..64, 4000usize..5000, Just(128 << 10)], 1..40),
+        is_cut_off in any::<bool>(),
+    ) {
+        let served = Served::ordinary();
+        let mut client = Client::new(&served, false);
+        let mut model = served.mock.0.medium.lock().expect("not poisoned").clone();
+        let (mut stream, mut offset, mut asked) = (Vec::new(), 0_usize, 0);
+        for (number, blocks) in blocks.into_iter().enumerate() {
+            let data: Vec<u8> = (0..blocks * 512).map(|at| (at / 7) as u8 ^ number as u8).collect();
+            if offset + data.len() > model.len() {
+                break;
+            }
+            stream.extend(client.header(WRITE, 0, offset as u64, data.len() as u32).1);
+            stream.extend_from_slice(&data);
+            model[offset..offset + data.len()].copy_from_slice(&data);
+            offset += data.len();
+            asked += 1;
+        }
+        if is_cut_off {
+            let (_, header) = client.header(WRITE, 0, 0, 512);
+            stream.extend_from_slice(&header[..20]);
+        }
+        let mut rest = &stream[..];
+        for cut in cuts.into_iter().chain(std::iter::repeat(usize::MAX)) {
+            let (piece, behind) = rest.split_at(cut.min(rest.len()));
+            client.stream.write_all(piece).expect("a piece goes out");
+            rest = behind;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        if is_cut_off {
+            client.stream.shutdown(std::net::Shutdown::Write).expect("half closed");
+            eventually("all that came whole is written", || *served.mock.0.medium.lock().expect("not poisoned") == model);
+        } else {
+            let mut answered: Vec<u64> = (0..asked).map(|_| client.reply(0, 0).expect("an answer").cookie).collect();
+            answered.sort_unstable();
+            let cookies: Vec<u64> = (1..=asked).collect();
+            prop_assert_eq!(answered, cookies);
+            prop_assert!(*served.mock.0.medium.lock().expect("not poisoned") == model);
+        }
+        drop(client);
         served.finish();
     }
 }
