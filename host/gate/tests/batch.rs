@@ -1,24 +1,13 @@
 //! What a batch of admissions promises, one claim per test. Waits are on conditions; deadlines
 //! only end what would otherwise hang.
 
+mod support;
+
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use cofferdam_gate::{Cancel, Drain, DrainError, Gate, Guards, Handle, HandleRefused, MAX_BATCH, Notify};
-
-/// Longer than anything takes on a busy machine.
-fn long() -> Option<Instant> {
-    Some(Instant::now() + Duration::from_secs(60))
-}
-
-/// Has passed.
-fn at_once() -> Option<Instant> {
-    Some(Instant::now())
-}
-
-fn drain(gate: Gate, deadline: Option<Instant>) -> Result<(), DrainError> {
-    gate.drain(Drain::Both, deadline, &Cancel::new())
-}
+use cofferdam_gate::{Cancel, DrainError, Gate, Guards, Handle, HandleRefused, MAX_BATCH, Notify};
+use support::{at_once, drain, long};
 
 fn opened() -> (Gate, Handle) {
     let gate = Gate::new();

@@ -1,27 +1,16 @@
 //! What a gate promises, one claim per test. Waits are on conditions; deadlines only end what
 //! would otherwise hang.
 
+mod support;
+
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cofferdam_gate::{
     Cancel, Drain, DrainError, Gate, Guard, HandleError, HandleId, HandleRefused, HandleState, HoldError, Notify,
     Overdue, Refused, State, Woken, in_crossing,
 };
-
-/// Longer than anything takes on a busy machine.
-fn long() -> Option<Instant> {
-    Some(Instant::now() + Duration::from_secs(60))
-}
-
-/// Has passed.
-fn at_once() -> Option<Instant> {
-    Some(Instant::now())
-}
-
-fn drain(gate: Gate, deadline: Option<Instant>) -> Result<(), DrainError> {
-    gate.drain(Drain::Both, deadline, &Cancel::new())
-}
+use support::{at_once, drain, long};
 
 #[test]
 fn a_closed_gate_refuses_for_good() {

@@ -168,12 +168,12 @@ impl HandleShared {
         self.mapping.store(false, Ordering::Release);
     }
 
-    /// From here on requests may use windows of the region.
     /// Whether a region is this handle's.
     pub(crate) fn has_mapped(&self) -> bool {
         self.mapped.get().is_some()
     }
 
+    /// From here on requests may use windows of the region.
     pub(crate) fn set_mapped(&self, share: &Arc<Share>) -> bool {
         self.mapped.set(Arc::clone(share)).is_ok()
     }

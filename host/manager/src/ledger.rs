@@ -167,7 +167,7 @@ impl Ledger {
 
     /// Counts what is over out of its handles and of the gate, behind the answers: of a revoked handle with nothing in flight, a client that looks once more has them
     /// all. A handle is let go with its last operation. Done before the driver is called, which
-    /// takes what it takes, and whenever the lease is given back: a drain waits for it.
+    /// takes what it takes, before anybody is woken, and whenever the lease is given back: a drain waits for it.
     #[inline]
     pub(crate) fn settle(&mut self) {
         if !std::mem::take(&mut self.unsettled) {
@@ -239,13 +239,21 @@ impl Ledger {
     /// Takes an operation out, to answer it; [`Ledger::over`] comes after.
     #[inline]
     pub(crate) fn remove(&mut self, token: u32) -> Option<Taken> {
-        let slot = self.slot(token).filter(|slot| slot.live)?;
+        let place = self.end(token, None)?;
+        let slot = &mut self.slots[usize::from(place)];
+        let taken = Taken { user: slot.user, buffer: slot.buffer.take(), owner: slot.owner };
+        self.free.push(place);
+        Some(taken)
+    }
+
+    /// An operation is over, if it is `whose`; its place, which is not free yet.
+    #[inline]
+    fn end(&mut self, token: u32, whose: Option<Owner>) -> Option<u16> {
+        let slot = self.slot(token).filter(|slot| slot.live && whose.is_none_or(|owner| slot.owner == owner))?;
         slot.live = false;
         slot.lap += 1;
-        let taken = Taken { user: slot.user, buffer: slot.buffer.take(), owner: slot.owner };
         self.board.take(token as u16);
-        self.free.push(token as u16);
-        Some(taken)
+        Some(token as u16)
     }
 
     /// Takes out the operations of `mine` that succeeded, all of them `owner`'s, and adds their answers to `out`. For what [`Ledger::claim`] gave, once each.
@@ -272,11 +280,7 @@ impl Ledger {
     /// Whether an operation is `owner`'s; then it is over, and its place is what [`Ledger::answer_all`] wants.
     #[inline]
     pub(crate) fn claim(&mut self, token: u32, owner: Owner) -> Option<u16> {
-        let slot = self.slot(token).filter(|slot| slot.live && slot.owner == owner)?;
-        slot.live = false;
-        slot.lap += 1;
-        self.board.take(token as u16);
-        Some(token as u16)
+        self.end(token, Some(owner))
     }
 
     /// Tokens of everything that is in, for the ladder.

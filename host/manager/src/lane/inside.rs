@@ -253,12 +253,9 @@ impl Inside {
         if let Some(Some(owner)) = mine {
             self.ledger.answer_all(owner, &self.scratch.mine, sink.out);
         }
-        // Before the driver is asked, which takes what it takes, and before anybody is woken.
-        self.ledger.settle();
         if let Some(guest) = self.judge(sink) {
             fault.get_or_insert(guest);
         }
-        self.ledger.settle();
         (count, fault)
     }
 
@@ -274,6 +271,8 @@ impl Inside {
         if self.scratch.tokens.is_empty() {
             return None;
         }
+        // What is answered already does not stay counted for as long as the driver takes.
+        self.ledger.settle();
         let called = match (&mut self.driver, self.driver_fault) {
             (Some(driver), false) => driver
                 .complete(&self.scratch.responses, &mut self.scratch.answers)
@@ -414,6 +413,7 @@ impl Inside {
 
     /// Signals the handles that got answers from `me`'s poll. Those that share its notify are counted instead: `me` polls them itself.
     pub(super) fn wake_others(&mut self, me: &Arc<HandleShared>) -> usize {
+        self.ledger.settle();
         let mut shared = 0;
         for handle in self.scratch.to_wake.drain(..) {
             if Arc::ptr_eq(&handle.notify, &me.notify) {
@@ -426,6 +426,7 @@ impl Inside {
     }
 
     pub(super) fn wake_all(&mut self) {
+        self.ledger.settle();
         for handle in self.scratch.to_wake.drain(..) {
             handle.notify.signal();
         }
