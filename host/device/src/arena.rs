@@ -47,9 +47,12 @@ fn pages(bytes: u32) -> u32 {
     bytes.div_ceil(PAGE_BYTES as u32)
 }
 
-/// Invariant: `allocator` holds what is in no lease and in no stack; `leased_pages` and `leased_buffers` count live [`Buffer`]s.
+/// Invariant: `pieces` hold what is in no lease and in no stack; `leased_pages` and `leased_buffers` count live [`Buffer`]s.
 struct State {
-    allocator: Allocator<u32>,
+    /// One for the whole region, or one for each of the pages that it is scattered in: no lease crosses the end of one.
+    pieces: Vec<Allocator<u32>>,
+    /// 4 KiB pages of each piece.
+    piece_pages: u32,
     stacks: [Vec<Allocation<u32>>; STACKS],
     leased_pages: u64,
     leased_buffers: u64,
@@ -61,22 +64,38 @@ impl State {
         if let Some(allocation) = self.stack(pages).and_then(Vec::pop) {
             return Some(allocation);
         }
-        if let Some(allocation) = self.allocator.allocate(pages) {
+        if let Some(allocation) = self.cut(pages) {
             return Some(allocation);
         }
         // What waits in the stacks may be just what is missing, once it is joined with its neighbours.
-        for stack in &mut self.stacks {
-            for allocation in stack.drain(..) {
-                self.allocator.free(allocation);
+        for number in 0..self.stacks.len() {
+            while let Some(allocation) = self.stacks[number].pop() {
+                self.join(allocation);
             }
         }
-        self.allocator.allocate(pages)
+        self.cut(pages)
+    }
+
+    /// Takes `pages` out of the first piece that has them in a row.
+    fn cut(&mut self, pages: u32) -> Option<Allocation<u32>> {
+        self.pieces.iter_mut().zip(0..).find_map(|(piece, number)| {
+            let mut allocation = piece.allocate(pages)?;
+            allocation.offset += number * self.piece_pages;
+            Some(allocation)
+        })
+    }
+
+    /// The other way round.
+    fn join(&mut self, mut allocation: Allocation<u32>) {
+        let number = allocation.offset / self.piece_pages;
+        allocation.offset -= number * self.piece_pages;
+        self.pieces[number as usize].free(allocation);
     }
 
     fn give_back(&mut self, pages: u32, allocation: Allocation<u32>) {
         match self.stack(pages) {
             Some(stack) if stack.len() < STACK_MAX => stack.push(allocation),
-            _ => self.allocator.free(allocation),
+            _ => self.join(allocation),
         }
     }
 
@@ -89,17 +108,20 @@ impl DmaArena {
     /// Takes all of `region`, which must hold nothing else.
     ///
     /// # Errors
-    /// [`RegionError::Shape`] when the region is larger than 2 GiB: lengths of leases and of descriptors are 32-bit.
+    /// [`RegionError::Shape`] when the region is larger than 2 GiB, or scattered in pages that are: lengths of leases and of descriptors are 32-bit.
     pub fn new(region: Arc<DmaRegion>) -> Result<Self, RegionError> {
         if region.len() > 1 << 31 {
             return Err(RegionError::Shape { bytes: region.len(), iova: region.iova() });
         }
-        let pages = (region.len() / PAGE_BYTES) as u32;
+        let piece_pages = (region.run_bytes(0) / PAGE_BYTES) as u32;
+        let count = region.len() / region.run_bytes(0);
         // Every node stands for at least a page, and one is on its way while a block is split or joined: the nodes never run out before the pages do.
-        let allocator = Allocator::with_max_allocs(pages, pages + 4);
-        let max_pages = allocator.storage_report().largest_free_region.min(pages);
+        let pieces: Vec<_> = (0..count).map(|_| Allocator::with_max_allocs(piece_pages, piece_pages + 4)).collect();
+        let largest = pieces.first().map_or(0, |piece| piece.storage_report().largest_free_region);
+        let max_pages = largest.min(piece_pages);
         let state = State {
-            allocator,
+            pieces,
+            piece_pages,
             stacks: std::array::from_fn(|_| Vec::with_capacity(STACK_MAX)),
             leased_pages: 0,
             leased_buffers: 0,

@@ -74,7 +74,7 @@ impl Buffer {
     #[inline]
     #[must_use]
     pub fn iova(&self) -> u64 {
-        self.region().iova() + self.start()
+        self.region().address_of(self.start())
     }
 
     /// Bytes, as they were asked for.

@@ -22,10 +22,30 @@ pub const PAGE_BYTES: u64 = 4096;
 pub struct DmaRegion {
     mapping: Arc<Mapping>,
     file: OwnedFd,
-    iova: u64,
+    addresses: Addresses,
+    /// Where the file is found by name, if it is not a memfd.
+    name: Option<FileName>,
     revoked: AtomicBool,
     /// `revoke` has succeeded.
     gone: AtomicBool,
+}
+
+/// How offsets in a region become I/O addresses.
+#[derive(Debug)]
+enum Addresses {
+    /// One run from here on: an IOMMU or a backend translates.
+    Run(u64),
+    /// Pages of `1 << shift` bytes, each where it happens to be in physical memory.
+    Pages { shift: u32, pages: Box<[u64]> },
+}
+
+/// A file that outlives the process, until its region is revoked (DESIGN section 8).
+#[derive(Debug)]
+pub struct FileName {
+    /// The folder that it is in.
+    pub folder: OwnedFd,
+    /// Its name there.
+    pub name: CString,
 }
 
 impl DmaRegion {
@@ -55,13 +75,86 @@ impl DmaRegion {
             .map_err(io("fcntl(F_ADD_SEALS)"))?;
         let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
         let mapping = Arc::new(mapping);
-        Ok(Self { mapping, file, iova, revoked: AtomicBool::new(false), gone: AtomicBool::new(false) })
+        Ok(Self::of(mapping, file, Addresses::Run(iova), None))
+    }
+
+    /// Makes a region of a file of `bytes` bytes in pages of `page_bytes` (a power of two, at least [`PAGE_BYTES`]) that never move, for a device that is told physical
+    /// addresses. The file is filled with zeroes; then `translate` is given where it is mapped in this process and answers the physical address of each page, in
+    /// order.
+    ///
+    /// The file outlives the process under `name`, because a device that runs on would write to pages that are somebody else's by then: it is removed by
+    /// [`DmaRegion::revoke`], which comes after the device's silence, and by nothing else. Nobody but this process may shrink it: it is to be in a folder of its own that nobody
+    /// else can write.
+    ///
+    /// # Errors
+    /// [`RegionError::Shape`] for the caller's mistakes and for a translation that has not one aligned address for each page, [`RegionError::Io`] when the system refuses.
+    pub fn in_pages(
+        file: OwnedFd,
+        name: FileName,
+        bytes: u64,
+        page_bytes: u64,
+        translate: impl FnOnce(*const u8) -> std::io::Result<Vec<u64>>,
+    ) -> Result<Self, RegionError> {
+        let shape = || RegionError::Shape { bytes, iova: 0 };
+        let sound = page_bytes.is_power_of_two() && page_bytes >= PAGE_BYTES;
+        let (Ok(len), true) = (usize::try_from(bytes), sound && bytes > 0 && bytes.is_multiple_of(page_bytes)) else {
+            return Err(shape());
+        };
+        let size =
+            rustix::fs::fstat(&file).map_err(|source| RegionError::Io { what: "fstat", source: source.into() })?;
+        if u64::try_from(size.st_size).ok() != Some(bytes) {
+            return Err(shape());
+        }
+        let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
+        mapping.fill(0, len, 0);
+        let pages = translate(mapping.base())
+            .map_err(|source| RegionError::Io { what: "finding physical addresses", source })?;
+        let aligned =
+            pages.iter().all(|page| page.is_multiple_of(page_bytes) && page.checked_add(page_bytes).is_some());
+        if pages.len() as u64 != bytes / page_bytes || !aligned {
+            return Err(shape());
+        }
+        let addresses = Addresses::Pages { shift: page_bytes.trailing_zeros(), pages: pages.into() };
+        Ok(Self::of(Arc::new(mapping), file, addresses, Some(name)))
+    }
+
+    fn of(mapping: Arc<Mapping>, file: OwnedFd, addresses: Addresses, name: Option<FileName>) -> Self {
+        Self { mapping, file, addresses, name, revoked: AtomicBool::new(false), gone: AtomicBool::new(false) }
     }
 
     /// The I/O address of the first byte.
     #[must_use]
     pub fn iova(&self) -> u64 {
-        self.iova
+        self.address_of(0)
+    }
+
+    /// The I/O address of the byte at `offset`; that of the first byte when it is outside. The bytes after it follow it for the device too up to [`DmaRegion::run_bytes`].
+    #[inline]
+    #[must_use]
+    pub fn address_of(&self, offset: u64) -> u64 {
+        match &self.addresses {
+            Addresses::Run(iova) => iova.wrapping_add(offset),
+            Addresses::Pages { shift, pages } => {
+                let page = pages.get((offset >> shift) as usize).or(pages.first()).copied().unwrap_or(0);
+                page + (offset & ((1 << shift) - 1))
+            }
+        }
+    }
+
+    /// Bytes from `offset` on that follow each other for the device as they do here.
+    #[must_use]
+    pub fn run_bytes(&self, offset: u64) -> u64 {
+        let left = self.len().saturating_sub(offset);
+        self.page_bytes().map_or(left, |page| left.min(page - offset % page))
+    }
+
+    /// Size of the pages that the region is scattered in, if it is: nothing that a device is told may cross the end of one.
+    #[must_use]
+    pub fn page_bytes(&self) -> Option<u64> {
+        match &self.addresses {
+            Addresses::Run(_) => None,
+            Addresses::Pages { shift, .. } => Some(1 << shift),
+        }
     }
 
     /// Length in bytes.
@@ -91,8 +184,14 @@ impl DmaRegion {
     /// The offset in this region of `bytes` bytes at I/O address `iova`, if all of them are inside.
     #[must_use]
     pub fn offset_of(&self, iova: u64, bytes: u64) -> Option<u64> {
-        let offset = iova.checked_sub(self.iova)?;
-        (offset <= self.len() && bytes <= self.len() - offset).then_some(offset)
+        let inside = |first: u64, len: u64| iova.checked_sub(first).filter(|at| *at <= len && bytes <= len - at);
+        match &self.addresses {
+            Addresses::Run(first) => inside(*first, self.len()),
+            Addresses::Pages { shift, pages } => pages
+                .iter()
+                .zip(0..)
+                .find_map(|(page, number): (_, u64)| inside(*page, 1 << shift).map(|at| (number << shift) + at)),
+        }
     }
 
     /// Copies `from` into the region at `offset`.
@@ -169,7 +268,13 @@ impl DmaRegion {
         // Punched first: a backend that kept its mapping holds nothing either.
         let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         let punched = rustix::fs::fallocate(&self.file, flags, 0, self.len()).map_err(std::io::Error::from);
-        let outcome = punched.and_then(|()| self.mapping.revoke(self.file.as_fd()));
+        let unlinked = self.name.as_ref().map_or(Ok(()), |FileName { folder, name }| {
+            match rustix::fs::unlinkat(folder, name, rustix::fs::AtFlags::empty()) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+                Err(error) => Err(std::io::Error::from(error)),
+            }
+        });
+        let outcome = punched.and(unlinked).and_then(|()| self.mapping.revoke(self.file.as_fd()));
         if let Err(error) = &outcome {
             tracing::error!(%error, bytes = self.len(), "memory could not be revoked");
         }

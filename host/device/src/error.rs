@@ -133,6 +133,14 @@ pub enum QueueError {
     /// The place is not aligned to [`crate::queue::QUEUE_ALIGN_BYTES`].
     #[error("the ring's offset {0} is not aligned")]
     Alignment(u64),
+    /// The place crosses the end of a page of a region that is scattered ([`crate::DmaRegion::page_bytes`]).
+    #[error("a ring of {bytes} bytes at {offset} is not in one run")]
+    Scattered {
+        /// Offset of the ring in bytes.
+        offset: u64,
+        /// Length of the ring in bytes.
+        bytes: u64,
+    },
     /// The place does not fit the region.
     #[error("a ring of {bytes} bytes at {offset} does not fit a region of {region_bytes}")]
     OutOfRegion {

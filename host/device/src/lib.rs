@@ -9,7 +9,7 @@
 //! | answer words | guest | [`words::parse_answers`] | [`Status`] per token |
 //! | used elements | device | [`SplitQueue::pop`] | [`Used`], or a [`DeviceFault`] that poisons the queue |
 //!
-//! - [`transport`]: what a bus gives the host for one device.
+//! - [`transport`]: what a bus gives the host for one device; [`function`]: what it gives a driver that programs the device itself.
 //! - [`dma`]: memory that a device may reach; [`arena`]: leases of it; [`window`]: windows of a client's own; [`buffer`]: either of the two;
 //!   [`transfer`]: socket I/O straight from and to buffers.
 //! - [`queue`]: the driver side of a split virtqueue; [`chain`]: the check of a guest's chains; [`words`]: the numbers that cross.
@@ -22,6 +22,7 @@ pub mod buffer;
 pub mod chain;
 pub mod dma;
 pub mod error;
+pub mod function;
 mod hollow;
 mod mmap;
 pub mod queue;
@@ -34,10 +35,11 @@ pub mod words;
 pub use arena::DmaArena;
 pub use buffer::Buffer;
 pub use chain::{Chain, ChainBatch, ChainBuf, Direction, Expected, Outcome, Payload};
-pub use dma::DmaRegion;
+pub use dma::{DmaRegion, FileName};
 pub use error::{
     AddError, AnswerError, ArenaError, ChainError, ChainRule, DeviceFault, QueueError, RegionError, TransportError,
 };
+pub use function::{Confinement, Function, FunctionIds, RegisterRegion, Width};
 pub use hollow::hollow_out;
 pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
 pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};

@@ -117,6 +117,9 @@ impl Ring {
         if !region.mapping().contains(base, layout.total) {
             return Err(outside);
         }
+        if region.run_bytes(offset) < layout.total as u64 {
+            return Err(QueueError::Scattered { offset, bytes: layout.total as u64 });
+        }
         let mapping = region.mapping();
         mapping.fill(base, layout.total, 0);
         let count = config.size;
@@ -134,7 +137,7 @@ impl Ring {
             headers: Entries::new(mapping, base + layout.short_headers, count),
             statuses: Entries::new(mapping, base + layout.short_statuses, count),
             base,
-            iova: region.iova() + offset,
+            iova: region.address_of(offset),
             layout,
             _region: region,
         })

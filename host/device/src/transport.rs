@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::dma::DmaRegion;
-use crate::error::TransportError;
+use crate::error::{RegionError, TransportError};
+use crate::function::{Confinement, Function};
 
 /// Guest-visible addresses of one split virtqueue, as the device is told them (virtio 1.2, section 2.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +95,25 @@ pub trait Transport: Send {
 
     /// Largest ring size of queue `index` in entries, a power of two.
     fn max_queue_size(&self, index: u16) -> u16;
+
+    /// Makes memory that this device can reach once it is mapped: `bytes` bytes, a multiple of 4,096, zeroed. `name` is how it is found in `/proc/PID/maps`. It is at
+    /// `iova` where something translates; where nothing does it is where it is, in pages of [`DmaRegion::page_bytes`], and may be longer than it was asked for.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    fn memory(&mut self, name: &str, bytes: u64, iova: u64) -> Result<Arc<DmaRegion>, RegionError> {
+        DmaRegion::new(name, bytes, iova).map(Arc::new)
+    }
+
+    /// How this device is kept to the memory that it was given.
+    fn confinement(&self) -> Confinement {
+        Confinement::Host
+    }
+
+    /// The registers, memory and interrupts of a device that its driver programs itself; `None` where the host does (virtio).
+    fn function(&mut self) -> Option<&mut dyn Function> {
+        None
+    }
 
     /// Lets the device reach `region` at its I/O address. The transport keeps the region alive until `release`, or until `unmap` has confirmed that the device is done
     /// with it. Legal before the first `setup_queue`, and again after `start` for what [`Transport::unmap`] may take away while the device runs.

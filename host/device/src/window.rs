@@ -29,14 +29,14 @@ impl WindowedRegion {
     /// The `bytes` bytes at `offset`, as a buffer for one request. Neither needs any alignment.
     ///
     /// # Errors
-    /// [`RegionError::OutOfRange`] when not all of it is inside or it is empty, [`RegionError::Revoked`] after [`DmaRegion::revoke`].
+    /// [`RegionError::OutOfRange`] when not all of it is inside, not in one run for the device, or it is empty, [`RegionError::Revoked`] after [`DmaRegion::revoke`].
     pub fn window(&self, offset: u64, bytes: u32) -> Result<Buffer, RegionError> {
         let region = &self.home.region;
         if region.is_revoked() {
             return Err(RegionError::Revoked);
         }
         let length = u64::from(bytes);
-        let inside = bytes > 0 && offset <= region.len() && length <= region.len() - offset;
+        let inside = bytes > 0 && offset <= region.len() && length <= region.run_bytes(offset);
         let Some(place) = u32::try_from(offset).ok().filter(|_| inside) else {
             return Err(RegionError::OutOfRange { offset, bytes: length, region_bytes: region.len() });
         };

@@ -1,0 +1,126 @@
+//! What uio and vfio have in common: one function that this process has, and nobody else.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
+
+use crate::Address;
+use crate::registers::Registers;
+
+/// Where the addresses that a function is told lead to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// Through the IOMMU: any address that was mapped.
+    Iommu,
+    /// Physical memory as it is: uio, and a virtio device behind vfio that does not offer `VIRTIO_F_ACCESS_PLATFORM`.
+    Physical,
+}
+
+/// How interrupts reach eventfds.
+pub(crate) enum Interrupts {
+    /// MSI-X: vector `n` signals eventfd `n` (non-blocking, owned by the kernel's table from then on; these are duplicates). At most [`Claimed::msix_vectors`].
+    Vectors(Vec<OwnedFd>),
+    /// INTx, level-triggered and perhaps shared: `acknowledge` is asked whenever the line was asserted, takes the function's reason away (virtio: reads the ISR status, virtio
+    /// 1.2 section 4.1.4.5) and answers whether there was one; then every eventfd is signalled. It must not block.
+    Line {
+        /// Asks the function.
+        acknowledge: Box<dyn FnMut() -> bool + Send>,
+        /// Non-blocking eventfds.
+        signal: Vec<OwnedFd>,
+    },
+}
+
+/// One function, claimed. Everything is bounded in time; `quiet` and `release` are always legal and idempotent.
+pub(crate) trait Claimed: Send {
+    /// Where it is.
+    fn address(&self) -> Address;
+
+    /// `"uio"` or `"vfio"`.
+    fn by(&self) -> &'static str;
+
+    /// Vendor, device and so on, as sysfs has them.
+    fn ids(&self) -> FunctionIds;
+
+    /// Reads configuration space (little-endian) at `offset` into all of `into`.
+    ///
+    /// # Errors
+    /// `Lost` when the function is gone, `Invalid` outside of its configuration space.
+    fn read_config(&self, offset: u16, into: &mut [u8]) -> Result<(), TransportError>;
+
+    /// Writes configuration space.
+    ///
+    /// # Errors
+    /// As `read_config`.
+    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError>;
+
+    /// Maps memory BAR `index`, or gives it again.
+    ///
+    /// # Errors
+    /// `Refused` for one that is not there, is I/O, or cannot be mapped.
+    fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError>;
+
+    /// Lengths in bytes of the memory BARs: 0 for one that is not there or is I/O.
+    fn bar_bytes(&self) -> [u64; 6];
+
+    /// Bus mastering (PCI 3.0, section 6.2.2, command register bit 2).
+    ///
+    /// # Errors
+    /// `TransportError`.
+    fn set_bus_master(&mut self, on: bool) -> Result<(), TransportError>;
+
+    /// MSI-X vectors that it may use; 0 where only INTx is to be had.
+    fn msix_vectors(&self) -> u16;
+
+    /// Whether the function has an INTx pin (PCI 3.0, section 6.2.4, Interrupt Pin) that can be used.
+    fn has_line(&self) -> bool;
+
+    /// Wires interrupts. Called again, it replaces what was wired before.
+    ///
+    /// # Errors
+    /// `Refused` for what the function does not have.
+    fn wire(&mut self, interrupts: Interrupts) -> Result<(), TransportError>;
+
+    /// Whether an IOMMU keeps the function to what was mapped: vfio with a domain of its own, never uio.
+    fn is_isolated(&self) -> bool;
+
+    /// Memory that the function can reach once it is mapped: at `iova` with [`Reach::Iommu`] (`Refused` where there is none), else in named hugepages.
+    ///
+    /// # Errors
+    /// `RegionError`; without enough hugepages its text says how many are needed and the command.
+    fn memory(&mut self, name: &str, bytes: u64, iova: u64, reach: Reach) -> Result<Arc<DmaRegion>, RegionError>;
+
+    /// Maps a region that `memory` made (vfio: in the IOMMU, at its address or, for [`Reach::Physical`], page by page at its physical addresses), and keeps it alive.
+    ///
+    /// # Errors
+    /// `TransportError`.
+    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError>;
+
+    /// Takes a region back while the function runs: confirmed where an IOMMU was told, unconfirmed elsewhere.
+    fn unmap(&mut self, iova: u64) -> Silence;
+
+    /// Readable or hung up when the function may be on its way out.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// What it holds open, beside what `wire` was given.
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Whether the function is gone or has been asked for (vfio's request eventfd), whatever its registers read. Never blocks.
+    fn is_lost(&mut self) -> bool;
+
+    /// Whether it is known to be out of the machine: its configuration space answers nobody. Such a function masters no bus.
+    fn is_absent(&mut self) -> bool;
+
+    /// Resets the function (FLR or whatever the kernel has for it) and waits for it until `deadline`.
+    ///
+    /// # Errors
+    /// `Unsupported` where it has no reset, `Timeout`.
+    fn reset(&mut self, deadline: Instant) -> Result<(), TransportError>;
+
+    /// Interrupts off, bus mastering off and confirmed by reading it back; an absent function is quiet.
+    fn quiet(&mut self, deadline: Instant) -> Silence;
+
+    /// Closes everything and gives the function back to where it came from. Holds no region afterwards.
+    fn release(&mut self);
+}

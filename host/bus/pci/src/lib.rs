@@ -1,0 +1,25 @@
+//! PCI functions as devices, over the kernel's `uio_pci_generic` and `vfio-pci`.
+//!
+//! ```text
+//! address     0000:00:04.0
+//! sysfs       functions and what the kernel says of them, read through /sys opened as a capability
+//! handover    from the kernel's driver to uio or vfio and back, recorded so that an interruption loses nothing
+//! claim       one binding per function, over the whole host
+//! claimed     what uio and vfio have in common: configuration space, BARs, interrupts, memory, removal, reset
+//! registers   mapped BARs: volatile accesses that are checked
+//! uio         /dev/uioN, INTx, hugepages with physical addresses
+//! vfio        container and group, or iommufd; MSI-X eventfds; an IOMMU domain that holds the binding's memory and nothing else
+//! virtio      the modern virtio transport over a claimed function (virtio 1.2, section 4.1)
+//! raw         a function that its driver programs itself
+//! ```
+//!
+//! Whatever a function, its configuration space or its registers say is an allegation: offsets and lengths are checked against the BAR before anything is mapped, and
+//! a function that is gone is removal and not data, whether its registers read all ones (hardware) or zero (QEMU).
+
+mod address;
+mod claimed;
+mod error;
+mod registers;
+
+pub use address::Address;
+pub use error::PciError;
