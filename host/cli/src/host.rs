@@ -49,6 +49,8 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         queues: args.queues,
         allow: args.allow.clone(),
         pinned,
+        via: if args.vfio { Some("vfio".to_owned()) } else { args.uio.then(|| "uio".to_owned()) },
+        trust_dma: args.trust_dma,
         memory_mib: args.memory_mib,
         call_deadline_ms: args.call_deadline_ms,
         arena_mib: args.arena_mib,
@@ -161,6 +163,7 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     spec.name.clone_from(&body.name);
     spec.queues = Some(body.queues);
     spec.pinned = body.pinned;
+    spec.trust_dma = body.trust_dma;
     spec.grants = grants;
     spec.limits = GuestLimits {
         memory_bytes: (body.memory_mib as usize) << 20,

@@ -114,7 +114,7 @@ pub trait Function: Send {
     ///
     /// # Errors
     /// [`TransportError::Exhausted`] past the bound of a binding, [`TransportError::Refused`] before [`Function::allow_dma`].
-    fn allocate(&mut self, name: &str, bytes: u64) -> Result<Arc<DmaRegion>, TransportError>;
+    fn allocate(&mut self, bytes: u64) -> Result<Arc<DmaRegion>, TransportError>;
 
     /// How many interrupts it can raise; vectors are numbered from 0.
     fn interrupts(&self) -> u16;
