@@ -18,6 +18,7 @@ pub(crate) fn attach(
     maker: &InstanceMaker<'_>,
     transport: &SharedTransport,
     trust: bool,
+    memory: &str,
 ) -> Result<Instance, LoadError> {
     let device = binding.device().to_owned();
     let confidence = {
@@ -33,7 +34,7 @@ pub(crate) fn attach(
             (false, false) => Confinement::Host,
         };
         if confidence != Confinement::Host {
-            let allowed = function.allow_dma(confidence);
+            let allowed = function.allow_dma(confidence, memory);
             allowed.map_err(|source| LoadError::Device { device: device.clone(), source })?;
         }
         confidence
@@ -84,7 +85,7 @@ impl Function for FunctionWindow {
     }
 
     /// The host decides that, and has.
-    fn allow_dma(&mut self, _: Confinement) -> Result<(), TransportError> {
+    fn allow_dma(&mut self, _: Confinement, _: &str) -> Result<(), TransportError> {
         Err(TransportError::Invalid("a driver does not decide on its own confinement".to_owned()))
     }
 

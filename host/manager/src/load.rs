@@ -145,7 +145,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     parts.module.clone_from(&module);
     let maker = module.as_ref().map(|module| InstanceMaker { binding, module, grants: &grants, limits: &limits });
     if let Some(maker) = maker.as_ref().filter(|maker| maker.module.info().service == Service::Function) {
-        parts.control = Some(function::attach(binding, maker, &transport, spec.trust_dma)?);
+        parts.control = Some(function::attach(binding, maker, &transport, spec.trust_dma, &parts.marks.memory)?);
         transport.lock().start().map_err(device_error)?;
         return open_for_business(binding, &mut parts, None, watch, &transport);
     }

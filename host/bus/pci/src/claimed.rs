@@ -23,10 +23,11 @@ pub(crate) enum Interrupts {
     /// MSI-X: vector `n` signals eventfd `n` (non-blocking, owned by the kernel's table from then on; these are duplicates). At most [`Claimed::msix_vectors`].
     Vectors(Vec<OwnedFd>),
     /// INTx, level-triggered and perhaps shared: `acknowledge` is asked whenever the line was asserted, takes the function's reason away (virtio: reads the ISR status, virtio
-    /// 1.2 section 4.1.4.5) and answers whether there was one; then every eventfd is signalled. It must not block.
+    /// 1.2 section 4.1.4.5) and answers whether there was one; then every eventfd is signalled. It must not block. `None` where only the driver can take it away: every
+    /// eventfd is signalled, and the line stays masked until [`Claimed::unmask`].
     Line {
         /// Asks the function.
-        acknowledge: Box<dyn FnMut() -> bool + Send>,
+        acknowledge: Option<Box<dyn FnMut() -> bool + Send>>,
         /// Non-blocking eventfds.
         signal: Vec<OwnedFd>,
     },
@@ -81,6 +82,12 @@ pub(crate) trait Claimed: Send {
     /// # Errors
     /// `Refused` for what the function does not have.
     fn wire(&mut self, interrupts: Interrupts) -> Result<(), TransportError>;
+
+    /// Lets a line without `acknowledge` assert again.
+    ///
+    /// # Errors
+    /// `TransportError`.
+    fn unmask(&mut self) -> Result<(), TransportError>;
 
     /// Whether an IOMMU keeps the function to what was mapped: vfio with a domain of its own, never uio.
     fn is_isolated(&self) -> bool;

@@ -19,6 +19,7 @@
 mod address;
 mod claimed;
 mod error;
+mod raw;
 mod registers;
 
 pub use address::Address;
