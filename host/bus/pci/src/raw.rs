@@ -85,7 +85,8 @@ impl Raw {
         let events = (0..count).map(|_| event()).collect::<Result<Vec<_>, _>>()?;
         let copy = |fd: &OwnedFd| {
             let copied = rustix::io::fcntl_dupfd_cloexec(fd, 0);
-            copied.map_err(|errno| TransportError::Io { what: "fcntl(F_DUPFD_CLOEXEC)".to_owned(), source: errno.into() })
+            copied
+                .map_err(|errno| TransportError::Io { what: "fcntl(F_DUPFD_CLOEXEC)".to_owned(), source: errno.into() })
         };
         let copies = events.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
         self.claimed.wire(match self.claimed.has_line() {
