@@ -30,6 +30,11 @@ pub(crate) enum Interrupts {
         /// Non-blocking eventfds.
         signal: Vec<OwnedFd>,
     },
+    /// INTx of a function that only its driver can acknowledge: `signal` is signalled once, and the line stays masked until [`Claimed::unmask`].
+    Masked {
+        /// A non-blocking eventfd.
+        signal: OwnedFd,
+    },
 }
 
 /// One function, claimed. Everything is bounded in time; `quiet` and `release` are always legal and idempotent.
@@ -82,6 +87,14 @@ pub(crate) trait Claimed: Send {
     /// `Refused` for what the function does not have.
     fn wire(&mut self, interrupts: Interrupts) -> Result<(), TransportError>;
 
+    /// Lets the line of [`Interrupts::Masked`] assert again, after the driver has taken the function's reason away. Does nothing for the others.
+    ///
+    /// # Errors
+    /// `TransportError`.
+    fn unmask(&mut self) -> Result<(), TransportError> {
+        Ok(())
+    }
+
     /// Whether an IOMMU keeps the function to what was mapped: vfio with a domain of its own, never uio.
     fn is_isolated(&self) -> bool;
 
@@ -99,6 +112,15 @@ pub(crate) trait Claimed: Send {
 
     /// Takes a region back while the function runs: confirmed where an IOMMU was told, unconfirmed elsewhere.
     fn unmap(&mut self, iova: u64) -> Silence;
+
+    /// Removes the memory in hugepages that an earlier process left for this function, and answers how many bytes that were. The caller has reset the function and has confirmed
+    /// it (virtio: status 0 read back, which nobody here can see); that it masters no bus is looked at again here. Before the first [`Claimed::memory`].
+    ///
+    /// # Errors
+    /// `Invalid` while it masters the bus or this process has such memory, `Io` where no hugetlbfs can be looked at.
+    fn take_back(&mut self) -> Result<u64, TransportError> {
+        Ok(0)
+    }
 
     /// Readable or hung up when the function may be on its way out.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
