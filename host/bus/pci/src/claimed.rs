@@ -23,13 +23,17 @@ pub(crate) enum Interrupts {
     /// MSI-X: vector `n` signals eventfd `n` (non-blocking, owned by the kernel's table from then on; these are duplicates). At most [`Claimed::msix_vectors`].
     Vectors(Vec<OwnedFd>),
     /// INTx, level-triggered and perhaps shared: `acknowledge` is asked whenever the line was asserted, takes the function's reason away (virtio: reads the ISR status, virtio
-    /// 1.2 section 4.1.4.5) and answers whether there was one; then every eventfd is signalled. It must not block. `None` where only the driver can take it away: every
-    /// eventfd is signalled, and the line stays masked until [`Claimed::unmask`].
+    /// 1.2 section 4.1.4.5) and answers whether there was one; then every eventfd is signalled. It must not block.
     Line {
         /// Asks the function.
-        acknowledge: Option<Box<dyn FnMut() -> bool + Send>>,
+        acknowledge: Box<dyn FnMut() -> bool + Send>,
         /// Non-blocking eventfds.
         signal: Vec<OwnedFd>,
+    },
+    /// INTx of a function that only its driver can acknowledge: `signal` is signalled once, and the line stays masked until [`Claimed::unmask`].
+    Masked {
+        /// A non-blocking eventfd.
+        signal: OwnedFd,
     },
 }
 
@@ -83,11 +87,13 @@ pub(crate) trait Claimed: Send {
     /// `Refused` for what the function does not have.
     fn wire(&mut self, interrupts: Interrupts) -> Result<(), TransportError>;
 
-    /// Lets a line without `acknowledge` assert again.
+    /// Lets the line of [`Interrupts::Masked`] assert again, after the driver has taken the function's reason away. Does nothing for the others.
     ///
     /// # Errors
     /// `TransportError`.
-    fn unmask(&mut self) -> Result<(), TransportError>;
+    fn unmask(&mut self) -> Result<(), TransportError> {
+        Ok(())
+    }
 
     /// Whether an IOMMU keeps the function to what was mapped: vfio with a domain of its own, never uio.
     fn is_isolated(&self) -> bool;
@@ -106,6 +112,15 @@ pub(crate) trait Claimed: Send {
 
     /// Takes a region back while the function runs: confirmed where an IOMMU was told, unconfirmed elsewhere.
     fn unmap(&mut self, iova: u64) -> Silence;
+
+    /// Removes the memory in hugepages that an earlier process left for this function, and answers how many bytes that were. The caller has reset the function and has confirmed
+    /// it (virtio: status 0 read back, which nobody here can see); that it masters no bus is looked at again here. Before the first [`Claimed::memory`].
+    ///
+    /// # Errors
+    /// `Invalid` while it masters the bus or this process has such memory, `Io` where no hugetlbfs can be looked at.
+    fn take_back(&mut self) -> Result<u64, TransportError> {
+        Ok(0)
+    }
 
     /// Readable or hung up when the function may be on its way out.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;

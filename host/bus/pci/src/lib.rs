@@ -17,10 +17,18 @@
 //! a function that is gone is removal and not data, whether its registers read all ones (hardware) or zero (QEMU).
 
 mod address;
+mod attributes;
+mod bounded;
 mod claimed;
+mod config;
 mod error;
+mod hugepages;
+mod mmio;
 mod raw;
 mod registers;
+mod uio;
+mod vfio;
+mod watch;
 
 pub use address::Address;
 pub use error::PciError;

@@ -88,11 +88,9 @@ impl Raw {
             copied
                 .map_err(|errno| TransportError::Io { what: "fcntl(F_DUPFD_CLOEXEC)".to_owned(), source: errno.into() })
         };
-        let copies = events.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
-        self.claimed.wire(match self.claimed.has_line() {
-            true => Interrupts::Line { acknowledge: None, signal: copies },
-            false => Interrupts::Vectors(copies),
-        })?;
+        let mut copies = events.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
+        let line = if self.claimed.has_line() { copies.pop() } else { None };
+        self.claimed.wire(line.map_or(Interrupts::Vectors(copies), |signal| Interrupts::Masked { signal }))?;
         self.interrupts = events;
         Ok(())
     }
