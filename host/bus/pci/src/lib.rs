@@ -26,8 +26,11 @@ mod hugepages;
 mod mmio;
 mod raw;
 mod registers;
+#[cfg_attr(not(test), allow(dead_code))]
+// Nothing outside of the tests opens a function yet.
 mod uio;
 mod vfio;
+mod virtio;
 mod watch;
 
 pub use address::Address;
