@@ -17,9 +17,15 @@
 //! a function that is gone is removal and not data, whether its registers read all ones (hardware) or zero (QEMU).
 
 mod address;
+mod claim;
 mod claimed;
 mod error;
+pub mod handover;
 mod registers;
+pub mod sysfs;
 
 pub use address::Address;
+pub use claim::{Claim, Claimant};
 pub use error::PciError;
+pub use handover::{By, HandoverOptions, Via, give_back, hand_over};
+pub use sysfs::{FunctionInfo, Roots, Sysfs};
