@@ -19,19 +19,25 @@
 mod address;
 mod attributes;
 mod bounded;
+mod claim;
 mod claimed;
 mod config;
 mod error;
+#[cfg_attr(not(test), allow(dead_code))]
+// Nothing outside of the tests opens a function yet.
 mod hugepages;
 mod mmio;
 mod raw;
 mod registers;
-#[cfg_attr(not(test), allow(dead_code))]
-// Nothing outside of the tests opens a function yet.
 mod uio;
 mod vfio;
 mod virtio;
 mod watch;
+pub mod handover;
+pub mod sysfs;
 
 pub use address::Address;
+pub use claim::{Claim, Claimant};
 pub use error::PciError;
+pub use handover::{By, HandoverOptions, Via, give_back, hand_over};
+pub use sysfs::{FunctionInfo, Roots, Sysfs};
