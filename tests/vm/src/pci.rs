@@ -74,7 +74,7 @@ impl Place {
                 inside.find(|path| path.join("vendor").is_file() && path.join("class").is_file())?
             }
         };
-        folder.is_dir().then(|| Function { folder })
+        folder.is_dir().then_some(Function { folder })
     }
 
     /// What `device_add` needs to plug this disk in again.

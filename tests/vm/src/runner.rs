@@ -43,6 +43,9 @@ pub fn run(choice: &Choice) -> Result<bool> {
     println!("vm begins: {}, Linux {}, up for {uptime} s", choice.topology, release.trim());
 
     let mut vm = Vm::new(&choice.topology)?;
+    for fault in vm.kernel_log.faults(&[])? {
+        println!("vm error: at boot the kernel reports: {fault}");
+    }
     let (mut passed, mut failed) = (0_u32, 0_u32);
     let mut spoiled: Option<String> = None;
     for scenario in scenarios::all().iter().filter(|scenario| choice.takes(scenario)) {

@@ -40,15 +40,32 @@ const AT_ONCE: usize = 2;
 pub(crate) struct Options {
     /// Also run the scenarios that take long.
     #[arg(long)]
-    pub(crate) long: bool,
+    long: bool,
     /// Only say which scenarios there are.
     #[arg(long)]
     list: bool,
     /// What runs the machine's code. KVM has to work here, which is more than that /dev/kvm opens.
-    #[arg(long, value_parser = ["tcg", "kvm"], default_value = "tcg")]
-    accel: Option<String>,
+    #[arg(long, value_enum, default_value_t)]
+    accel: Accelerator,
     /// Run only the scenarios whose name contains this.
     filter: Option<String>,
+}
+
+/// What runs the machine's code.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq)]
+enum Accelerator {
+    /// QEMU's emulation.
+    #[default]
+    Tcg,
+    /// The processor itself.
+    Kvm,
+}
+
+impl Options {
+    /// What `cargo xtask test` runs.
+    pub(crate) fn all(long: bool) -> Options {
+        Options { long, ..Options::default() }
+    }
 }
 
 /// A scenario as the test program lists it.
@@ -91,7 +108,10 @@ pub(crate) fn tests(options: &Options) -> Result<String> {
     let kernel = Kernel::get(&programs)?;
     let initramfs = folder.join("initramfs.cpio");
     let bytes = initramfs::write(&initramfs, &kernel, &programs)?;
-    let accelerator = options.accel.as_deref().unwrap_or("tcg");
+    let accelerator = match options.accel {
+        Accelerator::Tcg => "tcg",
+        Accelerator::Kvm => "kvm",
+    };
     step::announce(&format!(
         "virtual machines: {accelerator}, {}, Linux {}, initramfs of {} MiB, ready after {}",
         qemu::version()?,

@@ -95,6 +95,7 @@ pub(super) fn run(start: &Start<'_>) -> Result<Verdict> {
 
 fn judge(status: Option<i32>, report: &Report) -> Option<String> {
     match status {
+        Some(GOOD) if report.errors > 0 => Some("something went wrong outside of the scenarios".to_owned()),
         Some(GOOD) if report.is_complete && report.failed == 0 && report.passed > 0 => None,
         Some(GOOD) => Some("the verdict is good and the log is not".to_owned()),
         Some(BAD) if report.failed > 0 => Some(format!("{} scenarios failed", report.failed)),
@@ -243,6 +244,8 @@ mod tests {
         assert!(judge(Some(GOOD), &report).is_some());
         report.line("vm result: ok. 1 passed; 0 failed");
         assert!(judge(Some(GOOD), &report).is_none());
+        report.line("vm error: insmod");
+        assert!(judge(Some(GOOD), &report).is_some());
         for status in [Some(BAD), Some(0), Some(1), None] {
             assert!(judge(status, &report).is_some());
         }

@@ -13,6 +13,8 @@ pub(super) struct Report {
     pub(super) passed: usize,
     /// Scenarios that failed.
     pub(super) failed: usize,
+    /// What went wrong outside of scenarios.
+    pub(super) errors: usize,
     /// Whether the last line has come, and speaks of what was counted here.
     pub(super) is_complete: bool,
 }
@@ -20,7 +22,7 @@ pub(super) struct Report {
 impl Report {
     /// For a machine that starts now.
     pub(super) fn new(topology: &'static str) -> Report {
-        Report { topology, begin: Instant::now(), boot: None, passed: 0, failed: 0, is_complete: false }
+        Report { topology, begin: Instant::now(), boot: None, passed: 0, failed: 0, errors: 0, is_complete: false }
     }
 
     /// Takes a line of the serial log. The kernel may have written its own words before those of the test program.
@@ -31,6 +33,7 @@ impl Report {
             self.boot.get_or_insert(boot);
             println!("  {}: {text} (booted in {})", self.topology, step::seconds(boot));
         } else if let Some(text) = after("vm error: ") {
+            self.errors += 1;
             println!("  {}: {text}", self.topology);
         } else if let Some(text) = after("test ").filter(|text| text.ends_with(" s)")) {
             let passed = text.contains(" ... ok (");
