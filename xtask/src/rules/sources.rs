@@ -28,6 +28,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ),
     ("tests/sim/src/bin/cofferdam-sim-blk.rs", "sigset_t and sigwait are only to be had from libc"),
     ("tests/sim/src/memory.rs", "the device's side of shared memory"),
+    ("tests/vm/src/verdict.rs", "an I/O port that ends the virtual machine, and a terminal that is waited for"),
     ("tests/yardstick/src/clients/blkio.rs", "buffers that a native library is given by address"),
     ("tests/yardstick/src/counting.rs", "an allocator that counts, and a filter that counts system calls"),
     ("tests/yardstick/src/machine.rs", "another process's processor clock"),
