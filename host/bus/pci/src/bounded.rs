@@ -25,6 +25,11 @@ impl Drop for Busy {
 }
 
 impl Bounded {
+    /// Whether one is running.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Acquire)
+    }
+
     /// Runs `call` on a thread `name` and waits for its answer until `deadline`, or until 10 ms from now if that is later.
     ///
     /// # Errors

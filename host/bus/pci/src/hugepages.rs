@@ -65,6 +65,17 @@ fn other(text: impl Into<String>) -> io::Error {
     io::Error::other(text.into())
 }
 
+/// What is in `slot`, looked for when it is first needed.
+///
+/// # Errors
+/// As [`Hugepages::find`].
+pub(crate) fn found(slot: &mut Option<Hugepages>) -> io::Result<&Hugepages> {
+    Ok(match slot {
+        Some(pages) => pages,
+        None => slot.insert(Hugepages::find()?),
+    })
+}
+
 impl Hugepages {
     /// The hugetlbfs of this machine with pages of 2 MiB, or else of whatever size there is.
     ///

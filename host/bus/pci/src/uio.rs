@@ -19,7 +19,7 @@ use crate::attributes::{self, Place, refused};
 use crate::bounded::Bounded;
 use crate::claimed::{Claimed, Interrupts, Reach};
 use crate::config::ConfigSpace;
-use crate::hugepages::Hugepages;
+use crate::hugepages::{self, Hugepages};
 use crate::mmio::{Mmio, page_bytes};
 use crate::registers::{Bar, Registers, Window};
 use crate::watch::{Line, Source, Watch, event};
@@ -90,13 +90,6 @@ impl UioFunction {
             regions: Vec::new(),
             resets: Bounded::default(),
         })
-    }
-
-    fn hugepages(&mut self) -> io::Result<&Hugepages> {
-        if self.hugepages.is_none() {
-            self.hugepages = Some(Hugepages::find()?);
-        }
-        self.hugepages.as_ref().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// Nobody takes interrupts from now on, and the function does not assert its line.
@@ -202,7 +195,7 @@ impl Claimed for UioFunction {
             return Err(io(io::Error::new(io::ErrorKind::Unsupported, "there is no IOMMU behind uio")));
         }
         let address = self.address;
-        self.hugepages().map_err(io)?.memory(address, name, bytes).map(Arc::new)
+        hugepages::found(&mut self.hugepages).map_err(io)?.memory(address, name, bytes).map(Arc::new)
     }
 
     fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
@@ -222,7 +215,7 @@ impl Claimed for UioFunction {
             return Err(TransportError::Invalid("the function may still write to that memory".to_owned()));
         }
         let address = self.address;
-        self.hugepages().and_then(|pages| pages.take_back(address)).map_err(io)
+        hugepages::found(&mut self.hugepages).and_then(|pages| pages.take_back(address)).map_err(io)
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -244,7 +237,9 @@ impl Claimed for UioFunction {
     }
 
     fn is_absent(&mut self) -> bool {
-        let absent = self.watch.as_ref().is_some_and(Watch::is_absent) || self.config.is_absent();
+        let seen = self.watch.as_ref().is_some_and(Watch::is_absent);
+        // While the kernel resets it, configuration space answers nobody in time.
+        let absent = seen || (!self.resets.is_busy() && self.config.is_absent());
         if absent {
             self.forget_registers();
         }
@@ -272,9 +267,14 @@ impl Claimed for UioFunction {
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {
+        if self.device.is_none() {
+            return Silence::Confirmed;
+        }
+        if self.resets.is_busy() {
+            return Silence::Unconfirmed { reason: format!("{}: the kernel is still resetting it", self.address) };
+        }
         let unwired = self.unwire();
-        let silent = unwired.and_then(|()| self.config.set_master(false));
-        match silent {
+        match unwired.and_then(|()| self.config.set_master(false)) {
             Ok(()) => Silence::Confirmed,
             Err(_) if self.is_absent() => Silence::Confirmed,
             Err(error) => Silence::Unconfirmed { reason: format!("{}: {error}", self.address) },
