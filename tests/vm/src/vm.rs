@@ -96,10 +96,12 @@ impl Vm {
     /// Plugs a disk in again and waits until the bus shows it.
     pub fn plug(&mut self, place: &Place) -> Result<()> {
         let arguments = place.plug_arguments(&self.topology)?;
-        // The guest may be done with a device a moment before QEMU is.
+        // The guest may be done with a device a moment before QEMU is, which then still has the name or the image in use.
         let deadline = Instant::now() + SHORT;
         while let Err(error) = self.outside("device_add", &arguments) {
-            if Instant::now() > deadline || !error.to_string().contains("Duplicate") {
+            let text = error.to_string();
+            let is_in_use = ["Duplicate", "Permission conflict"].iter().any(|words| text.contains(words));
+            if Instant::now() > deadline || !is_in_use {
                 return Err(error);
             }
             std::thread::sleep(LOOK);

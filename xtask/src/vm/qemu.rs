@@ -148,13 +148,13 @@ impl Machine {
         qemu.args(start.topology.devices(&start.folder.join("disks").join(start.topology.name))?);
 
         let mut process = Process::start("qemu", &mut qemu, work.path())?;
-        process.wait_until("its sockets are open", OPEN, |_| outside.exists() && qmp.exists())?;
-        let stream = UnixStream::connect(&outside).context("the second serial port")?;
+        let stream = connect(&mut process, "the second serial port", &outside)?;
+        let qmp = connect(&mut process, "the monitor", &qmp)?;
         stream.set_read_timeout(Some(LOOK))?;
         stream.set_write_timeout(Some(OPEN))?;
         Ok(Machine {
             process,
-            qmp: Qmp::connect(&qmp)?,
+            qmp: Qmp::new(qmp)?,
             outside: stream,
             pending: Vec::new(),
             log: File::open(log)?,
@@ -222,6 +222,16 @@ impl Machine {
         }
         Ok(is_new)
     }
+}
+
+/// Connects to a socket as soon as QEMU listens; it is there a moment before.
+fn connect(process: &mut Process, what: &str, path: &Path) -> Result<UnixStream> {
+    let mut stream = None;
+    process.wait_until(&format!("{what} is open"), OPEN, |_| {
+        stream = UnixStream::connect(path).ok();
+        stream.is_some()
+    })?;
+    stream.with_context(|| what.to_owned())
 }
 
 /// Takes the first line out, without its end.

@@ -4,7 +4,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 /// How long QEMU may take to answer. `device_del` and the like only ask; what they cause comes later, as events, which nobody here waits for.
@@ -19,9 +18,8 @@ pub(super) struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and greets.
-    pub(super) fn connect(path: &Path) -> Result<Qmp> {
-        let stream = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+    /// Takes a new connection through the greeting.
+    pub(super) fn new(stream: UnixStream) -> Result<Qmp> {
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_write_timeout(Some(LIMIT))?;
         let mut qmp = Qmp { reader: BufReader::new(stream) };
