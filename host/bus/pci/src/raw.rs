@@ -43,6 +43,10 @@ impl Raw {
     /// When bus mastering cannot be switched off.
     pub(crate) fn open(mut claimed: Box<dyn Claimed>, address: String) -> Result<Self, TransportError> {
         claimed.set_bus_master(false)?;
+        // It writes nowhere any more, so what a host that was killed had given it is nobody's. What cannot be freed, or looked for, stays where it is.
+        if let Err(error) = claimed.take_back() {
+            tracing::debug!(address, %error, "nothing of an earlier host freed");
+        }
         Ok(Self {
             claimed,
             address,

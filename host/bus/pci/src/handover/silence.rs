@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
 use super::Sysfs;
+use crate::hugepages::Hugepages;
 use crate::{Address, PciError};
 
 /// Command register (PCI Local Bus 3.0, section 6.2.2) and its bus master bit.
@@ -28,12 +29,15 @@ impl Silenced {
 /// Memory that a killed host had shared with the function may be freed now: nothing writes to it any more. Called before the function goes back to its driver, with the proof.
 /// The answer is how many bytes were freed.
 ///
-/// HOOK: what there is to free are named files of hugetlbfs (`<mount>/cofferdam/<address>/`); whoever makes them wires their removal here. Until then nothing is freed, which is
-/// safe: they stay until somebody deletes them.
-#[allow(clippy::unnecessary_wraps, reason = "what is wired here can fail")]
-pub(super) fn after_reset(_sysfs: &Sysfs, silenced: &Silenced) -> Result<u64, PciError> {
-    tracing::trace!(address = %silenced.address(), "nothing to free");
-    Ok(0)
+/// What there is to free are named files of hugetlbfs (`hugepages`). A machine without hugetlbfs has none.
+pub(super) fn after_reset(sysfs: &Sysfs, silenced: &Silenced) -> Result<u64, PciError> {
+    // Another root than the host's has no huge pages.
+    if !sysfs.scope.is_empty() {
+        return Ok(0);
+    }
+    let Ok(pages) = Hugepages::find() else { return Ok(0) };
+    let address = silenced.address();
+    pages.take_back(address).map_err(|source| PciError::Io { what: format!("free the memory of {address}"), source })
 }
 
 /// Takes the bus away from the function and looks; `None` where it could not be seen to be gone.

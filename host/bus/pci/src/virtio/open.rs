@@ -100,6 +100,12 @@ fn begin(claimed: &mut dyn Claimed) -> Result<(Parts, Offer), String> {
     let notices = Notices::new(claimed.event_fd()).map_err(|error| error.to_string())?;
     let mut parts = Parts { layout, common, notify, isr, device, notices };
     reset(claimed, &mut parts.common)?;
+    // It has finished with whatever a host that was killed had given it. What cannot be freed, or looked for, stays where it is.
+    match claimed.take_back() {
+        Ok(0) => {}
+        Ok(bytes) => tracing::info!(address = %claimed.address(), bytes, "freed what an earlier host had left"),
+        Err(error) => tracing::debug!(address = %claimed.address(), %error, "nothing of an earlier host freed"),
+    }
     match ask(&mut parts.common) {
         Ok((features, sizes)) => Ok((parts, Offer { kind, features, sizes })),
         Err(error) => {
