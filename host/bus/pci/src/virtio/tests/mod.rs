@@ -1,0 +1,7 @@
+//! The transport against a simulated function.
+
+mod layout;
+mod life;
+mod removal;
+mod silence;
+mod vectors;
