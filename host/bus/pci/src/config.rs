@@ -138,12 +138,18 @@ impl ConfigSpace {
         self.set(COMMAND, MEMORY, true)
     }
 
-    /// Lets the function assert INTx, or keeps it from it; read back.
+    /// Keeps the function from asserting INTx, read back; or lets it assert, which is not: the kernel may have masked it again by then, because it has asserted.
     ///
     /// # Errors
     /// As `set_master`.
     pub(crate) fn set_line(&self, on: bool) -> Result<(), TransportError> {
-        self.set(COMMAND + 1, NO_INTX, !on)
+        const HIGH: u16 = COMMAND + 1;
+        if !on {
+            return self.set(HIGH, NO_INTX, true);
+        }
+        let high = self.byte(HIGH)? & !NO_INTX;
+        let place = self.place(HIGH, 1)?;
+        done("write the command register", rustix::io::pwrite(self.file()?, &[high], place), 1)
     }
 
     /// Whether it has an interrupt pin: INTA to INTD.

@@ -247,6 +247,10 @@ impl Claimed for UioFunction {
     }
 
     fn reset(&mut self, deadline: Instant) -> Result<(), TransportError> {
+        // The kernel would wait for it for over a minute.
+        if self.is_absent() {
+            return Err(TransportError::Lost);
+        }
         let device = self.device.as_ref().ok_or(TransportError::Lost)?;
         let file = match rustix::fs::openat(
             device,
@@ -267,7 +271,7 @@ impl Claimed for UioFunction {
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {
-        if self.device.is_none() {
+        if self.device.is_none() || self.is_absent() {
             return Silence::Confirmed;
         }
         if self.resets.is_busy() {
