@@ -1,6 +1,6 @@
 //! `cargo xtask test`: the whole test run. Nothing is left out without a line in the summary that says so.
 
-use crate::{build, demo, guests, interrupt, packages, step, workspace};
+use crate::{build, demo, guests, interrupt, packages, step, vm, workspace};
 use anyhow::{Result, bail};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -30,6 +30,8 @@ const LONG_RUNS: &[Extra] = &[Extra {
     test: "models",
     arguments: &["--long"],
 }];
+
+const VM_TEST: &str = "vm-test";
 
 /// Runs everything and prints what ran.
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -73,7 +75,15 @@ fn steps(options: &Options, summary: &mut Summary) -> Result<()> {
         if options.filter.is_some() {
             summary.left_out(name, "a filter was given");
         } else {
-            summary.may(name, || demo::show(&demo::Options::short(backend)));
+            summary.may(name, || demo::show(&demo::Options::short(backend)).map(|()| String::new()));
+        }
+    }
+    if options.filter.is_some() {
+        summary.left_out(VM_TEST, "a filter was given; `cargo xtask vm-test FILTER` takes one");
+    } else {
+        summary.may(VM_TEST, || vm::tests(&vm::Options::all(options.long)));
+        if !options.long {
+            summary.left_out("vm-test, long ones", "only with --long");
         }
     }
     Ok(())
@@ -81,7 +91,7 @@ fn steps(options: &Options, summary: &mut Summary) -> Result<()> {
 
 /// Compiles in the selection and profile that the tests have, so that the programs that process tests start are those of this tree.
 fn compile() -> Result<()> {
-    build::programs(&["cofferdam", "cofferdam-sim-blk"])?;
+    build::programs(&["cofferdam", "cofferdam-sim-blk", "cofferdam-vm-guest"])?;
     step::run(
         "tests: release build",
         workspace::cargo().args(["test", "--release", "--workspace", "--no-run", "--quiet"]),
@@ -127,11 +137,11 @@ impl Summary {
         result.map_err(|error| error.context(name.to_owned()))
     }
 
-    /// A step whose failure is noted.
-    fn may(&mut self, name: &str, work: impl FnOnce() -> Result<()>) {
+    /// A step whose failure is noted, and which has something to say about its success.
+    fn may(&mut self, name: &str, work: impl FnOnce() -> Result<String>) {
         let begin = Instant::now();
         let result = interrupt::check().and_then(|()| work());
-        self.push(name, begin, result.map(|()| String::new()).map_err(|error| format!("{error:#}")));
+        self.push(name, begin, result.map_err(|error| format!("{error:#}")));
     }
 
     /// A step that runs test programs: their totals are added up, and a run in which nothing ran is a failure.

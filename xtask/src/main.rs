@@ -6,12 +6,15 @@
 //! | [`demo`] | `demo` | the main job, from a device to a certificate |
 //! | [`check`] | `test` | the whole test run |
 //! | [`mod@bench`] | `bench NAME` | one bench |
+//! | [`vm`] | `vm-test` | the tests in a virtual machine |
 //! | [`licences`] | `licences` | licence and duplicates policy |
 //! | [`guests`], [`toolchain`] | (used by `build`) | components from guest crates |
+//! | [`packages`], [`apt`] | (used by `test`) | programs of Debian that tests need |
 //! | `rules` | (`cargo test -p xtask`) | what holds for the workspace as a whole |
 //!
 //! It depends on no crate of the host, so that it compiles before they do and keeps working while they do not.
 
+mod apt;
 mod bench;
 mod build;
 mod check;
@@ -27,6 +30,7 @@ mod process;
 mod rules;
 mod step;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -48,6 +52,8 @@ enum Command {
     Demo(demo::Options),
     /// Run every test there is.
     Test(check::Options),
+    /// Boot virtual machines and run the tests of tests/vm in them.
+    VmTest(vm::Options),
     /// Run one bench; without a name, list them.
     Bench {
         /// Which one.
@@ -65,6 +71,7 @@ fn main() -> ExitCode {
         Command::Build => build::run(),
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => check::run(&options),
+        Command::VmTest(options) => vm::run(&options),
         Command::Bench { name, arguments } => bench::run(name.as_deref(), &arguments),
         Command::Licences => licences::run(),
     };

@@ -1,5 +1,6 @@
 //! The Debian packages whose programs the tests talk to.
 
+use crate::apt::{self, Apt};
 use crate::step;
 use anyhow::{Context, Result, bail};
 use std::process::Command;
@@ -18,6 +19,8 @@ const NEEDS: &[Need] = &[
     Need { program: "nbdinfo", packages: &["libnbd-bin"] },
     Need { program: "nbdcopy", packages: &["libnbd-bin"] },
     Need { program: "fio", packages: &["fio"] },
+    Need { program: "mkfs.ext4", packages: &["e2fsprogs"] },
+    Need { program: "qemu-system-x86_64", packages: &["qemu-system-x86"] },
 ];
 
 /// Whether a program is on the path.
@@ -40,7 +43,7 @@ pub(crate) fn ensure() -> Result<()> {
         bail!("missing: {names}\nOn Debian or Ubuntu: sudo apt-get install {}", packages_of(&missing).join(" "));
     }
     step::announce(&format!("installing what holds {names}"));
-    apt(&["update"]).or_else(|error| {
+    apt_get(&["update"]).or_else(|error| {
         // A stale index may still be good enough; the installation tells.
         eprintln!("    {error:#}");
         anyhow::Ok(())
@@ -50,13 +53,25 @@ pub(crate) fn ensure() -> Result<()> {
             if is_installed(need.program) {
                 break;
             }
-            apt(&["install", "--yes", "--no-install-recommends", package])?;
+            install(package)?;
         }
         if !is_installed(need.program) {
             bail!("{} is not in any of: {}", need.program, need.packages.join(", "));
         }
     }
     Ok(())
+}
+
+/// Installs a package of the machine's own suites. Where parts of the same source came from the backports, apt refuses what does not fit them; then it is
+/// taken from there too.
+fn install(package: &str) -> Result<()> {
+    let refused = match apt_get(&["install", "--yes", "--no-remove", "--no-install-recommends", package]) {
+        Ok(()) => return Ok(()),
+        Err(refused) => refused,
+    };
+    let Some(codename) = apt::codename() else { return Err(refused) };
+    let backports = format!("{codename}-backports");
+    Apt::new(&[&codename, &format!("{codename}-security"), &backports])?.install(package, &backports).context(refused)
 }
 
 fn missing() -> Vec<&'static Need> {
@@ -70,7 +85,7 @@ fn packages_of(needs: &[&Need]) -> Vec<&'static str> {
     packages
 }
 
-fn apt(arguments: &[&str]) -> Result<()> {
+fn apt_get(arguments: &[&str]) -> Result<()> {
     let what = format!("apt-get {}", arguments.join(" "));
     let output = step::with_signs_of_life(&what, || {
         Command::new("apt-get")

@@ -112,7 +112,8 @@ impl Process {
         if tail.is_empty() { String::new() } else { format!("; it said:\n    {tail}") }
     }
 
-    fn wait_for_end(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
+    /// How it ended, if it did within `limit`.
+    pub(crate) fn wait_for_end(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
             let timeout = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
             match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&timeout)) {

@@ -77,6 +77,18 @@ pub(crate) fn run_reading(what: &str, command: &mut Command, mut each_line: impl
     Ok(child.wait()?.success())
 }
 
+/// Standard output of a command that has to succeed.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot start {}", command.get_program().display()))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let lines: Vec<_> = text.trim().lines().collect();
+        let tail = lines[lines.len().saturating_sub(10)..].join("\n    ");
+        bail!("{}: {tail}", shown(command));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// A command as one could type it.
 pub(crate) fn shown(command: &Command) -> String {
     let program = command.get_program().to_string_lossy().into_owned();

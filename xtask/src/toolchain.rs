@@ -146,7 +146,7 @@ impl Compiler {
             .current_dir(crate::workspace::root())
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .args(arguments);
-        output(&mut rustc)
+        step::output(&mut rustc)
     }
 
     /// A cargo that takes this compiler, `flags` for what is compiled for [`TARGET`], and nothing of the caller's own flags.
@@ -174,18 +174,6 @@ impl Compiler {
     }
 }
 
-/// Standard output of a command that has to succeed.
-fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("cannot start {}", command.get_program().display()))?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        let lines: Vec<_> = text.trim().lines().collect();
-        let tail = lines[lines.len().saturating_sub(10)..].join("\n    ");
-        bail!("{}: {tail}", step::shown(command));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
 /// Whether `folder` holds a compiled standard library.
 fn has_std(folder: &Path) -> bool {
     let Ok(entries) = folder.read_dir() else { return false };
@@ -211,12 +199,12 @@ fn installed(compiler: &Compiler) -> Result<Toolchain> {
 /// Step 2.
 fn rustup(compiler: &Compiler) -> Result<Toolchain> {
     let sysroot = compiler.ask(&["--print", "sysroot"])?;
-    let toolchains = output(Command::new("rustup").args(["toolchain", "list", "--verbose"]))?;
+    let toolchains = step::output(Command::new("rustup").args(["toolchain", "list", "--verbose"]))?;
     if !toolchains.contains(sysroot.trim()) {
         bail!("rustc {} is not rustup's", compiler.release);
     }
     step::with_signs_of_life("rustup target add", || {
-        output(Command::new("rustup").current_dir(crate::workspace::root()).args(["target", "add", TARGET]))
+        step::output(Command::new("rustup").current_dir(crate::workspace::root()).args(["target", "add", TARGET]))
     })?;
     let mut toolchain = installed(compiler)?;
     toolchain.how = format!("rustup added it to rustc {}", compiler.release);

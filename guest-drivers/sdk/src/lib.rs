@@ -18,6 +18,7 @@
 //! | [`device`] | the virtio device as a driver sees it |
 //! | [`block`] | the traits of a block driver and the records they exchange |
 //! | [`words`] | typed views of the flat words that cross the boundary |
+//! | [`function`] | a device that its driver programs itself |
 //! | [`log`] | the log capability |
 //! | [`native`] | running a driver without Wasm |
 //! | [`mock`] | a device to test drivers against, and a checker of their chains |
@@ -30,6 +31,7 @@ extern crate self as cofferdam_sdk;
 pub mod block;
 pub mod device;
 mod error;
+pub mod function;
 pub mod log;
 pub mod mock;
 pub mod native;
@@ -37,8 +39,14 @@ pub mod words;
 
 mod export;
 #[doc(hidden)]
-#[cfg(target_family = "wasm")]
+#[cfg(all(target_family = "wasm", feature = "function"))]
+pub mod function_glue;
+#[doc(hidden)]
+#[cfg(all(target_family = "wasm", feature = "block"))]
 pub mod glue;
+
+#[cfg(all(target_family = "wasm", feature = "function"))]
+pub use function_glue::{dma, interrupt};
 
 pub use block::{Attachment, BlockDriver, BlockLane, BlockProperties, LaneSetup};
 pub use device::{QueuePlan, VirtioDevice};

@@ -20,8 +20,10 @@ pub enum Level {
 
 /// Writes one line. Never blocks and never fails.
 pub fn write(level: Level, message: &str) {
-    #[cfg(target_family = "wasm")]
+    #[cfg(all(target_family = "wasm", feature = "block"))]
     crate::glue::log(level, message);
+    #[cfg(all(target_family = "wasm", feature = "function", not(feature = "block")))]
+    crate::function_glue::log(level, message);
     #[cfg(not(target_family = "wasm"))]
     eprintln!("[driver {level:?}] {message}");
 }

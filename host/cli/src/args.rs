@@ -74,7 +74,7 @@ pub(crate) struct BindArgs {
     /// The driver, a component file.
     #[arg(value_name = "DRIVER.wasm")]
     pub(crate) driver: PathBuf,
-    /// The device: vhost-user:/path.sock
+    /// The device: vhost-user:/path.sock, or a PCI function (pci:0000:00:04.0, see 'cofferdam devices').
     #[arg(long, value_name = "ADDR")]
     pub(crate) device: String,
     /// Where to serve it; may be given more than once: nbd:/path.sock, nbd:127.0.0.1:10809, or data:/path.sock for zero-copy clients.
@@ -89,6 +89,16 @@ pub(crate) struct BindArgs {
     /// Let the driver use more than its device: wasi:clocks, wasi:random, wasi:cli, wasi:filesystem=DIR. May be given more than once.
     #[arg(long = "allow", value_name = "WHAT")]
     pub(crate) allow: Vec<String>,
+    /// Hand a PCI function over to uio_pci_generic: any machine, but nothing keeps the device's DMA in bounds except the host's own care.
+    #[arg(long, conflicts_with = "vfio")]
+    pub(crate) uio: bool,
+    /// Hand a PCI function over to vfio-pci: an IOMMU keeps the device to the binding's memory [default, where there is an IOMMU].
+    #[arg(long)]
+    pub(crate) vfio: bool,
+    /// Let the driver have its device reach any memory of this machine. Only for a driver that hands addresses to a device without an IOMMU, and that you trust as you do
+    /// the kernel; recorded, and shown by 'ls'.
+    #[arg(long)]
+    pub(crate) trust_dma: bool,
     /// Memory of one driver instance, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) memory_mib: u32,

@@ -50,6 +50,11 @@ pub(crate) struct LoadBody {
     pub(crate) allow: Vec<String>,
     #[serde(default)]
     pub(crate) pinned: bool,
+    /// `uio` or `vfio`, for a PCI function that this load hands over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) via: Option<String>,
+    #[serde(default)]
+    pub(crate) trust_dma: bool,
     pub(crate) memory_mib: u32,
     pub(crate) call_deadline_ms: u32,
     pub(crate) arena_mib: u32,

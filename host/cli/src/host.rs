@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use cofferdam_bus_pci::{PciError, Via};
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
     Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Phase,
@@ -49,6 +50,8 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         queues: args.queues,
         allow: args.allow.clone(),
         pinned,
+        via: if args.vfio { Some("vfio".to_owned()) } else { args.uio.then(|| "uio".to_owned()) },
+        trust_dma: args.trust_dma,
         memory_mib: args.memory_mib,
         call_deadline_ms: args.call_deadline_ms,
         arena_mib: args.arena_mib,
@@ -78,8 +81,19 @@ pub(crate) fn read_component(path: &Path) -> Result<Vec<u8>, ErrorBody> {
 }
 
 /// Finds and claims a device.
-fn connect(address: &str) -> Result<Box<dyn Transport>, ErrorBody> {
+fn connect(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, ErrorBody> {
     match address.split_once(':') {
+        Some(("pci", _)) => cofferdam_bus_pci::connect(address, via).map_err(|error| {
+            let code = match &error {
+                PciError::Address { .. } => ErrorCode::Usage,
+                PciError::NotFound(_) => ErrorCode::NoSuchThing,
+                _ => ErrorCode::Failed,
+            };
+            ErrorBody::new(code, error.to_string())
+        }),
+        _ if via.is_some() => {
+            Err(ErrorBody::usage(format!("'{address}' is no PCI function; only those go to uio or vfio")))
+        }
         Some(("vhost-user", _)) => {
             let device = VhostUser::connect(address).map_err(|error| {
                 let code = match &error {
@@ -91,9 +105,10 @@ fn connect(address: &str) -> Result<Box<dyn Transport>, ErrorBody> {
             })?;
             Ok(Box::new(device))
         }
-        _ => {
-            Err(ErrorBody::new(ErrorCode::Usage, format!("'{address}' is not a device address: vhost-user:/path.sock")))
-        }
+        _ => Err(ErrorBody::new(
+            ErrorCode::Usage,
+            format!("'{address}' is not a device address: vhost-user:/path.sock or pci:0000:00:04.0"),
+        )),
     }
 }
 
@@ -155,12 +170,19 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     }
     let path = Path::new(&body.driver);
     let component = read_component(path)?;
-    let transport = connect(&body.device)?;
+    let via = match body.via.as_deref() {
+        None => None,
+        Some("uio") => Some(Via::Uio),
+        Some("vfio") => Some(Via::Vfio),
+        Some(other) => return Err(ErrorBody::usage(format!("'{other}' is neither uio nor vfio"))),
+    };
+    let transport = connect(&body.device, via)?;
     let label = path.file_name().map_or_else(|| body.driver.clone(), |name| name.to_string_lossy().into_owned());
     let mut spec = LoadSpec::new(label, component, transport);
     spec.name.clone_from(&body.name);
     spec.queues = Some(body.queues);
     spec.pinned = body.pinned;
+    spec.trust_dma = body.trust_dma;
     spec.grants = grants;
     spec.limits = GuestLimits {
         memory_bytes: (body.memory_mib as usize) << 20,

@@ -79,8 +79,9 @@ pub(crate) fn bindings(bindings: &[BindingStatus]) {
 /// `serving`, `serving (pinned)`, `draining (waiting, unload)`.
 fn state(binding: &BindingStatus) -> String {
     let stage = (binding.stage != binding.state).then(|| binding.stage.clone());
+    let trusted = (binding.dma == "trusted").then(|| "trusted with DMA".to_owned());
     let retired = (binding.retired_bytes > 0).then(|| format!("{} retired", bytes(binding.retired_bytes)));
-    let notes = [stage, binding.cause.clone(), binding.pinned.then(|| "pinned".to_owned()), retired];
+    let notes = [stage, binding.cause.clone(), binding.pinned.then(|| "pinned".to_owned()), trusted, retired];
     let notes: Vec<String> = notes.into_iter().flatten().collect();
     if notes.is_empty() { binding.state.clone() } else { format!("{} ({})", binding.state, notes.join(", ")) }
 }

@@ -104,17 +104,18 @@ pub trait Function: Send {
     /// Whether an IOMMU keeps the function to what [`Function::allocate`] gave it.
     fn is_isolated(&self) -> bool;
 
-    /// Lets the function write to memory at all (bus mastering, PCI 3.0 section 6.2.2), and says in what confidence. Off until this is called.
+    /// Lets the function write to memory at all (bus mastering, PCI 3.0 section 6.2.2), and says in what confidence. Off until this is called. What
+    /// [`Function::allocate`] makes has a name in `/proc/PID/maps` that begins with `memory` and `-`.
     ///
     /// # Errors
     /// [`TransportError`].
-    fn allow_dma(&mut self, confidence: Confinement) -> Result<(), TransportError>;
+    fn allow_dma(&mut self, confidence: Confinement, memory: &str) -> Result<(), TransportError>;
 
     /// Memory of `bytes` bytes (a multiple of 4,096, in one run), mapped for the function for as long as the binding has it.
     ///
     /// # Errors
     /// [`TransportError::Exhausted`] past the bound of a binding, [`TransportError::Refused`] before [`Function::allow_dma`].
-    fn allocate(&mut self, name: &str, bytes: u64) -> Result<Arc<DmaRegion>, TransportError>;
+    fn allocate(&mut self, bytes: u64) -> Result<Arc<DmaRegion>, TransportError>;
 
     /// How many interrupts it can raise; vectors are numbered from 0.
     fn interrupts(&self) -> u16;

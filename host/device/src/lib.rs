@@ -13,6 +13,7 @@
 //! - [`dma`]: memory that a device may reach; [`arena`]: leases of it; [`window`]: windows of a client's own; [`buffer`]: either of the two;
 //!   [`transfer`]: socket I/O straight from and to buffers.
 //! - [`queue`]: the driver side of a split virtqueue; [`chain`]: the check of a guest's chains; [`words`]: the numbers that cross.
+//! - [`name`]: names with one holder over the whole host, for claims.
 //! - [`error`]: every error, each saying who is to blame.
 //!
 //! `unsafe` is in `mmap` (mapping and volatile access), `transfer` (iovecs of raw memory) and `hollow` (descriptor numbers) alone.
@@ -25,6 +26,7 @@ pub mod error;
 pub mod function;
 mod hollow;
 mod mmap;
+pub mod name;
 pub mod queue;
 mod ring;
 pub mod transfer;
@@ -41,6 +43,7 @@ pub use error::{
 };
 pub use function::{Confinement, Function, FunctionIds, RegisterRegion, Width};
 pub use hollow::hollow_out;
+pub use name::HeldName;
 pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
 pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};
 pub use window::WindowedRegion;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use cofferdam_device::{DmaArena, DmaRegion};
+use cofferdam_device::{Confinement, DmaArena, DmaRegion};
 use cofferdam_gate::Gate;
 use cofferdam_lifecycle::{Cause, Event, Life, Phase, Refused};
 use cofferdam_runtime::{CallView, Instance, LaneId, Module};
@@ -61,7 +61,8 @@ pub(crate) struct Parts {
 /// What clients reach once a load has succeeded.
 pub(crate) struct Serving {
     pub(crate) lanes: Vec<Arc<Lane>>,
-    pub(crate) geometry: BlockGeometry,
+    /// `None` for a driver that gives no service.
+    pub(crate) geometry: Option<BlockGeometry>,
 }
 
 struct Handles {
@@ -95,6 +96,8 @@ pub struct Binding {
     fault: OnceLock<LaneFault>,
     /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
     pub(crate) hurried: AtomicBool,
+    /// How the device is kept to its memory, once that is decided.
+    pub(crate) confinement: OnceLock<Confinement>,
     /// A thread asks the driver about responses.
     judging: AtomicBool,
     /// How it ended is remembered.
@@ -158,6 +161,7 @@ impl Binding {
             leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
             hurried: AtomicBool::new(false),
+            confinement: OnceLock::new(),
             judging: AtomicBool::new(false),
             remembered: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -306,9 +310,9 @@ impl Binding {
         self.serving.get().map_or(0, |serving| serving.lanes.len())
     }
 
-    /// What the device can do; `None` before it serves.
+    /// What the device can do; `None` before it serves, and for a driver that gives no service.
     pub fn geometry(&self) -> Option<&BlockGeometry> {
-        self.serving.get().map(|serving| &serving.geometry)
+        self.serving.get().and_then(|serving| serving.geometry.as_ref())
     }
 
     /// The certificate, once the ladder has ended.

@@ -118,10 +118,10 @@ pub struct BlockGeometry {
 }
 
 impl BlockGeometry {
-    pub(crate) fn from_properties(p: &BlockProperties, arena_bytes: u64) -> BlockGeometry {
+    pub(crate) fn from_properties(p: &BlockProperties, arena_bytes: u64, max_lease: u32) -> BlockGeometry {
         let block = p.logical_block_bytes;
         // One request must leave room for others in the arena, whatever the driver says.
-        let arena_share = u32::try_from(arena_bytes / 4).unwrap_or(u32::MAX);
+        let arena_share = u32::try_from(arena_bytes / 4).unwrap_or(u32::MAX).min(max_lease);
         let max_transfer = p.max_transfer_bytes.min(arena_share).max(block);
         BlockGeometry {
             capacity_bytes: p.capacity_bytes,

@@ -46,6 +46,25 @@ pub enum LoadError {
         #[source]
         source: CallError,
     },
+    /// Driver and device are not of one kind.
+    #[error("{device}: {driver} needs {needs}")]
+    Kind {
+        /// The device's address.
+        device: String,
+        /// What the driver is.
+        driver: &'static str,
+        /// What it drives.
+        needs: &'static str,
+    },
+    /// The driver hands addresses to a device that nothing keeps from other memory.
+    #[error(
+        "the driver gives {device} addresses (it imports cofferdam:driver/dma), and no IOMMU keeps that device to this binding's memory; use vfio where there is an IOMMU, or \
+         let the driver reach all of this machine's memory with --trust-dma"
+    )]
+    NeedsTrust {
+        /// The device's address.
+        device: String,
+    },
     /// The driver's plan or properties do not fit the device or the contract.
     #[error("the driver's plan for {device} cannot be carried out: {reason}")]
     Plan {

@@ -83,6 +83,13 @@ pub enum EventKind {
         /// Who is at the other end.
         peer: String,
     },
+    /// The operator trusts the driver with all of the machine's memory (`--trust-dma`), and it made use of that.
+    Trusted {
+        /// The driver.
+        driver: String,
+        /// The device that it may have write anywhere.
+        device: String,
+    },
     /// Memory was retired on purpose, because the device could not be shown to be silent.
     Retired {
         /// How much.
@@ -107,6 +114,7 @@ impl EventKind {
             }
             EventKind::PortAttached { port } | EventKind::PortDetached { port, .. } => port.len(),
             EventKind::HandleRevoked { port, peer, .. } => port.len() + peer.len(),
+            EventKind::Trusted { driver, device } => driver.len() + device.len(),
             EventKind::Retired { reason, .. } => reason.len(),
             EventKind::Gap { .. } => 0,
         }

@@ -32,6 +32,7 @@ mod device;
 mod error;
 mod events;
 mod explain;
+mod function;
 mod handle;
 mod ladder;
 mod lane;

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cofferdam_device::DmaArena;
-use cofferdam_device::dma::DmaRegion;
 use cofferdam_device::queue::{QueueConfig, SplitQueue};
 use cofferdam_device::transport::{QueueSetup, Transport};
 use cofferdam_lifecycle::{Event, Phase};
 use cofferdam_runtime::{
     Attachment, BlockDriver, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec,
-    KillSwitch, LaneId, LaneSetup, Module, Runtime,
+    KillSwitch, LaneId, LaneSetup, Module, Runtime, Service,
 };
 use parking_lot::Mutex;
 
@@ -19,6 +18,7 @@ use crate::binding::{Binding, Parts, Serving};
 use crate::block::BlockGeometry;
 use crate::device::{DeviceWindow, F_EVENT_IDX, F_INDIRECT_DESC, host_features};
 use crate::error::LoadError;
+use crate::function;
 use crate::lane::{Lane, LaneParts, LaneQueue};
 use crate::mapped::{MapLimits, Site};
 use crate::ports::Within;
@@ -29,6 +29,8 @@ use crate::watch::Watch;
 const RINGS_IOVA: u64 = 0x1000_0000;
 /// I/O address of the buffer arena.
 const ARENA_IOVA: u64 = 0x1_0000_0000;
+/// Memory that is scattered is so in pages of at least this size (huge pages of x86-64 and of most others).
+const RUN_BYTES: u64 = 2 << 20;
 /// Most queues of one binding, as `wit/virtio.wit` says.
 const QUEUE_LIMIT: u16 = 64;
 
@@ -48,6 +50,8 @@ pub struct LoadSpec {
     pub pinned: bool,
     /// What the driver may use beside its device.
     pub grants: Grants,
+    /// The driver may have its device reach any memory of this machine, where nothing else stands in the way (DESIGN section 8).
+    pub trust_dma: bool,
     /// Bounds of each instance.
     pub limits: GuestLimits,
     /// Bytes of buffer memory for clients: a multiple of 4,096, at least 1 MiB. Taken when touched.
@@ -96,6 +100,7 @@ impl LoadSpec {
             queues: Some(1),
             pinned: false,
             grants: Grants::default(),
+            trust_dma: false,
             limits: GuestLimits::default(),
             arena_bytes: 64 << 20,
             ring_entries: 256,
@@ -139,6 +144,15 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     drop(component);
     parts.module.clone_from(&module);
     let maker = module.as_ref().map(|module| InstanceMaker { binding, module, grants: &grants, limits: &limits });
+    if let Some(maker) = maker.as_ref().filter(|maker| maker.module.info().service == Service::Function) {
+        parts.control = Some(function::attach(binding, maker, &transport, spec.trust_dma, &parts.marks.memory)?);
+        transport.lock().start().map_err(device_error)?;
+        return open_for_business(binding, &mut parts, None, watch, &transport);
+    }
+    if transport.lock().function().is_some() {
+        return Err(LoadError::Kind { device, driver: "a virtio driver", needs: "a virtio device" });
+    }
+    let _ = binding.confinement.set(transport.lock().confinement());
 
     // Control lane: attach, plan, properties.
     let queue_limit = queues.unwrap_or(QUEUE_LIMIT).clamp(1, QUEUE_LIMIT);
@@ -168,19 +182,28 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let offered = transport.lock().offered_features();
     let ring_features = host_features(offered);
     let (event_idx, indirect) = (ring_features & F_EVENT_IDX != 0, ring_features & F_INDIRECT_DESC != 0);
-    let ring_bytes = |size: u16| SplitQueue::bytes(size, indirect);
     let mut total = 0;
+    let mut places = Vec::with_capacity(attachment.queues.len());
     for queue in &attachment.queues {
-        total += ring_bytes(queue.size).next_multiple_of(4096);
+        let bytes = SplitQueue::bytes(queue.size, indirect).next_multiple_of(4096);
+        // No ring crosses the end of a page, should the memory be in pages.
+        if total % RUN_BYTES + bytes > RUN_BYTES {
+            total = total.next_multiple_of(RUN_BYTES);
+        }
+        places.push(total);
+        total += bytes;
     }
     let memory = parts.marks.memory.clone();
     let host = |error: &dyn std::fmt::Display| LoadError::Host(error.to_string());
-    let rings = Arc::new(DmaRegion::new(&format!("{memory}-rings"), total, RINGS_IOVA).map_err(|e| host(&e))?);
+    let make = |what: &str, bytes, iova| {
+        transport.lock().memory(&format!("{memory}-{what}"), bytes, iova).map_err(|e| host(&e))
+    };
+    let rings = make("rings", total, RINGS_IOVA)?;
     parts.rings = Some(Arc::clone(&rings));
-    let region = Arc::new(DmaRegion::new(&format!("{memory}-arena"), arena_bytes, ARENA_IOVA).map_err(|e| host(&e))?);
+    let region = make("arena", arena_bytes, ARENA_IOVA)?;
     let arena = DmaArena::new(Arc::clone(&region)).map_err(|e| host(&e))?;
     parts.arena = Some(arena.clone());
-    let geometry = BlockGeometry::from_properties(&properties, arena_bytes);
+    let geometry = BlockGeometry::from_properties(&properties, arena_bytes, arena.max_lease_bytes());
     {
         let mut transport = transport.lock();
         transport.map(Arc::clone(&rings)).map_err(device_error)?;
@@ -188,11 +211,9 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     }
 
     // Data lanes: one queue each.
-    let mut offset = 0;
-    for (number, plan) in attachment.queues.iter().enumerate() {
+    for ((number, plan), place) in attachment.queues.iter().enumerate().zip(places) {
         let config = QueueConfig { index: plan.index, size: plan.size, event_idx, indirect };
-        let queue = SplitQueue::new(config, Arc::clone(&rings), offset).map_err(|e| plan_error(e.to_string()))?;
-        offset += ring_bytes(plan.size).next_multiple_of(4096);
+        let queue = SplitQueue::new(config, Arc::clone(&rings), place).map_err(|e| plan_error(e.to_string()))?;
         let setup = QueueSetup { index: plan.index, size: plan.size, addresses: queue.addresses() };
         let events = transport.lock().setup_queue(setup).map_err(device_error)?;
         parts.marks.note(events.call.as_fd());
@@ -225,14 +246,14 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let site =
         Site { transport: Arc::downgrade(&transport), memory: memory.clone(), wake: watch.reaper(), limits: mappings };
     binding.regions().open(site);
-    open_for_business(binding, &mut parts, geometry, watch, &transport)
+    open_for_business(binding, &mut parts, Some(geometry), watch, &transport)
 }
 
 /// The last step: from here on clients may come, and the device's loss is noticed.
 fn open_for_business(
     binding: &Arc<Binding>,
     parts: &mut Parts,
-    geometry: BlockGeometry,
+    geometry: Option<BlockGeometry>,
     watch: &Watch,
     transport: &crate::device::SharedTransport,
 ) -> Result<(), LoadError> {
@@ -252,15 +273,15 @@ fn open_for_business(
 }
 
 /// Instances of one module for one binding.
-struct InstanceMaker<'a> {
+pub(crate) struct InstanceMaker<'a> {
     binding: &'a Binding,
-    module: &'a Module,
+    pub(crate) module: &'a Module,
     grants: &'a Grants,
     limits: &'a GuestLimits,
 }
 
 impl InstanceMaker<'_> {
-    fn make(&self, lane: LaneId) -> Result<cofferdam_runtime::Instance, LoadError> {
+    pub(crate) fn make(&self, lane: LaneId) -> Result<cofferdam_runtime::Instance, LoadError> {
         // Called off meanwhile: no more guest code is run for it.
         if self.binding.phase() != Phase::Loading {
             return Err(LoadError::CalledOff);

@@ -10,9 +10,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 /// How a binding's traces in this process are recognised.
 #[derive(Debug, Default)]
 pub(crate) struct Marks {
-    /// Name of the memfds; unique in this process.
+    /// Name of the memory's files; unique in this process.
     pub(crate) memory: String,
-    /// Kernel names of other descriptors: `eventfd-id:12`, `socket:[3456]`.
+    /// Kernel names of other descriptors: `eventfd-id:12`, `socket:[3456]`, `/dev/uio0`.
     descriptors: Vec<String>,
     witnesses: Vec<OwnedFd>,
 }
@@ -33,25 +33,30 @@ impl Marks {
         self.descriptors.push(mark);
     }
 
+    /// Whether a file's name in `/proc` is that of the binding's memory: a memfd, or a file of its own in huge pages.
+    fn is_memory(&self, text: &str) -> bool {
+        let memory = &self.memory;
+        let is_there = || text.contains(&format!("/memfd:{memory}-")) || text.contains(&format!("/{memory}-"));
+        !memory.is_empty() && is_there()
+    }
+
     /// Mappings of the binding's memory in this process, and their bytes.
     pub(crate) fn mappings(&self) -> (u64, u64) {
         if self.memory.is_empty() {
             return (0, 0);
         }
-        let needle = format!("/memfd:{}-", self.memory);
         let Ok(maps) = fs::read_to_string("/proc/self/maps") else {
             // What cannot be looked up is not known to be gone.
             tracing::error!("/proc/self/maps cannot be read");
             return (1, 0);
         };
-        let found = maps.lines().filter(|line| line.contains(&needle)).map(mapped_bytes);
+        let found = maps.lines().filter(|line| self.is_memory(line)).map(mapped_bytes);
         found.fold((0, 0), |(count, sum), bytes| (count + 1, sum + bytes))
     }
 
     /// Descriptors of the binding that are open in this process, with or without those of its memory.
     pub(crate) fn open_descriptors(&self, with_memory: bool) -> u64 {
         let is_witness = |number: &str| self.witnesses.iter().any(|witness| witness.as_raw_fd().to_string() == number);
-        let needle = format!("/memfd:{}-", self.memory);
         let Ok(entries) = fs::read_dir("/proc/self/fd") else {
             tracing::error!("/proc/self/fd cannot be read");
             return 1;
@@ -62,7 +67,7 @@ impl Marks {
                 let number = entry.file_name();
                 let number = number.to_string_lossy();
                 let target = fs::read_link(entry.path()).unwrap_or_default();
-                let is_memory = with_memory && !self.memory.is_empty() && target.to_string_lossy().starts_with(&needle);
+                let is_memory = with_memory && self.is_memory(&target.to_string_lossy());
                 let is_known = || kernel_name(&number).is_some_and(|name| self.descriptors.contains(&name));
                 is_memory || (!is_witness(&number) && is_known())
             })
@@ -84,6 +89,10 @@ fn kernel_name(number: &str) -> Option<String> {
     let target = fs::read_link(format!("/proc/self/fd/{number}")).ok()?;
     let target = target.to_string_lossy();
     if target.starts_with("socket:[") {
+        return Some(target.into_owned());
+    }
+    // A device's own files, which nobody but its binding opens.
+    if target.starts_with("/dev/") || target.starts_with("/sys/") {
         return Some(target.into_owned());
     }
     if !target.contains("[eventfd]") {

@@ -58,6 +58,8 @@ pub struct BindingStatus {
     pub age_seconds: u64,
     /// Whether it was loaded `--pinned`.
     pub pinned: bool,
+    /// How the device is kept to the binding's memory: `host` (only the host gives it addresses), `iommu`, or `trusted` (`--trust-dma`: not at all); empty while it is loading.
+    pub dma: String,
     /// Data lanes.
     pub lanes: usize,
     /// Attached ports' addresses.
@@ -120,6 +122,7 @@ impl Binding {
             generation: self.generation(),
             age_seconds: self.age().as_secs(),
             pinned: self.pinned,
+            dma: self.confinement.get().map_or("", |confinement| confinement.as_str()).to_owned(),
             lanes: self.lanes(),
             ports: self.ports(),
             handles: self.handle_statuses(),
@@ -127,7 +130,10 @@ impl Binding {
             calls_running: self.gate().crossings(),
             calls,
             capacity_bytes: self.geometry().map_or(0, |geometry| geometry.capacity_bytes),
-            leased_bytes: self.serving.get().map_or(0, |serving| serving.lanes[0].arena().leased_bytes()),
+            leased_bytes: self
+                .serving
+                .get()
+                .map_or(0, |serving| serving.lanes.first().map_or(0, |lane| lane.arena().leased_bytes())),
             fault: self.fault().map(ToString::to_string),
             retired_bytes: self.retired_bytes(),
         }

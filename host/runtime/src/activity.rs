@@ -33,11 +33,21 @@ pub(crate) enum Export {
     Submit,
     Complete,
     Window,
+    AttachFunction,
 }
 
 /// By number of [`Export`].
-const EXPORTS: [&str; 8] =
-    ["instantiate", "attach", "config-changed", "start", "get-properties", "submit", "complete", "window"];
+const EXPORTS: [&str; 9] = [
+    "instantiate",
+    "attach",
+    "config-changed",
+    "start",
+    "get-properties",
+    "submit",
+    "complete",
+    "window",
+    "function.attach",
+];
 
 /// A call out of the guest. Functions of this project's interfaces one by one, those of WASI by interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +66,14 @@ pub(crate) enum Import {
     WasiRandom,
     WasiCli,
     WasiFilesystem,
+    MmioRead,
+    MmioWrite,
+    DmaAllocate,
+    InterruptWait,
 }
 
 /// By number of [`Import`]; 0 is none.
-const IMPORTS: [&str; 14] = [
+const IMPORTS: [&str; 18] = [
     "",
     "log.write",
     "virtio.device.device-type",
@@ -74,6 +88,10 @@ const IMPORTS: [&str; 14] = [
     "wasi:random",
     "wasi:cli",
     "wasi:filesystem",
+    "mmio.function.read",
+    "mmio.function.write",
+    "dma.allocate",
+    "interrupt.wait",
 ];
 
 const THREAD_SHIFT: u32 = 32;

@@ -3,12 +3,15 @@
 use std::fmt;
 use std::time::Instant;
 
+use cofferdam_device::Function;
 use cofferdam_gate::Gate;
 use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
 
 use crate::activity::{Activity, Export};
 use crate::bindings::VirtioBlockDriver;
+use crate::bindings::function::FunctionDriver;
 use crate::capability::device::{DeviceCapability, the_device};
+use crate::capability::function::{FunctionState, the_function};
 use crate::capability::log::{LogSink, Speaker};
 use crate::capability::wasi::WasiState;
 use crate::error::InstantiateError;
@@ -25,6 +28,7 @@ use crate::service::{
 use crate::state::LaneState;
 use crate::view::CallView;
 use crate::watch::Watch;
+use crate::world::Service;
 
 /// Bytes that one host call may lift out of a guest; wasmtime counts them before it allocates. Enough for 64 chains of the longest kind (71 KiB) and for the chunks in
 /// which WASI writes files; a list or a log message beyond it is a [`FaultKind::Layout`] or [`FaultKind::Trap`] fault.
@@ -120,6 +124,7 @@ impl Instance {
             meter: Meter::new(&spec.limits),
             log,
             device: None,
+            function: FunctionState::default(),
             wasi,
         };
         let mut store = Store::new(runtime.engine(), state);
@@ -140,15 +145,12 @@ impl Instance {
             let _crossing = spec.gate.cross();
             let _busy = Busy::enter(&runtime, activity, Export::Instantiate);
             match store.data_mut().watch.begin() {
-                Ok(()) => pre.instance_pre().instantiate(&mut store),
+                Ok(()) => pre.instantiate(&mut store),
                 Err(interrupt) => Err(interrupt.into()),
             }
         };
         let made = made.map_err(|error| activity.die(classify(&mut store, &error)).clone())?;
-        // The exports have the right names (`world`); now their types are compared, once, and the functions looked up.
-        let guest = VirtioBlockDriver::new(&mut store, &made).map_err(|error| mismatch(&error))?;
-        let (submit, complete) = data_path(&mut store, &made).map_err(|error| mismatch(&error))?;
-        let guest = Guest { exports: guest, submit, complete, window: None };
+        let guest = Guest::new(module.info().service, &mut store, &made).map_err(|error| mismatch(&error))?;
         Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, runtime })
     }
 
@@ -177,10 +179,24 @@ impl Instance {
     /// bounds in `wit/virtio.wit`.
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
         let words = self.with_device(Export::Attach, device, |store, guest| {
-            guest.exports.cofferdam_driver_driver().call_attach(store, the_device())
+            guest.block()?.exports.cofferdam_driver_driver().call_attach(store, the_device())
         })?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane of a driver that programs its device itself, once: it decides on the function and sets it up. `function` is dropped when the call ends; memory that
+    /// it gave stays with the guest.
+    ///
+    /// # Errors
+    /// [`CallError::Driver`] when the driver refuses the function, [`CallError::Fault`] when it faulted.
+    pub fn attach_function(&mut self, function: Box<dyn Function>) -> Result<(), CallError> {
+        self.store.data_mut().function.open(function);
+        let answer = self.call(Export::AttachFunction, |store, guest| {
+            guest.function()?.cofferdam_driver_function().call_attach(store, the_function())
+        });
+        self.store.data_mut().function.close();
+        Ok(answer?.map_err(DriverError::from)?)
     }
 
     /// Control lane: the device's configuration space may have changed. Ask for [`Instance::block_properties`] afterwards.
@@ -189,7 +205,7 @@ impl Instance {
     /// As [`Instance::attach`].
     pub fn config_changed(&mut self, device: Box<dyn DeviceCapability>) -> Result<(), CallError> {
         let answer = self.with_device(Export::ConfigChanged, device, |store, guest| {
-            guest.exports.cofferdam_driver_driver().call_config_changed(store, the_device())
+            guest.block()?.exports.cofferdam_driver_driver().call_config_changed(store, the_device())
         })?;
         Ok(answer.map_err(DriverError::from)?)
     }
@@ -200,7 +216,7 @@ impl Instance {
     /// As [`Instance::attach`]; a breach of the bounds is a fault.
     pub fn block_properties(&mut self) -> Result<BlockProperties, CallError> {
         let words = self.call(Export::GetProperties, |store, guest| {
-            guest.exports.cofferdam_driver_block().call_get_properties(store)
+            guest.block()?.exports.cofferdam_driver_block().call_get_properties(store)
         })?;
         let properties = words.map_err(DriverError::from)?;
         BlockProperties::check(&properties).map_err(|fault| self.fail(fault))
@@ -212,8 +228,9 @@ impl Instance {
     /// As [`Instance::attach`]; a window that is not aligned is a fault.
     pub fn start(&mut self, setup: &LaneSetup) -> Result<(), CallError> {
         let setup = setup.into();
-        let answer =
-            self.call(Export::Start, |store, guest| guest.exports.cofferdam_driver_driver().call_start(store, &setup))?;
+        let answer = self.call(Export::Start, |store, guest| {
+            guest.block()?.exports.cofferdam_driver_driver().call_start(store, &setup)
+        })?;
         answer.map_err(DriverError::from)?;
         self.window()?;
         Ok(())
@@ -221,7 +238,7 @@ impl Instance {
 
     /// Where the guest wants its words; it is asked once.
     fn window(&mut self) -> Result<Window, CallError> {
-        if let Some(window) = self.guest.window {
+        if let Guest::Block(BlockGuest { window: Some(window), .. }) = self.guest {
             return Ok(window);
         }
         self.ask_window()
@@ -229,12 +246,14 @@ impl Instance {
 
     #[cold]
     fn ask_window(&mut self) -> Result<Window, CallError> {
-        let offset =
-            self.call(Export::Window, |store, guest| guest.exports.cofferdam_driver_block().call_window(store))?;
+        let offset = self
+            .call(Export::Window, |store, guest| guest.block()?.exports.cofferdam_driver_block().call_window(store))?;
         let Some(window) = Window::at(offset) else {
             return Err(self.fail(GuestFault::layout(format!("window: {offset:#x} is not a multiple of 8"))));
         };
-        self.guest.window = Some(window);
+        if let Guest::Block(guest) = &mut self.guest {
+            guest.window = Some(window);
+        }
         Ok(window)
     }
 
@@ -309,7 +328,45 @@ impl Instance {
 }
 
 /// What is called in a guest.
-struct Guest {
+enum Guest {
+    Block(BlockGuest),
+    Function(FunctionDriver),
+}
+
+impl Guest {
+    fn new(
+        service: Service,
+        store: &mut Store<LaneState>,
+        made: &wasmtime::component::Instance,
+    ) -> wasmtime::Result<Guest> {
+        Ok(match service {
+            Service::Block => {
+                let exports = VirtioBlockDriver::new(&mut *store, made)?;
+                let (submit, complete) = data_path(store, made)?;
+                Guest::Block(BlockGuest { exports, submit, complete, window: None })
+            }
+            Service::Function => Guest::Function(FunctionDriver::new(store, made)?),
+        })
+    }
+
+    #[inline]
+    fn block(&self) -> wasmtime::Result<&BlockGuest> {
+        match self {
+            Guest::Block(guest) => Ok(guest),
+            Guest::Function(_) => Err(wasmtime::Error::msg("this driver gives no block service")),
+        }
+    }
+
+    fn function(&self) -> wasmtime::Result<&FunctionDriver> {
+        match self {
+            Guest::Function(guest) => Ok(guest),
+            Guest::Block(_) => Err(wasmtime::Error::msg("this driver programs no function")),
+        }
+    }
+}
+
+/// A block driver's exports.
+struct BlockGuest {
     exports: VirtioBlockDriver,
     /// The data path's two, for which the generated functions would allocate.
     submit: Words<u64>,
@@ -339,7 +396,8 @@ impl BlockDriver for Instance {
     fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
         let window = self.window()?;
         let count = requests.len() / REQUEST_WORDS;
-        let words = self.call(Export::Submit, |store, guest| guest.submit.call(store, window, requests, count))?;
+        let words =
+            self.call(Export::Submit, |store, guest| guest.block()?.submit.call(store, window, requests, count))?;
         let limit = count.min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
         self.replace(out, words, limit, "submit")
     }
@@ -347,7 +405,8 @@ impl BlockDriver for Instance {
     fn complete(&mut self, responses: &[u32], out: &mut Vec<u32>) -> Result<(), CallError> {
         let window = self.window()?;
         let count = responses.len();
-        let words = self.call(Export::Complete, |store, guest| guest.complete.call(store, window, responses, count))?;
+        let words =
+            self.call(Export::Complete, |store, guest| guest.block()?.complete.call(store, window, responses, count))?;
         self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
     }
 

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use wasmtime::component::{Component, Linker};
+use wasmtime::component::{Component, InstancePre, Linker};
 
 use crate::bindings::VirtioBlockDriverPre;
-use crate::capability::{device, log, wasi};
+use crate::bindings::function::FunctionDriverPre;
+use crate::capability::{device, function, log, wasi};
 use crate::error::{InstantiateError, LoadError};
 use crate::grants::Grants;
 use crate::instance::{Instance, InstanceSpec};
@@ -81,18 +82,33 @@ impl Module {
         Instance::new(self, spec)
     }
 
+    /// Whether the driver hands addresses to its device: it imports `dma`.
+    #[must_use]
+    pub fn wants_dma(&self) -> bool {
+        self.inner.world.has_import("dma")
+    }
+
     pub(crate) fn runtime(&self) -> &Runtime {
         &self.inner.runtime
     }
 
     /// Everything that `grants` and the device give, joined to what the component asks for.
-    pub(crate) fn link(&self, grants: &Grants) -> Result<VirtioBlockDriverPre<LaneState>, LoadError> {
+    pub(crate) fn link(&self, grants: &Grants) -> Result<InstancePre<LaneState>, LoadError> {
         let link = || {
             let mut linker = Linker::new(self.inner.runtime.engine());
             log::link(&mut linker)?;
-            device::link(&mut linker)?;
+            match self.inner.info.service {
+                Service::Block => device::link(&mut linker)?,
+                Service::Function => function::link(&mut linker)?,
+            }
             wasi::link(&mut linker, grants)?;
-            VirtioBlockDriverPre::new(linker.instantiate_pre(&self.inner.component)?)
+            let pre = linker.instantiate_pre(&self.inner.component)?;
+            // The exports have the right names (`world`); now their types are compared.
+            match self.inner.info.service {
+                Service::Block => drop(VirtioBlockDriverPre::new(pre.clone())?),
+                Service::Function => drop(FunctionDriverPre::new(pre.clone())?),
+            }
+            Ok(pre)
         };
         link().map_err(|error: wasmtime::Error| mismatch(&error))
     }

@@ -1,6 +1,7 @@
 //! What the host keeps beside one guest: the data of its store.
 
 use crate::capability::device::DeviceCapability;
+use crate::capability::function::FunctionState;
 use crate::capability::log::LogSink;
 use crate::capability::wasi::WasiState;
 use crate::limits::Meter;
@@ -13,6 +14,8 @@ pub(crate) struct LaneState {
     pub(crate) log: LogSink,
     /// The device, during `attach` and `config-changed` of a control lane; else nothing.
     pub(crate) device: Option<Box<dyn DeviceCapability>>,
+    /// What a driver that programs its device itself holds of it.
+    pub(crate) function: FunctionState,
     /// Present if anything of WASI was granted.
     pub(crate) wasi: Option<Box<WasiState>>,
 }

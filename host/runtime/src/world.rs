@@ -11,10 +11,8 @@ use crate::text::clean;
 const VERSION: &str = "0.1.0";
 const PACKAGE: &str = "cofferdam:driver/";
 
-/// Interfaces that every block driver exports.
-const EXPORTS: [&str; 2] = ["driver", "block"];
 /// Interfaces that the host can give; `types` holds only types.
-const CAPABILITIES: [&str; 3] = ["log", "virtio", "types"];
+const CAPABILITIES: [&str; 6] = ["log", "virtio", "types", "mmio", "dma", "interrupt"];
 
 /// Longest name that is kept of an import or export, in bytes.
 const MAX_NAME_BYTES: usize = 128;
@@ -26,6 +24,8 @@ const MAX_NAMED_EXPORTS: usize = 16;
 pub enum Service {
     /// `cofferdam:driver/block`.
     Block,
+    /// None: `cofferdam:driver/function`, a driver that programs its device itself.
+    Function,
 }
 
 impl Service {
@@ -34,6 +34,23 @@ impl Service {
     pub fn as_str(self) -> &'static str {
         match self {
             Service::Block => "block",
+            Service::Function => "function",
+        }
+    }
+
+    /// Interfaces that such a driver exports.
+    fn exports(self) -> &'static [&'static str] {
+        match self {
+            Service::Block => &["driver", "block"],
+            Service::Function => &["function"],
+        }
+    }
+
+    /// Interfaces of the host that such a driver can have.
+    fn capabilities(self) -> &'static [&'static str] {
+        match self {
+            Service::Block => &["log", "virtio", "types"],
+            Service::Function => &["log", "types", "mmio", "dma", "interrupt"],
         }
     }
 }
@@ -85,9 +102,11 @@ impl World {
         let ty = component.component_type();
         let name = |name: &str| clean(name, MAX_NAME_BYTES);
         let exports: Vec<String> = ty.exports(engine).map(|(n, _)| name(n)).collect();
-        let imports: Vec<ImportInfo> =
+        let mut imports: Vec<ImportInfo> =
             ty.imports(engine).map(|(n, _)| ImportInfo { name: name(n), kind: kind(n) }).collect();
-        for interface in EXPORTS {
+        let is_function = exports.iter().any(|export| version_of(export, "function").is_some());
+        let service = if is_function { Service::Function } else { Service::Block };
+        for interface in service.exports() {
             match exports.iter().find_map(|export| version_of(export, interface).map(|v| (export, v))) {
                 Some((_, version)) if is_compatible(version) => {}
                 Some((export, _)) => return Err(wrong_version(export, interface)),
@@ -98,14 +117,23 @@ impl World {
                 }
             }
         }
-        for import in &imports {
+        for import in &mut imports {
             for interface in CAPABILITIES {
                 if version_of(&import.name, interface).is_some_and(|version| !is_compatible(version)) {
                     return Err(wrong_version(&import.name, interface));
                 }
             }
+            let can_have = |interface: &&str| version_of(&import.name, interface).is_some();
+            if import.kind == ImportKind::Capability && !service.capabilities().iter().any(can_have) {
+                import.kind = ImportKind::Unknown;
+            }
         }
-        Ok(World { imports, exports, service: Service::Block })
+        Ok(World { imports, exports, service })
+    }
+
+    /// Whether the component imports this project's `interface`.
+    pub(crate) fn has_import(&self, interface: &str) -> bool {
+        self.imports.iter().any(|import| version_of(&import.name, interface).is_some())
     }
 
     /// Whether `grants` cover every import.
@@ -192,7 +220,8 @@ mod tests {
     fn an_interface_is_not_taken_for_another_that_begins_with_its_name() {
         assert_eq!(version_of("cofferdam:driver/block@0.1.0", "block"), Some("0.1.0"));
         assert_eq!(version_of("cofferdam:driver/blocks@0.1.0", "block"), None);
-        assert_eq!(kind("cofferdam:driver/mmio@0.1.0"), ImportKind::Unknown);
+        assert_eq!(kind("cofferdam:driver/mmio@0.1.0"), ImportKind::Capability);
+        assert_eq!(kind("cofferdam:driver/ports@0.1.0"), ImportKind::Unknown);
         assert_eq!(kind("wasi:sockets/tcp@0.2.0"), ImportKind::Unknown);
     }
 }

@@ -33,12 +33,14 @@ pub mod rng;
 pub mod script;
 pub mod store;
 
+mod edu;
 mod request;
 mod server;
 mod session;
 mod sim;
 mod transport;
 
+pub use edu::SimEdu;
 pub use profile::{ConfigLie, Profile, RangeLimits};
 pub use request::Op;
 pub use script::{Effect, Lie, Rule, RuleError, When};

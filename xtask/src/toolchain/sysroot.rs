@@ -60,7 +60,7 @@ pub(super) fn build(compiler: &Compiler, library: &Path) -> Result<PathBuf> {
         .arg(work.path().join("target"));
     let what = format!("compiling the standard library for {TARGET}, once (half a minute)");
     step::announce(&what);
-    step::with_signs_of_life("the standard library", || super::output(&mut cargo))?;
+    step::with_signs_of_life("the standard library", || step::output(&mut cargo))?;
 
     let sysroot = work.path().join("sysroot");
     let into = libraries(&sysroot);

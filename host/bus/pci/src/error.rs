@@ -21,6 +21,26 @@ pub enum PciError {
     /// A binding of this or another process has it.
     #[error("{0}: already claimed by another binding on this host; unload that one first")]
     AlreadyClaimed(Address),
+    /// The same, and the holder has said who it is.
+    #[error("{address}: already claimed by process {pid} ({purpose}); let that one give it back first")]
+    ClaimedBy {
+        /// The function.
+        address: Address,
+        /// The process.
+        pid: u32,
+        /// What it claimed it for.
+        purpose: String,
+    },
+    /// The kernel has not answered in time and is still busy with it: a driver that does not let go while somebody has the device open, a probe that hangs.
+    #[error(
+        "{address}: {what}: the kernel has not answered for 10 s and goes on; the same command later continues from there"
+    )]
+    Stuck {
+        /// The function.
+        address: Address,
+        /// What was being done.
+        what: String,
+    },
     /// The kernel uses it: a mounted file system, the default route.
     #[error("{address}: in use: {why}; --force takes it away all the same")]
     InUse {
@@ -54,4 +74,15 @@ pub enum PciError {
         #[source]
         source: io::Error,
     },
+}
+
+impl PciError {
+    /// What a write to sysfs ended with.
+    pub(crate) fn of_write(address: Address, what: String, source: io::Error) -> PciError {
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => PciError::Permission { address, what },
+            io::ErrorKind::TimedOut => PciError::Stuck { address, what },
+            _ => PciError::Io { what, source },
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! address     0000:00:04.0
 //! sysfs       functions and what the kernel says of them, read through /sys opened as a capability
 //! handover    from the kernel's driver to uio or vfio and back, recorded so that an interruption loses nothing
+//! connect     from an address to a device; lease: and back
 //! claim       one binding per function, over the whole host
 //! claimed     what uio and vfio have in common: configuration space, BARs, interrupts, memory, removal, reset
 //! registers   mapped BARs: volatile accesses that are checked
@@ -19,15 +20,27 @@
 mod address;
 mod attributes;
 mod bounded;
+mod claim;
 mod claimed;
 mod config;
+mod connect;
 mod error;
 mod hugepages;
+mod lease;
 mod mmio;
+mod raw;
 mod registers;
 mod uio;
 mod vfio;
+mod virtio;
 mod watch;
 
+pub mod handover;
+pub mod sysfs;
+
 pub use address::Address;
+pub use claim::{Claim, Claimant};
+pub use connect::connect;
 pub use error::PciError;
+pub use handover::{By, HandoverOptions, Via, give_back, hand_over};
+pub use sysfs::{FunctionInfo, Roots, Sysfs};

@@ -3,20 +3,13 @@
 //! A vhost-user backend accepts a second client and then never answers it, so a second binding would only see a time-out. The claim
 //! refuses it at once and says why.
 //!
-//! A claim is a bound socket in the abstract namespace (unix(7)) whose name is the identity of the backend's socket file: the
-//! kernel gives a name to one holder only, in this process or another, whatever path or symbolic link led there, and takes it
-//! back when the holder ends, however it ends. A lock file was rejected: it needs a directory that all users may write, and it stays behind.
-//!
-//! The claim keeps honest processes apart; it is no security boundary (any local user can bind an abstract name), and it does not
-//! reach over network namespaces.
+//! A claim holds a name ([`HeldName`]) that is the identity of the backend's socket file: one holder only, in this process or another, whatever path or symbolic link led
+//! there. It keeps honest processes apart and is no security boundary.
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
+use cofferdam_device::HeldName;
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
 use crate::error::ConnectError;
@@ -54,39 +47,23 @@ impl SocketId {
     }
 }
 
-/// A child that this or another process is just starting holds a copy of every descriptor between its fork and its exec: a name that was given back may stay
-/// taken for that moment.
-const FORK_GRACE: Duration = Duration::from_millis(60);
-
 /// The right to drive one device. Dropping it gives the right back.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    name: UnixDatagram,
+    name: HeldName,
 }
 
 impl Claim {
     /// Claims the socket `id` that `path` led to, or says that somebody has it.
     pub(crate) fn take(path: &Path, id: SocketId) -> Result<Self, ConnectError> {
-        let failed = |source| ConnectError::Io { path: path.to_owned(), what: "claim", source };
-        let address = SocketAddr::from_abstract_name(id.name()).map_err(failed)?;
-        let deadline = Instant::now() + FORK_GRACE;
-        loop {
-            match UnixDatagram::bind_addr(&address) {
-                Ok(name) => return Ok(Claim { name }),
-                Err(taken) if taken.kind() == io::ErrorKind::AddrInUse => {
-                    if Instant::now() >= deadline {
-                        return Err(ConnectError::AlreadyClaimed(path.to_owned()));
-                    }
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                Err(other) => return Err(failed(other)),
-            }
-        }
+        let held = HeldName::take(&id.name());
+        let held = held.map_err(|source| ConnectError::Io { path: path.to_owned(), what: "claim", source })?;
+        held.map(|name| Claim { name }).ok_or_else(|| ConnectError::AlreadyClaimed(path.to_owned()))
     }
 
     /// The socket that holds the name.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.name.as_fd()
+        self.name.descriptor()
     }
 }
 

@@ -48,6 +48,9 @@ fn what(what: &EventKind) -> String {
             format!("port detached: {port} ({connections}, {severed} severed with answers unsent){left_behind}")
         }
         EventKind::HandleRevoked { handle, port, peer } => format!("handle {handle} revoked: {port}, {peer}"),
+        EventKind::Trusted { driver, device } => {
+            format!("{driver} is trusted (--trust-dma): it may have {device} reach any memory of this machine")
+        }
         EventKind::Retired { bytes: size, reason } => format!("memory retired: {}: {reason}", bytes(*size)),
         EventKind::Gap { missed } => format!("-- {} missed: they are no longer kept --", count(*missed, "event")),
     }

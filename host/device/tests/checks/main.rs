@@ -7,4 +7,5 @@ mod event_index;
 mod lies;
 mod queue;
 mod region;
+mod scattered;
 mod transfer;

@@ -1,6 +1,7 @@
 //! What a guest can call: one file per interface. Linked once per set of grants, never more than granted.
 
 pub(crate) mod device;
+pub(crate) mod function;
 pub(crate) mod log;
 pub(crate) mod output;
 pub(crate) mod poll;

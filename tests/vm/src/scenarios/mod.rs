@@ -1,0 +1,70 @@
+//! The scenarios, and the machine that each needs.
+
+mod bed;
+
+use crate::vm::Vm;
+use anyhow::Result;
+
+/// Something that must hold, and the script that shows it.
+pub struct Scenario {
+    /// The claim, with underscores.
+    pub name: &'static str,
+    /// The machine it runs in.
+    pub topology: &'static str,
+    /// Whether only `--long` runs it.
+    pub long: bool,
+    /// Parts of those lines of the kernel's log that would otherwise fail it.
+    pub expected: &'static [&'static str],
+    /// What is done.
+    pub script: fn(&mut Vm) -> Result<()>,
+}
+
+impl Scenario {
+    const fn new(topology: &'static str, name: &'static str, script: fn(&mut Vm) -> Result<()>) -> Scenario {
+        Scenario { name, topology, long: false, expected: &[], script }
+    }
+
+    /// The same, but only with `--long`.
+    pub const fn long(self) -> Scenario {
+        Scenario { long: true, ..self }
+    }
+
+    /// The same, causing lines in the kernel's log that hold one of these parts.
+    pub const fn expecting(self, expected: &'static [&'static str]) -> Scenario {
+        Scenario { expected, ..self }
+    }
+}
+
+/// All of them, in the order in which they run.
+pub fn all() -> &'static [Scenario] {
+    const ALL: &[Scenario] = &[
+        Scenario::new("uio", "uio_boots_and_sees_its_devices", bed::boots),
+        Scenario::new("uio", "uio_takes_a_disk_and_gives_it_back", bed::uio_takes_a_disk),
+        Scenario::new("uio", "uio_disk_is_unplugged_and_plugged_again", bed::unplugs),
+        Scenario::new("uio", "a_driver_component_is_loaded_from_the_cache", bed::inspects),
+        Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
+        Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
+        Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
+    ];
+    ALL
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_of_one_word_and_used_once() {
+        let mut names: Vec<_> = all().iter().map(|scenario| scenario.name).collect();
+        assert!(names.iter().all(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')));
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+
+    #[test]
+    fn every_topology_has_devices() {
+        assert!(all().iter().all(|scenario| !crate::pci::places(scenario.topology).is_empty()));
+    }
+}

@@ -1,0 +1,96 @@
+//! The machines: which devices, which arguments of the kernel.
+//!
+//! Where a device sits is fixed, and said a second time in `tests/vm/src/pci.rs`, which is how the scenarios find it. Disks on root ports can be unplugged; the last two ports are
+//! free.
+
+use std::path::Path;
+
+/// One kind of machine.
+pub(super) struct Topology {
+    /// The name by which scenarios ask for it.
+    pub(super) name: &'static str,
+    /// Arguments of the kernel beside those of every machine.
+    pub(super) kernel: &'static [&'static str],
+    /// `-device` of each device that is not a disk.
+    devices: &'static [&'static str],
+    /// Devices of the machine itself that go before all others.
+    first: &'static [&'static str],
+    disks: &'static [Disk],
+}
+
+/// A virtio-blk disk with a raw image of [`DISK_BYTES`].
+struct Disk {
+    id: &'static str,
+    /// `virtio-blk-pci` with this.
+    properties: &'static str,
+}
+
+/// Size of a disk.
+const DISK_BYTES: u64 = 64 << 20;
+
+/// Memory of a machine, 192 MiB of it hugepages where there are any.
+pub(super) const MEMORY_MIB: u32 = 768;
+
+const PORTS: [&str; 4] = ["0x10", "0x11", "0x12", "0x13"];
+
+/// All of them.
+pub(super) const TOPOLOGIES: &[Topology] = &[
+    Topology {
+        name: "uio",
+        kernel: &["hugepages=96"],
+        first: &[],
+        devices: &["edu,id=edu0,bus=pcie.0,addr=0x5", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6"],
+        disks: &[
+            Disk { id: "disk0", properties: "bus=port0,disable-legacy=on,num-queues=2" },
+            Disk { id: "disk1", properties: "bus=port1,disable-legacy=on,num-queues=2" },
+            Disk { id: "legacy0", properties: "bus=pcie.0,addr=0x4,disable-legacy=off" },
+        ],
+    },
+    Topology {
+        name: "vfio",
+        kernel: &["intel_iommu=on"],
+        first: &["intel-iommu,intremap=on"],
+        devices: &["edu,id=edu0,bus=pcie.0,addr=0x5", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6"],
+        disks: &[
+            Disk { id: "disk0", properties: "bus=port0,disable-legacy=on,num-queues=2,iommu_platform=on" },
+            Disk { id: "disk1", properties: "bus=port1,disable-legacy=on,num-queues=2,iommu_platform=on" },
+            Disk { id: "bypass0", properties: "bus=pcie.0,addr=0x7,disable-legacy=on" },
+        ],
+    },
+];
+
+impl Topology {
+    /// The one of this name.
+    pub(super) fn named(name: &str) -> Option<&'static Topology> {
+        TOPOLOGIES.iter().find(|topology| topology.name == name)
+    }
+
+    /// Makes the images in `folder`, empty, and gives QEMU's arguments for every device.
+    pub(super) fn devices(&self, folder: &Path) -> std::io::Result<Vec<String>> {
+        let mut arguments = Vec::new();
+        let mut say = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
+        for device in self.first {
+            say("-device", (*device).to_owned());
+        }
+        for (number, slot) in PORTS.iter().enumerate() {
+            let chassis = number + 1;
+            say(
+                "-device",
+                format!("pcie-root-port,id=port{number},chassis={chassis},slot={chassis},bus=pcie.0,addr={slot}"),
+            );
+        }
+        std::fs::create_dir_all(folder)?;
+        for Disk { id, properties } in self.disks {
+            let image = folder.join(id).with_extension("raw");
+            std::fs::File::create(&image)?.set_len(DISK_BYTES)?;
+            // By `-blockdev`, so that the image outlives the device that is unplugged. QEMU splits values at commas, and takes two for one.
+            let path = image.display().to_string().replace(',', ",,");
+            say("-blockdev", format!("driver=raw,node-name={id},file.driver=file,file.filename={path}"));
+            say("-device", format!("virtio-blk-pci,id={id},drive={id},serial={id},{properties}"));
+        }
+        for device in self.devices {
+            say("-device", (*device).to_owned());
+        }
+        Ok(arguments)
+    }
+}
