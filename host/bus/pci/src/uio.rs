@@ -123,10 +123,6 @@ impl Claimed for UioFunction {
         self.config.read(offset, into)
     }
 
-    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError> {
-        self.config.write(offset, from)
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         let at = usize::from(index);
         let absent = || TransportError::Refused(format!("{}: it has no memory BAR {index}", self.address));

@@ -222,10 +222,6 @@ impl Claimed for VfioFunction {
         self.config.read(offset, into)
     }
 
-    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError> {
-        self.config.write(offset, from)
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         let at = usize::from(index);
         if let Some(Some(bar)) = self.bars.get(at) {
