@@ -93,10 +93,10 @@ pub(crate) fn numbered(device: &Dir, folder: &str, prefix: &str) -> io::Result<u
         let name = entry?.file_name();
         let digits = name.to_str().and_then(|name| name.strip_prefix(prefix));
         let digits = digits.filter(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()));
-        if let Some(number) = digits.and_then(|digits| digits.parse().ok()) {
-            if found.replace(number).is_some() {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than one {prefix} in {folder}")));
-            }
+        if let Some(number) = digits.and_then(|digits| digits.parse().ok())
+            && found.replace(number).is_some()
+        {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than one {prefix} in {folder}")));
         }
     }
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no {prefix} in {folder}")))

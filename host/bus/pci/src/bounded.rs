@@ -51,12 +51,18 @@ impl Bounded {
             drop(busy);
             let _ = answer.send(outcome);
         };
-        if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(body) {
-            tracing::error!(%error, name, "no thread for a call that may take long");
-            return Err(StillRunning);
-        }
+        let thread = match std::thread::Builder::new().name(name.to_owned()).spawn(body) {
+            Ok(thread) => thread,
+            Err(error) => {
+                tracing::error!(%error, name, "no thread for a call that may take long");
+                return Err(StillRunning);
+            }
+        };
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(10));
-        answers.recv_timeout(left).map_err(|_| StillRunning)
+        let outcome = answers.recv_timeout(left).map_err(|_| StillRunning)?;
+        // It has nothing left to do, and is nobody's residue.
+        let _ = thread.join();
+        Ok(outcome)
     }
 }
 

@@ -54,12 +54,6 @@ pub(crate) trait Claimed: Send {
     /// `Lost` when the function is gone, `Invalid` outside of its configuration space.
     fn read_config(&self, offset: u16, into: &mut [u8]) -> Result<(), TransportError>;
 
-    /// Writes configuration space.
-    ///
-    /// # Errors
-    /// As `read_config`.
-    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError>;
-
     /// Maps memory BAR `index`, or gives it again.
     ///
     /// # Errors

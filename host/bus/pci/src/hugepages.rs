@@ -91,7 +91,7 @@ impl Hugepages {
         for mount in hugetlbfs_mounts(&mounts) {
             let Ok(folder) = rustix::fs::open(&mount, FOLDER, Mode::empty()) else { continue };
             match rustix::fs::fstatfs(&folder) {
-                #[allow(clippy::useless_conversion, clippy::cast_lossless)] // the types differ between machines
+                #[allow(clippy::unnecessary_cast)] // the types differ between machines
                 Ok(stat) if stat.f_type as i64 == MAGIC => found.push((folder, stat.f_bsize as u64)),
                 _ => {}
             }
@@ -130,7 +130,11 @@ impl Hugepages {
             let reserved = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, whole);
             match reserved {
                 Ok(()) => Ok(rustix::io::fcntl_dupfd_cloexec(&folder, 0)?),
-                Err(Errno::NOSPC | Errno::NOMEM) => Err(other(self.shortage(address, whole / self.page_bytes))),
+                Err(Errno::NOSPC | Errno::NOMEM) => {
+                    // What it did get is free again before it is said what is.
+                    rustix::fs::ftruncate(&file, 0)?;
+                    Err(other(self.shortage(address, whole / self.page_bytes)))
+                }
                 Err(errno) => Err(errno.into()),
             }
         };

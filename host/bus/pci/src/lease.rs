@@ -62,10 +62,6 @@ impl Claimed for Leased {
         self.function.read_config(offset, into)
     }
 
-    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError> {
-        self.function.write_config(offset, from)
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         self.function.bar(index)
     }

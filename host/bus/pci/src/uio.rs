@@ -123,10 +123,6 @@ impl Claimed for UioFunction {
         self.config.read(offset, into)
     }
 
-    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError> {
-        self.config.write(offset, from)
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         let at = usize::from(index);
         let absent = || TransportError::Refused(format!("{}: it has no memory BAR {index}", self.address));
@@ -247,6 +243,10 @@ impl Claimed for UioFunction {
     }
 
     fn reset(&mut self, deadline: Instant) -> Result<(), TransportError> {
+        // The kernel would wait for it for over a minute.
+        if self.is_absent() {
+            return Err(TransportError::Lost);
+        }
         let device = self.device.as_ref().ok_or(TransportError::Lost)?;
         let file = match rustix::fs::openat(
             device,
@@ -267,7 +267,7 @@ impl Claimed for UioFunction {
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {
-        if self.device.is_none() {
+        if self.device.is_none() || self.is_absent() {
             return Silence::Confirmed;
         }
         if self.resets.is_busy() {

@@ -3,7 +3,7 @@
 //! ```text
 //! ioctl     the calls, and all that is unsafe about them
 //! iommu     container and group: who translates          iommufd   the same without groups
-//! device    regions, interrupts, reset
+//! device    regions, interrupts, reset        msix      where the MSI-X table is, which is never mapped
 //! ```
 //!
 //! How it goes: `device_del`, an unbinding or a `remove` in sysfs signals the request eventfd, and the kernel waits until everything is closed; an error of the bus signals the error
@@ -25,6 +25,7 @@ use vfio_bindings::bindings::vfio as v;
 
 use self::device::{Device, Region};
 use self::iommu::IommuBackend;
+use self::msix::Table;
 use crate::attributes::{self, refused};
 use crate::bounded::Bounded;
 use crate::claimed::{Claimed, Interrupts, Reach};
@@ -38,11 +39,10 @@ mod device;
 mod ioctl;
 mod iommu;
 mod iommufd;
+mod msix;
 
 /// How long [`Claimed::release`] waits for the kernel to let the function go.
 const CLOSE_WITHIN: Duration = Duration::from_secs(2);
-/// MSI-X capability (PCI 3.0, section 6.8.2).
-const MSIX: u8 = 0x11;
 
 /// What signals interrupts now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +66,7 @@ pub(crate) struct VfioFunction {
     has_line: bool,
     /// Of memory BARs.
     regions: [Region; 6],
-    /// Place and length of the MSI-X table, and its BAR.
-    table: Option<(u8, (u64, u64))>,
+    table: Option<Table>,
     bars: [Option<Arc<Bar>>; 6],
     wired: Wired,
     watch: Option<Watch>,
@@ -110,7 +109,7 @@ impl VfioFunction {
         let config = ConfigSpace::new(function.share(), space.offset, space.bytes);
         let silent = |error| PciError::Unusable { address, why: format!("it cannot be kept from the bus: {error}") };
         config.set_master(false).and_then(|()| config.enable_memory()).map_err(silent)?;
-        let table = msix_table(&config)
+        let table = msix::table(&config)
             .map_err(|error| PciError::Unusable { address, why: format!("its configuration space: {error}") })?;
         let count = |index| function.interrupts(index).map_err(io("VFIO_DEVICE_GET_IRQ_INFO"));
         let msix_vectors = u16::try_from(count(v::VFIO_PCI_MSIX_IRQ_INDEX)?).unwrap_or(u16::MAX);
@@ -206,16 +205,6 @@ fn io(what: &'static str) -> impl Fn(io::Error) -> TransportError {
     }
 }
 
-/// BAR, offset and length in bytes of the MSI-X table (PCI 3.0, section 6.8.2.3 and 6.8.2.4).
-fn msix_table(config: &ConfigSpace) -> Result<Option<(u8, (u64, u64))>, TransportError> {
-    let Some(at) = config.capability(MSIX)? else { return Ok(None) };
-    let mut words = [0; 8];
-    config.read(at, &mut words)?;
-    let entries = u64::from(u16::from_le_bytes([words[2], words[3]]) & 0x7ff) + 1;
-    let place = u32::from_le_bytes([words[4], words[5], words[6], words[7]]);
-    Ok(Some(((place & 7) as u8, (u64::from(place & !7), entries * 16))))
-}
-
 impl Claimed for VfioFunction {
     fn address(&self) -> Address {
         self.address
@@ -233,10 +222,6 @@ impl Claimed for VfioFunction {
         self.config.read(offset, into)
     }
 
-    fn write_config(&mut self, offset: u16, from: &[u8]) -> Result<(), TransportError> {
-        self.config.write(offset, from)
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         let at = usize::from(index);
         if let Some(Some(bar)) = self.bars.get(at) {
@@ -244,7 +229,7 @@ impl Claimed for VfioFunction {
         }
         let absent = || TransportError::Refused(format!("{}: it has no memory BAR {index}", self.address));
         let region = self.regions.get(at).filter(|region| region.bytes > 0).ok_or_else(absent)?;
-        let table = self.table.filter(|(bar, _)| *bar == index).map(|(_, place)| place);
+        let table = self.table.filter(|table| table.bar == index).map(|table| table.place);
         let bar = self.held()?.device.bar(region, table).map_err(io("mmap a BAR"))?;
         let bar = Arc::new(bar);
         self.bars[at] = Some(Arc::clone(&bar));
@@ -411,6 +396,10 @@ impl Claimed for VfioFunction {
             Ok(Err(error)) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY | libc::EOPNOTSUPP)) => {
                 Err(TransportError::Unsupported(format!("{}: the kernel has no reset for it", self.address)))
             }
+            // Seen while `device_del` waits for the function to be closed.
+            Ok(Err(error)) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                Err(TransportError::Refused(format!("{}: the kernel has it in hand itself", self.address)))
+            }
             Ok(outcome) => outcome.map_err(io("VFIO_DEVICE_RESET")),
         }
     }
@@ -491,5 +480,28 @@ impl Source for VfioSource {
 
     fn is_absent(&mut self) -> bool {
         self.truth.is_absent()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_is_mapped_in_one_part_or_page_by_page() {
+        let region = DmaRegion::new("test", 3 * PAGE_BYTES, 0x10_0000).unwrap();
+        assert_eq!(VfioFunction::parts(&region).collect::<Vec<_>>(), [(0, 3 * PAGE_BYTES, 0x10_0000)]);
+        let folder = tempfile::tempdir().unwrap();
+        let file = std::fs::File::options().read(true).write(true).create_new(true).open(folder.path().join("pages"));
+        let file = OwnedFd::from(file.unwrap());
+        rustix::fs::ftruncate(&file, 2 * PAGE_BYTES).unwrap();
+        let name = cofferdam_device::FileName {
+            folder: std::fs::File::open(folder.path()).unwrap().into(),
+            name: c"pages".to_owned(),
+        };
+        let addresses = |_| Ok(vec![0x9000, 0x4000]);
+        let region = DmaRegion::in_pages(file, name, 2 * PAGE_BYTES, PAGE_BYTES, addresses).unwrap();
+        let parts: Vec<_> = VfioFunction::parts(&region).collect();
+        assert_eq!(parts, [(0, PAGE_BYTES, 0x9000), (PAGE_BYTES, PAGE_BYTES, 0x4000)]);
     }
 }

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -67,8 +68,9 @@ pub(crate) struct Watch {
     stop: OwnedFd,
     /// Readable from the loss on.
     event: Arc<OwnedFd>,
-    /// Disconnected when the thread has ended.
+    /// Disconnected when the thread has nothing left to do.
     ended: Receiver<()>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// A non-blocking eventfd.
@@ -98,8 +100,8 @@ impl Watch {
             unclaimed: 0,
             _alive: alive,
         };
-        std::thread::Builder::new().name(name.to_owned()).spawn(move || body.run())?;
-        Ok(Self { shared, stop, event, ended })
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body.run())?;
+        Ok(Self { shared, stop, event, ended, thread: Mutex::new(Some(thread)) })
     }
 
     /// Who takes interrupts from now on. Nothing lets the line assert while the guard is held; with `None` nothing ever does.
@@ -126,8 +128,10 @@ impl Watch {
     pub(crate) fn stop(&self) -> bool {
         signal(&self.stop);
         let ended = self.ended.recv_timeout(STOP_WITHIN) == Err(RecvTimeoutError::Disconnected);
-        // What it signals is closed in any case: the descriptors are their owners'.
         if ended {
+            if let Some(thread) = lock(&self.thread).take() {
+                let _ = thread.join();
+            }
             lock(&self.shared.line).take();
         }
         ended

@@ -164,6 +164,7 @@ fn real_hugepages_have_addresses_and_go_when_they_are_revoked_and_not_before() {
     // Far more than there can be: an error, and neither a signal nor a page that stays taken.
     let error = std::error::Error::source(&pages.memory(address, "greedy", 1 << 40).unwrap_err()).unwrap().to_string();
     assert!(error.contains("524288 hugepages of 2048 KiB are needed") && error.contains("nr_hugepages"), "{error}");
+    assert!(error.contains(&format!("({} bytes are in files", 2 * PREFERRED_BYTES)), "{error}");
     assert_eq!(pages.leftovers(address).unwrap().len(), 1);
 
     // The mapping ends and the file stays, as when the process is killed.

@@ -104,7 +104,7 @@ impl Argument {
     pub(super) fn u32(&self, at: usize) -> u32 {
         let inside = at.checked_add(4).is_some_and(|end| end <= self.bytes);
         let word = self.words.get(at / 8).filter(|_| inside).map_or([0; 8], |word| word.to_ne_bytes());
-        let half = if at % 8 == 0 { &word[..4] } else { &word[4..] };
+        let half = if at.is_multiple_of(8) { &word[..4] } else { &word[4..] };
         u32::from_ne_bytes(half.try_into().unwrap_or_default())
     }
 
@@ -119,7 +119,7 @@ impl Argument {
         let inside = at.checked_add(4).is_some_and(|end| end <= self.bytes);
         if let Some(word) = self.words.get_mut(at / 8).filter(|_| inside) {
             let mut bytes = word.to_ne_bytes();
-            let half = if at % 8 == 0 { &mut bytes[..4] } else { &mut bytes[4..] };
+            let half = if at.is_multiple_of(8) { &mut bytes[..4] } else { &mut bytes[4..] };
             half.copy_from_slice(&value.to_ne_bytes());
             *word = u64::from_ne_bytes(bytes);
         }
