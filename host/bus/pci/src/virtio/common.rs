@@ -51,6 +51,8 @@ pub(super) enum Reset {
     Done,
     /// All ones: nobody answers.
     Nobody,
+    /// The status reads 0 whatever is written to it.
+    Deaf,
     /// The status as it still was when time was up.
     Pending(u8),
 }
@@ -90,6 +92,19 @@ impl Common {
             std::thread::sleep(pause.min(left));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// As `wait_reset`, and shows that the 0 is the device's word, and not what a function reads that is gone or whose memory is not decoded: the status keeps a bit, and gives it up
+    /// again.
+    pub(super) fn confirm_reset(&mut self, until: Instant) -> Reset {
+        match self.wait_reset(until) {
+            Reset::Done => {}
+            other => return other,
+        }
+        let _ = self.set_status(status::ACKNOWLEDGE);
+        let kept = self.status() == status::ACKNOWLEDGE;
+        self.begin_reset();
+        if kept { self.wait_reset(until) } else { Reset::Deaf }
     }
 
     /// Sets status bits on top of those that were set.

@@ -165,11 +165,11 @@ fn offer(
 ) -> Result<bool, TransportError> {
     match claimed.wire(Interrupts::Vectors(events)) {
         Ok(()) => {}
-        Err(TransportError::Refused(why) | TransportError::Unsupported(why) | TransportError::Exhausted(why)) => {
-            tracing::info!(why, "MSI-X vectors refused");
+        Err(error @ (TransportError::Lost | TransportError::Timeout)) => return Err(error),
+        Err(error) => {
+            tracing::info!(%error, vectors = places.len() + 1, "MSI-X vectors refused");
             return Ok(false);
         }
-        Err(error) => return Err(error),
     }
     let mut taken = common.set_config_vector(CONFIG_VECTOR)?;
     for (queue, vector) in places {

@@ -35,5 +35,4 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-#[cfg_attr(not(test), allow(unused_imports))]
 pub(crate) use device::VirtioPci;

@@ -100,18 +100,25 @@ fn begin(claimed: &mut dyn Claimed) -> Result<(Parts, Offer), String> {
     let notices = Notices::new(claimed.event_fd()).map_err(|error| error.to_string())?;
     let mut parts = Parts { layout, common, notify, isr, device, notices };
     reset(claimed, &mut parts.common)?;
-    // It has finished with whatever a host that was killed had given it. What cannot be freed, or looked for, stays where it is.
-    match claimed.take_back() {
-        Ok(0) => {}
-        Ok(bytes) => tracing::info!(address = %claimed.address(), bytes, "freed what an earlier host had left"),
-        Err(error) => tracing::debug!(address = %claimed.address(), %error, "nothing of an earlier host freed"),
-    }
     match ask(&mut parts.common) {
-        Ok((features, sizes)) => Ok((parts, Offer { kind, features, sizes })),
+        Ok((features, sizes)) => {
+            take_back(claimed);
+            Ok((parts, Offer { kind, features, sizes }))
+        }
         Err(error) => {
             let _ = parts.common.set_status(status::FAILED);
             Err(error.to_string())
         }
+    }
+}
+
+/// It was reset, and its status has kept bits since: the 0 that confirmed the reset was its own. So it has finished with whatever a host that was killed had given it. What cannot be
+/// freed, or looked for, stays where it is.
+fn take_back(claimed: &mut dyn Claimed) {
+    match claimed.take_back() {
+        Ok(0) => {}
+        Ok(bytes) => tracing::info!(address = %claimed.address(), bytes, "freed what an earlier host had left"),
+        Err(error) => tracing::debug!(address = %claimed.address(), %error, "nothing of an earlier host freed"),
     }
 }
 
@@ -145,7 +152,7 @@ fn reset(claimed: &mut dyn Claimed, common: &mut Common) -> Result<(), String> {
     let mute = match answer {
         Reset::Done => return Ok(()),
         _ if claimed.is_lost() || claimed.is_absent() => return Err(TransportError::Lost.to_string()),
-        Reset::Nobody => "its registers read all ones".to_owned(),
+        Reset::Nobody | Reset::Deaf => "its registers read all ones".to_owned(),
         Reset::Pending(status) => format!("device_status reads {status:#x}"),
     };
     tracing::warn!(address = %claimed.address(), mute, "virtio reset not confirmed, resetting the function");

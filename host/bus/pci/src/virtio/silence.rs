@@ -1,10 +1,11 @@
 //! Making the device silent, and letting go of it.
 //!
 //! ```text
-//! write 0 to device_status -> it reads 0            -> interrupts and bus mastering off -> silent
-//!                          -> the function is absent -> silent: what is out of the machine reaches nothing
-//!                          -> neither               -> the function's own reset           -> ... as if it read 0
-//!                                                   -> it has none, or that fails         -> bus mastering off, and not silent: what the device has in hand may still reach its medium
+//! write 0 to device_status -> reads 0, and keeps what is written -> interrupts and bus mastering off -> silent
+//!                          -> the function is absent             -> silent: what is out of the machine reaches nothing
+//!                          -> neither                            -> the function's own reset
+//! the function's own reset -> done                               -> interrupts and bus mastering off -> silent
+//!                          -> there is none, or it fails         -> bus mastering off, and not silent: what the device has in hand may still reach its medium
 //! ```
 //!
 //! What was asked is not asked again: a call that ran out of time is gone on with by the next one.
@@ -71,7 +72,7 @@ impl VirtioPci {
                 return Ok(());
             }
             let limit = since + RESET_LIMIT;
-            let answer = open.common.wait_reset(limit.min(deadline));
+            let answer = open.common.confirm_reset(limit.min(deadline));
             if answer != Reset::Done {
                 if open.claimed.is_absent() {
                     return Ok(());
@@ -81,7 +82,8 @@ impl VirtioPci {
                         return Err(format!("its reset is not finished, device_status still reads {status:#x}"));
                     }
                     Reset::Pending(status) => format!("device_status does not read 0 but {status:#x}"),
-                    _ => "its registers read all ones".to_owned(),
+                    Reset::Nobody => "its registers read all ones".to_owned(),
+                    Reset::Deaf | Reset::Done => "device_status reads 0 and keeps nothing".to_owned(),
                 };
                 tracing::warn!(address = self.address, mute, "virtio reset not confirmed, resetting the function");
                 if let Err(error) = open.claimed.reset(deadline) {

@@ -31,7 +31,7 @@ impl Sim {
         self.0.lock()
     }
 
-    /// What was done, without changes of vectors.
+    /// What was done to it so far.
     pub(crate) fn did(&self) -> Vec<Did> {
         self.model().did.clone()
     }
@@ -74,10 +74,6 @@ impl Claimed for Function {
         Ok(())
     }
 
-    fn write_config(&mut self, _: u16, _: &[u8]) -> Result<(), TransportError> {
-        panic!("the transport writes no configuration space")
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         let bytes = self.model().bar_bytes[usize::from(index)];
         if bytes == 0 {
@@ -109,7 +105,8 @@ impl Claimed for Function {
         let mut model = self.model();
         match &interrupts {
             Interrupts::Vectors(_) if model.faults.refuses_vectors => {
-                return Err(TransportError::Refused("no vectors today".to_owned()));
+                let what = "VFIO_DEVICE_SET_IRQS".to_owned();
+                return Err(TransportError::Io { what, source: std::io::ErrorKind::OutOfMemory.into() });
             }
             Interrupts::Vectors(events) => {
                 assert!(events.len() <= usize::from(model.msix));
@@ -119,6 +116,7 @@ impl Claimed for Function {
                 assert!(model.line);
                 model.did.push(Did::Line(signal.len()));
             }
+            Interrupts::Masked { .. } => panic!("the transport acknowledges by itself"),
         }
         model.wired = Some(interrupts);
         Ok(())
@@ -147,6 +145,13 @@ impl Claimed for Function {
         model.did.push(Did::Unmap(iova));
         model.regions.retain(|region| region.iova() != iova);
         Silence::Confirmed
+    }
+
+    fn take_back(&mut self) -> Result<u64, TransportError> {
+        let mut model = self.model();
+        assert!(model.status & 4 == 0 && model.gone().is_none(), "memory is freed that the device may still have");
+        model.did.push(Did::TakeBack);
+        Ok(0)
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -88,6 +88,8 @@ pub(super) enum Did {
     /// Offset in the notification area, value.
     Notify(u64, u64),
     FunctionReset,
+    /// What an earlier host left is freed.
+    TakeBack,
     Quiet,
     Release,
 }

@@ -103,7 +103,9 @@ fn longer_capabilities_and_a_multiplier_of_zero_are_taken() {
 
 #[test]
 fn lists_that_lead_nowhere_or_in_a_circle_are_refused() {
-    let cases: &[(&str, &[(u8, u8)], &str)] = &[
+    // Name, bytes that are changed, part of the text.
+    type Case<'a> = (&'a str, &'a [(u8, u8)], &'a str);
+    let cases: &[Case<'_>] = &[
         ("no list", &[(0x06, 0)], "no capabilities"),
         ("empty list", &[(0x34, 0)], "no capability for common"),
         ("into the header", &[(0x34, 0x10)], "into the header"),

@@ -11,6 +11,9 @@ use crate::virtio::VirtioPci;
 use crate::virtio::device::feature;
 use crate::virtio::testing::{CAPACITY, Did, ENTRIES, FEATURES, Model, QUEUES, Sim, open, prepared, scattered, setup};
 
+/// How a device is made wrong.
+type Change = fn(&mut Model);
+
 fn refused<T>(outcome: Result<T, TransportError>) -> String {
     match outcome {
         Err(TransportError::Refused(why)) => why,
@@ -50,6 +53,7 @@ fn the_steps_come_in_the_order_of_the_specification() {
         Did::Status(0),
         Did::Status(1),
         Did::Status(3),
+        Did::TakeBack,
         Did::Status(11),
         Did::Map(iova),
         Did::Master(true),
@@ -64,6 +68,8 @@ fn the_steps_come_in_the_order_of_the_specification() {
         // What was rung before DRIVER_OK, and after.
         Did::Notify(8, 2),
         Did::Notify(8, 2),
+        Did::Status(0),
+        Did::Status(1),
         Did::Status(0),
         Did::Quiet,
         Did::Release,
@@ -280,7 +286,7 @@ fn queues_out_of_every_bound_are_refused_before_the_device_hears_of_them() {
 
 #[test]
 fn a_device_that_does_not_take_a_queue_is_given_up() {
-    let cases: [(&str, fn(&mut Model)); 5] = [
+    let cases: [(&str, Change); 5] = [
         ("size", |model| model.faults.refuses_size = true),
         ("notify", |model| model.faults.notify_off = Some(0x400)),
         ("notify far", |model| model.faults.notify_off = Some(0xffff)),
@@ -312,7 +318,7 @@ fn a_device_that_does_not_take_a_queue_is_given_up() {
 
 #[test]
 fn what_a_device_says_of_its_queues_is_checked_when_it_is_opened() {
-    let opened = |change: fn(&mut Model)| -> Result<VirtioPci, String> {
+    let opened = |change: Change| -> Result<VirtioPci, String> {
         let sim = Sim::new(|model| {
             change(model);
         });

@@ -72,7 +72,7 @@ fn removal_before_any_access_is_noticed_and_nothing_of_it_is_believed() {
                     }
                     Err((true, _)) => later += 1,
                     // In the reset at the end, which comes after the last look.
-                    Ok(()) => assert!(at + 3 >= all, "access {at} of {all}, {gone:?}: not noticed"),
+                    Ok(()) => assert!(at + 8 >= all, "access {at} of {all}, {gone:?}: not noticed"),
                 }
                 assert_eq!(sim.model().violations, Vec::<String>::new());
             }

@@ -7,6 +7,9 @@ use cofferdam_device::{Silence, Transport};
 use crate::virtio::VirtioPci;
 use crate::virtio::testing::{Did, Gone, Model, Sim, open, prepared, setup};
 
+/// A reset that is confirmed: it is asked for, and then the status shows that it keeps what is written.
+const RESET: [Did; 3] = [Did::Status(0), Did::Status(1), Did::Status(0)];
+
 fn running(change: impl FnOnce(&mut Model)) -> (Sim, VirtioPci) {
     let sim = Sim::new(|_| {});
     let (mut device, region) = prepared(&sim);
@@ -37,7 +40,7 @@ fn a_reset_that_takes_its_time_is_waited_for_over_several_calls_and_asked_for_on
     assert!(why.contains("not finished") && why.contains("0xf"), "{why}");
     assert_eq!(device.quiesce(0, soon()), Silence::Confirmed);
     assert_eq!(device.quiesce(0, soon()), Silence::Confirmed);
-    assert_eq!(sim.did(), [Did::Status(0), Did::Quiet]);
+    assert_eq!(sim.did(), [&RESET[..], &[Did::Quiet]].concat());
     assert!(!sim.model().master);
 }
 
@@ -61,9 +64,14 @@ fn what_does_not_reset_at_all_is_not_silent_though_its_dma_is_off() {
     assert!(!sim.model().master);
     // Once more, without waiting all that time again; and then it comes to its end after all.
     reason(device.quiesce(0, soon()));
+    sim.model().faults.never_resets = false;
     sim.model().status = 0;
     assert_eq!(device.quiesce(0, soon()), Silence::Confirmed);
-    assert_eq!(sim.did().iter().filter(|did| **did == Did::Status(0)).count(), 1);
+    assert_eq!(
+        sim.did().iter().filter(|did| **did == Did::Status(0)).count(),
+        2,
+        "one reset, and one that shows that it answers"
+    );
 }
 
 #[test]
@@ -72,7 +80,7 @@ fn a_function_whose_bus_mastering_stays_on_is_not_silent() {
     assert!(reason(device.quiesce(0, soon())).contains("bus mastering reads on"));
     sim.model().faults.never_quiet = false;
     assert_eq!(device.quiesce(0, soon()), Silence::Confirmed);
-    assert_eq!(sim.did(), [Did::Status(0), Did::Quiet, Did::Quiet]);
+    assert_eq!(sim.did(), [&RESET[..], &[Did::Quiet, Did::Quiet]].concat());
 }
 
 #[test]
@@ -98,6 +106,20 @@ fn all_ones_are_silence_only_where_the_function_is_known_to_be_gone() {
 }
 
 #[test]
+fn a_status_that_reads_zero_whatever_is_written_is_no_reset() {
+    // In the machine, and its registers answer nobody: it may be at work.
+    let (sim, mut device) = running(|model| {
+        model.faults.gone_at = Some((0, Gone::Zero));
+        model.faults.gone_in_secret = true;
+        model.faults.no_function_reset = true;
+    });
+    assert!(reason(device.quiesce(7, soon())).contains("keeps nothing"));
+    assert!(!sim.model().master);
+    sim.model().faults.gone_in_secret = false;
+    assert_eq!(device.quiesce(7, soon()), Silence::Confirmed, "found to be out of the machine");
+}
+
+#[test]
 fn a_device_that_was_never_given_a_queue_needs_no_answer() {
     let sim = Sim::new(|_| {});
     let (mut device, _region) = prepared(&sim);
@@ -112,7 +134,7 @@ fn a_device_that_was_never_given_a_queue_needs_no_answer() {
 fn a_device_that_is_dropped_while_it_runs_is_reset_first() {
     let (sim, device) = running(|_| {});
     drop(device);
-    assert_eq!(sim.did(), [Did::Status(0), Did::Quiet, Did::Release]);
+    assert_eq!(sim.did(), [&RESET[..], &[Did::Quiet, Did::Release]].concat());
     assert!(sim.model().regions.is_empty());
 }
 
@@ -133,7 +155,8 @@ fn one_that_was_left_running_is_opened_only_after_a_reset() {
 
     let sim = Sim::new(|model| model.faults.never_resets = true);
     open(&sim).unwrap();
-    assert_eq!(sim.did()[..4], [Did::Status(0), Did::FunctionReset, Did::Status(1), Did::Status(3)]);
+    let wanted = [Did::Status(0), Did::FunctionReset, Did::Status(1), Did::Status(3), Did::TakeBack];
+    assert_eq!(sim.did()[..5], wanted);
 
     let sim = Sim::new(|model| {
         model.faults.never_resets = true;
