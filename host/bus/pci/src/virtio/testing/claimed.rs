@@ -74,10 +74,6 @@ impl Claimed for Function {
         Ok(())
     }
 
-    fn write_config(&mut self, _: u16, _: &[u8]) -> Result<(), TransportError> {
-        panic!("the transport writes no configuration space")
-    }
-
     fn bar(&mut self, index: u8) -> Result<Arc<dyn Registers>, TransportError> {
         let bytes = self.model().bar_bytes[usize::from(index)];
         if bytes == 0 {
@@ -119,6 +115,7 @@ impl Claimed for Function {
                 assert!(model.line);
                 model.did.push(Did::Line(signal.len()));
             }
+            Interrupts::Masked { .. } => panic!("this transport acknowledges its line itself"),
         }
         model.wired = Some(interrupts);
         Ok(())
