@@ -35,7 +35,8 @@ impl Bar {
     fn access(&self, offset: u64, width: Width, value: Option<u64>) -> Result<u64, TransportError> {
         let mut model = self.model.lock();
         let model = &mut *model;
-        if offset.checked_add(width.bytes()).is_none_or(|end| end > self.bytes) || offset % width.bytes() != 0 {
+        if offset.checked_add(width.bytes()).is_none_or(|end| end > self.bytes) || !offset.is_multiple_of(width.bytes())
+        {
             model.violations.push(format!("{width:?} at {offset:#x} of a BAR of {:#x}", self.bytes));
             return Err(TransportError::Invalid("outside".to_owned()));
         }
@@ -90,7 +91,7 @@ impl Model {
             at::STATUS | at::GENERATION => Width::U8,
             _ => Width::U16,
         };
-        if width != right || offset % width.bytes() != 0 || offset >= 56 {
+        if width != right || !offset.is_multiple_of(width.bytes()) || offset >= 56 {
             self.violations.push(format!("{width:?} access to the common configuration at {offset}"));
         }
     }

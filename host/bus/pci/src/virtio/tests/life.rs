@@ -25,6 +25,9 @@ fn invalid<T>(outcome: Result<T, TransportError>) -> String {
     }
 }
 
+/// What is wrong with the device, in words and in deed.
+type Case = (&'static str, fn(&mut Model));
+
 #[test]
 fn the_steps_come_in_the_order_of_the_specification() {
     let sim = Sim::new(|_| {});
@@ -280,7 +283,7 @@ fn queues_out_of_every_bound_are_refused_before_the_device_hears_of_them() {
 
 #[test]
 fn a_device_that_does_not_take_a_queue_is_given_up() {
-    let cases: [(&str, fn(&mut Model)); 5] = [
+    let cases: [Case; 5] = [
         ("size", |model| model.faults.refuses_size = true),
         ("notify", |model| model.faults.notify_off = Some(0x400)),
         ("notify far", |model| model.faults.notify_off = Some(0xffff)),

@@ -43,6 +43,9 @@ fn assert_line(sim: &Sim) -> bool {
     ours
 }
 
+/// What is wrong with the device, and what is done about its interrupts.
+type Case = (fn(&mut Model), &'static [Did]);
+
 #[test]
 fn each_queue_has_a_vector_where_there_are_enough() {
     let sim = Sim::new(|_| {});
@@ -65,7 +68,7 @@ fn each_queue_has_a_vector_where_there_are_enough() {
 
 #[test]
 fn one_vector_reaches_every_queue_where_there_are_too_few() {
-    let few: [(fn(&mut Model), &[Did]); 3] = [
+    let few: [Case; 3] = [
         // The function has no more, or not so many may be used; or the device has no room for more, and says so.
         (|model| model.msix = 3, &[Did::Vectors(2)]),
         (|model| model.config_space[0x42] = 1, &[Did::Vectors(2)]),
@@ -92,7 +95,7 @@ fn one_vector_reaches_every_queue_where_there_are_too_few() {
 
 #[test]
 fn the_line_serves_where_there_are_no_vectors() {
-    let none: [(fn(&mut Model), &[Did]); 4] = [
+    let none: [Case; 4] = [
         (|model| model.msix = 0, &[Did::Line(3)]),
         (|model| model.config_space[0x40] = 0, &[Did::Line(3)]),
         (|model| model.faults.refuses_vectors = true, &[Did::Line(3)]),
