@@ -1,6 +1,6 @@
 //! A device that its driver programs itself: registers, memory of its own, interrupts (`wit/mmio.wit`, `wit/dma.wit`, `wit/interrupt.wit`).
 //!
-//! A driver asks for as little as it can: one that never calls [`Function::allocate`] imports no `dma`, and can be loaded without an IOMMU.
+//! A driver asks for as little as it can: one that never calls `dma::Region::allocate` imports no `dma`, and can be loaded without an IOMMU.
 
 use crate::error::DriverError;
 

@@ -59,6 +59,20 @@ pub(crate) enum Command {
     /// With the deadline passed the exit code is 4, the binding admits nothing any more and stays `draining`; unload again to go on.
     #[command(after_help = help::UNLOAD)]
     Unload(UnloadArgs),
+    /// List PCI functions: what they are, who has them, and whether uio or vfio can have them. Needs no daemon.
+    #[command(after_help = help::DEVICES)]
+    Devices(LsArgs),
+    /// Take a PCI function from the kernel's driver and hand it to uio or vfio. Needs no daemon.
+    ///
+    /// A load does this by itself and undoes it; what is bound by hand stays bound until 'unbind'.
+    #[command(after_help = help::BIND)]
+    Bind(DeviceBindArgs),
+    /// Give a PCI function back to the kernel driver that it came from. Needs no daemon, and works after a host was killed.
+    #[command(after_help = help::UNBIND)]
+    Unbind(UnbindArgs),
+    /// Say what this machine can do, and the command that mends what it cannot.
+    #[command(after_help = help::DOCTOR)]
+    Doctor(DoctorArgs),
 }
 
 #[derive(Args)]
@@ -263,6 +277,54 @@ pub(crate) struct PortChangeArgs {
     pub(crate) port: String,
     #[command(flatten)]
     pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DeviceBindArgs {
+    /// The function: pci:0000:00:04.0
+    #[arg(value_name = "ADDR")]
+    pub(crate) device: String,
+    /// To uio_pci_generic: for machines without an IOMMU [default: vfio where the IOMMU group allows it, else uio].
+    #[arg(long, conflicts_with = "vfio")]
+    pub(crate) uio: bool,
+    /// To vfio-pci: an IOMMU keeps the device to the memory that it was given.
+    #[arg(long)]
+    pub(crate) vfio: bool,
+    #[command(flatten)]
+    pub(crate) how: HandoverArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct UnbindArgs {
+    /// The function: pci:0000:00:04.0
+    #[arg(value_name = "ADDR")]
+    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) how: HandoverArgs,
+}
+
+/// What `bind` and `unbind` have in common.
+#[derive(Args)]
+pub(crate) struct HandoverArgs {
+    /// Say what would be done, as commands to type, and do nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// bind: take it although it is mounted, swapped to or carries the default route. unbind: although no record tells where it came from.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Where to ask which binding has a function that is refused.
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -13,7 +13,10 @@ Examples:
   cofferdam ls
   cofferdam events --follow &
   cofferdam why disk0
-  cofferdam unload disk0 --deadline 5s --explain";
+  cofferdam unload disk0 --deadline 5s --explain
+  cofferdam doctor
+  cofferdam devices
+  cofferdam bind pci:0000:00:04.0 --dry-run";
 
 /// `cofferdam run --help`.
 pub(crate) const RUN: &str = "\
@@ -112,3 +115,39 @@ Examples:
   cofferdam port attach disk0 nbd:127.0.0.1:0
   cofferdam port attach disk0 data:/run/disk.data
   cofferdam port detach disk0 nbd:/run/disk.sock --json";
+
+/// `cofferdam devices --help`.
+pub(crate) const DEVICES: &str = "\
+A running daemon is asked for the names of its bindings; without one, claims show the process.
+Exit codes: 0 done, 1 failed, 2 usage.
+
+Examples:
+  cofferdam devices
+  cofferdam devices --json";
+
+/// `cofferdam bind --help`.
+pub(crate) const BIND: &str = "\
+Interrupted anywhere, the same command finishes it, and 'cofferdam unbind' takes it back. docs/DEVICES.md has the whole story.
+Exit codes: 0 it has it, 1 refused or failed, 2 usage, 3 no such function.
+
+Examples:
+  cofferdam bind pci:0000:00:04.0 --dry-run
+  cofferdam bind pci:0000:00:04.0
+  cofferdam bind pci:0000:00:04.0 --uio --json";
+
+/// `cofferdam unbind --help`.
+pub(crate) const UNBIND: &str = "\
+A function that a living binding has is refused: unload that first.
+Exit codes: 0 it is back, 1 refused or failed, 2 usage, 3 no such function.
+
+Examples:
+  cofferdam unbind pci:0000:00:04.0 --dry-run
+  cofferdam unbind pci:0000:00:04.0";
+
+/// `cofferdam doctor --help`.
+pub(crate) const DOCTOR: &str = "\
+Exit codes: 0 everything is there that devices over vhost-user need, 1 something of that is missing, 2 usage.
+
+Examples:
+  cofferdam doctor
+  cofferdam doctor --json";

@@ -7,6 +7,7 @@
 //! run      one binding in the foreground
 //! daemon   the server: its socket, its end · api  its calls · follow  its event streams
 //! link     the client's end of the socket · client, unload, events  the commands
+//! devices  PCI functions and who has them, without a daemon · doctor  what this machine can do
 //! serve    the daemon's connections and their bounds
 //! show     what people read: tables, certificates, events, explanations · log  stderr, which holds up nobody
 //! ```
@@ -16,6 +17,8 @@ mod args;
 mod client;
 mod control;
 mod daemon;
+mod devices;
+mod doctor;
 mod events;
 mod follow;
 mod help;
@@ -59,6 +62,10 @@ fn main() -> ExitCode {
         Command::Events(args) => events::events(args),
         Command::Port(args) => client::port(args),
         Command::Unload(args) => unload::unload(args),
+        Command::Devices(args) => devices::devices(args),
+        Command::Bind(args) => devices::bind(args),
+        Command::Unbind(args) => devices::unbind(args),
+        Command::Doctor(args) => doctor::doctor(args),
     };
     let code = match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -99,5 +106,9 @@ fn wants_json(command: &Command) -> bool {
             PortCommand::Attach(args) | PortCommand::Detach(args) => args.json,
         },
         Command::Unload(args) => args.json,
+        Command::Devices(args) => args.json,
+        Command::Bind(args) => args.how.json,
+        Command::Unbind(args) => args.how.json,
+        Command::Doctor(args) => args.json,
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Drivers, devices and clients have a say in some of these texts, so no control character of theirs reaches a terminal. JSON is another matter: its reader unpacks it.
 
+mod devices;
+mod doctor;
 mod event;
 mod explanation;
 mod table;
@@ -14,6 +16,8 @@ use cofferdam_manager::{
 
 use crate::control::{PortChange, mapped_handles, mapped_mib};
 
+pub(crate) use devices::{device_json, devices, handed_over, returned, steps};
+pub(crate) use doctor::{doctor, doctor_json};
 pub(crate) use event::event;
 pub(crate) use explanation::{explanation, explanation_lines, fingerprint};
 

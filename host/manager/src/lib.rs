@@ -65,7 +65,7 @@ pub use threads::{PortThreads, ThreadsEnded};
 pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;
 pub use cofferdam_device::{Buffer, RegionError};
-pub use cofferdam_gate::{Cancel, Notify};
+pub use cofferdam_gate::{Cancel, MECHANISM_VARIABLE, Mechanism, Notify, mechanism, mechanism_reason};
 pub use cofferdam_lifecycle::Phase;
 pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo};
 

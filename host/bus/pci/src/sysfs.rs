@@ -1,7 +1,7 @@
 //! What the kernel says of PCI functions.
 //!
 //! /sys, /proc, /dev and /run are opened once, as capabilities; everything is reached from there. The only words from outside that become part of a path are an [`Address`],
-//! which was parsed, and names that the kernel lists (checked by [`is_name`]). A symbolic link that leads out of its tree is an error, an attribute that does not end is one
+//! which was parsed, and names that the kernel lists (checked by `is_name`). A symbolic link that leads out of its tree is an error, an attribute that does not end is one
 //! too, and whatever is no number is taken for "not there".
 //!
 //! ```text

@@ -12,6 +12,7 @@ mod guests;
 mod handles;
 mod http;
 mod log;
+mod machine;
 mod misfits;
 mod ports;
 mod traffic;

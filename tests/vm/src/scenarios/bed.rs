@@ -9,7 +9,9 @@ use std::path::Path;
 
 /// Writes a word to the disk through the kernel's driver and reads it back.
 fn works(vm: &Vm, disk: &Function, word: &[u8; 512]) -> Result<()> {
-    vm.wait_until("the kernel serves the disk", SHORT, || Ok(disk.block_device().is_some_and(|path| path.exists())))?;
+    // The node is there before the disk behind it can be opened.
+    let is_there = || Ok(disk.block_device().is_some_and(|path| fs::File::open(path).is_ok()));
+    vm.wait_until("the kernel serves the disk", SHORT, is_there)?;
     let path = disk.block_device().context("no block device")?;
     let mut file = fs::OpenOptions::new().write(true).open(&path)?;
     file.write_all(word)?;

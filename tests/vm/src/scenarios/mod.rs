@@ -1,6 +1,7 @@
 //! The scenarios, and the machine that each needs.
 
 mod bed;
+mod drives;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -42,9 +43,13 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_takes_a_disk_and_gives_it_back", bed::uio_takes_a_disk),
         Scenario::new("uio", "uio_disk_is_unplugged_and_plugged_again", bed::unplugs),
         Scenario::new("uio", "a_driver_component_is_loaded_from_the_cache", bed::inspects),
+        Scenario::new("uio", "uio_disk_is_driven_and_given_back", drives::on_uio),
+        Scenario::new("uio", "a_transitional_device_is_refused_and_given_back", drives::legacy_is_refused),
+        Scenario::new("uio", "a_driver_with_addresses_is_refused_on_uio", drives::edu_on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
+        Scenario::new("vfio", "vfio_disk_is_driven_and_given_back", drives::on_vfio),
     ];
     ALL
 }

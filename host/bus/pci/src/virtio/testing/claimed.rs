@@ -116,7 +116,7 @@ impl Claimed for Function {
                 assert!(model.line);
                 model.did.push(Did::Line(signal.len()));
             }
-            Interrupts::Masked { .. } => panic!("the transport acknowledges by itself"),
+            Interrupts::Masked { .. } => panic!("this transport acknowledges its line itself"),
         }
         model.wired = Some(interrupts);
         Ok(())

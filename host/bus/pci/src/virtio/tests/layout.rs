@@ -17,6 +17,9 @@ fn put(config: &mut [u8; 256], at: u8, bytes: &[u8]) {
     config[usize::from(at)..][..bytes.len()].copy_from_slice(bytes);
 }
 
+/// What the case is, the bytes that are changed, and what the refusal says.
+type Case<'a> = (&'a str, &'a [(u8, u8)], &'a str);
+
 #[test]
 fn what_qemu_has_is_found() {
     let place = |first: u32| Place { bar: BAR, first: u64::from(first), bytes: 0x1000 };
@@ -103,8 +106,6 @@ fn longer_capabilities_and_a_multiplier_of_zero_are_taken() {
 
 #[test]
 fn lists_that_lead_nowhere_or_in_a_circle_are_refused() {
-    // Name, bytes that are changed, part of the text.
-    type Case<'a> = (&'a str, &'a [(u8, u8)], &'a str);
     let cases: &[Case<'_>] = &[
         ("no list", &[(0x06, 0)], "no capabilities"),
         ("empty list", &[(0x34, 0)], "no capability for common"),

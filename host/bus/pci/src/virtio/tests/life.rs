@@ -11,9 +11,6 @@ use crate::virtio::VirtioPci;
 use crate::virtio::device::feature;
 use crate::virtio::testing::{CAPACITY, Did, ENTRIES, FEATURES, Model, QUEUES, Sim, open, prepared, scattered, setup};
 
-/// How a device is made wrong.
-type Change = fn(&mut Model);
-
 fn refused<T>(outcome: Result<T, TransportError>) -> String {
     match outcome {
         Err(TransportError::Refused(why)) => why,
@@ -27,6 +24,9 @@ fn invalid<T>(outcome: Result<T, TransportError>) -> String {
         other => panic!("not invalid: {:?}", other.map(drop)),
     }
 }
+
+/// What is wrong with the device, in words and in deed.
+type Case = (&'static str, fn(&mut Model));
 
 #[test]
 fn the_steps_come_in_the_order_of_the_specification() {
@@ -286,7 +286,7 @@ fn queues_out_of_every_bound_are_refused_before_the_device_hears_of_them() {
 
 #[test]
 fn a_device_that_does_not_take_a_queue_is_given_up() {
-    let cases: [(&str, Change); 5] = [
+    let cases: [Case; 5] = [
         ("size", |model| model.faults.refuses_size = true),
         ("notify", |model| model.faults.notify_off = Some(0x400)),
         ("notify far", |model| model.faults.notify_off = Some(0xffff)),
@@ -318,7 +318,7 @@ fn a_device_that_does_not_take_a_queue_is_given_up() {
 
 #[test]
 fn what_a_device_says_of_its_queues_is_checked_when_it_is_opened() {
-    let opened = |change: Change| -> Result<VirtioPci, String> {
+    let opened = |change: fn(&mut Model)| -> Result<VirtioPci, String> {
         let sim = Sim::new(|model| {
             change(model);
         });

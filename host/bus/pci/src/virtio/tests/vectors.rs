@@ -9,9 +9,6 @@ use crate::claimed::Interrupts;
 use crate::virtio::VirtioPci;
 use crate::virtio::testing::{Did, Gone, Model, Sim, prepared, setup};
 
-/// How a function is made short of vectors, and what is wired then.
-type Case = (fn(&mut Model), &'static [Did]);
-
 /// Three queues, started.
 fn started(sim: &Sim) -> (VirtioPci, Vec<QueueEvents>) {
     let (mut device, region) = prepared(sim);
@@ -45,6 +42,9 @@ fn assert_line(sim: &Sim) -> bool {
     sim.model().wired = Some(Interrupts::Line { acknowledge, signal });
     ours
 }
+
+/// What is wrong with the device, and what is done about its interrupts.
+type Case = (fn(&mut Model), &'static [Did]);
 
 #[test]
 fn each_queue_has_a_vector_where_there_are_enough() {
