@@ -383,12 +383,11 @@ fn another_function_in_the_same_place_has_nothing_to_do_with_the_record() {
     bind(&tree, Via::Uio, &operator(false)).unwrap();
     fs::remove_dir_all(tree.dir(DISK)).unwrap();
     fs::remove_file(tree.sys().join("bus/pci/devices").join(DISK)).unwrap();
-    tree.function(DISK, STORAGE, Some("virtio-pci"));
+    tree.function(DISK, STORAGE, None);
     fs::write(tree.dir(DISK).join("device"), "0x1041\n").unwrap();
-    fs::write(tree.dir(DISK).join("driver_override"), "virtio-pci\n").unwrap();
+    tree.live_until(None);
     unbind(&tree, &operator(false)).unwrap();
-    assert_eq!(tree.override_of(DISK), "virtio-pci", "not ours to take back");
-    assert!(!tree.has_record(DISK));
+    assert_eq!(tree.log(), [format!("remove {DISK}.json")], "the record goes, the other function is left alone");
 }
 
 #[test]
