@@ -126,7 +126,10 @@ mod tests {
         let refused = Claim::take(&sysfs, one, "bind").unwrap_err();
         let PciError::ClaimedBy { pid, purpose, .. } = &refused else { panic!("{refused}") };
         assert_eq!((*pid, purpose.as_str()), (std::process::id(), "load"));
+        let note = tree.run().join("cofferdam/pci/0000:00:04.0.claim");
+        assert!(note.exists());
         drop(claim);
+        assert!(!note.exists(), "nothing is left of a claim that was given back");
         assert!(!Claim::is_held(&sysfs, one).unwrap());
         assert_eq!(Claim::holder(&sysfs, one), None);
         Claim::take(&sysfs, one, "bind").unwrap();

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! hand over:  record -> load the module -> driver_override -> unbind -> drivers_probe -> look at the driver link
-//! give back:  bus mastering off, read back -> reset -> free what a killed host left -> unbind -> driver_override -> drivers_probe -> look -> drop the record
+//! give back:  unbind -> bus mastering off, read back -> reset -> free what a killed host left -> driver_override -> drivers_probe -> look -> drop the record
 //! ```
 //!
 //! The record is written before anything is changed and dropped after everything is as it was: a function that is not as it was always has one. It says where the function
@@ -125,6 +125,10 @@ pub struct Handover {
     pub steps: Vec<Step>,
     /// It was with this driver before and no record tells of it: somebody else's doing, which `give_back` leaves alone.
     pub was_there: bool,
+    /// Whether bus mastering was seen to be off after what a killed host may have left (or the function is out of the machine); `None` where there was no need.
+    pub is_silent: Option<bool>,
+    /// Bytes that were freed of that.
+    pub freed_bytes: u64,
 }
 
 /// What a return did.
@@ -160,7 +164,8 @@ pub fn plan_hand_over(
     plan::hand_over(sysfs, &info, record.as_ref(), via, options, now)
 }
 
-/// Hands a function over to uio or vfio. What is so already stays so.
+/// Hands a function over to uio or vfio. What is so already stays so; but a load that finds a function with uio makes it silent first (bus mastering off, reset), for a host
+/// that was killed may have left it running.
 ///
 /// # Errors
 /// `InUse`, unless forced; `Unusable` with the reason and what mends it; `NotFound`; `Permission`; `Stuck`; `Io`. Where it failed half-way it was given back, or the record
@@ -168,14 +173,15 @@ pub fn plan_hand_over(
 pub fn hand_over(sysfs: &Sysfs, claim: &Claim, via: Via, options: &HandoverOptions) -> Result<Handover, PciError> {
     let address = claim.address();
     let steps = plan_hand_over(sysfs, address, via, options)?;
-    let was_there = steps.is_empty() && Store::open(sysfs)?.is_none_or(|store| !store.has_record(address));
-    if steps.is_empty() {
-        return Ok(Handover { address, via, steps, was_there });
-    }
+    let is_recorded = |steps: &[Step]| steps.iter().any(|step| matches!(step, Step::Record { .. }));
+    let was_there = !is_recorded(&steps) && Store::open(sysfs)?.is_none_or(|store| !store.has_record(address));
     let mut done = Done::default();
     let Err(error) = carry_out(sysfs, address, &steps, &mut done) else {
-        tracing::info!(%address, driver = via.driver(), "handed over");
-        return Ok(Handover { address, via, steps, was_there });
+        if !steps.is_empty() {
+            tracing::info!(%address, driver = via.driver(), "handed over");
+        }
+        let Done { is_silent, freed_bytes, .. } = done;
+        return Ok(Handover { address, via, steps, was_there, is_silent, freed_bytes });
     };
     // A kernel that is still busy with a write is not asked for the opposite, and a load does not undo what an operator bound.
     let is_operators = matches!(record(sysfs, address), Ok(Some(Record { by: By::Operator, .. })));

@@ -133,11 +133,13 @@ fn document(address: Address, steps: &[Step], dry_run: bool) -> Value {
 }
 
 pub(crate) fn handed_over(done: &Handover, json: bool) {
-    let Handover { address, via, steps, was_there } = done;
+    let Handover { address, via, steps, was_there, is_silent, freed_bytes } = done;
     if json {
         let mut document = document(*address, steps, false);
         document["via"] = json!(via);
         document["was_there"] = json!(was_there);
+        document["is_silent"] = json!(is_silent);
+        document["freed_bytes"] = json!(freed_bytes);
         super::json(&document);
         return;
     }

@@ -149,6 +149,21 @@ mod tests {
     }
 
     #[test]
+    fn a_write_goes_to_a_file_that_is_there_and_to_no_other() {
+        let (folder, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let dir = Dir::open_ambient_dir(folder.path(), cap_std::ambient_authority()).unwrap();
+        std::fs::write(folder.path().join("unbind"), "").unwrap();
+        std::fs::write(outside.path().join("victim"), "as it was").unwrap();
+        std::os::unix::fs::symlink(outside.path().join("victim"), folder.path().join("link")).unwrap();
+        Kernel.write(&dir, "unbind", "0000:00:04.0").unwrap();
+        assert_eq!(std::fs::read(folder.path().join("unbind")).unwrap(), b"0000:00:04.0");
+        assert!(Kernel.write(&dir, "missing", "1").is_err() && !folder.path().join("missing").exists());
+        assert!(Kernel.write(&dir, "link", "1").is_err() && Kernel.write_at(&dir, "link", 0, b"1").is_err());
+        assert_eq!(std::fs::read(outside.path().join("victim")).unwrap(), b"as it was");
+        assert!(Kernel.load_module("cofferdam-there-is-no-such-module").is_err());
+    }
+
+    #[test]
     fn a_record_is_replaced_whole_over_what_a_killed_process_left() {
         let folder = tempfile::tempdir().unwrap();
         // Not by `open_ambient_dir`: that one is for looking up only and cannot be synchronized.

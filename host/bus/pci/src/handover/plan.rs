@@ -91,6 +91,12 @@ impl Paths<'_> {
         Step::Unbind { address: self.address, driver: driver.to_owned(), path: self.of("driver/unbind") }
     }
 
+    /// What a killed host may have left running.
+    fn silence(&self, info: &FunctionInfo) -> Vec<Step> {
+        let (address, reset) = (self.address, info.has_reset.then(|| Step::Reset { path: self.of("reset") }));
+        [Some(Step::Silence { address }), reset, Some(Step::Free { address })].into_iter().flatten().collect()
+    }
+
     fn probe(&self) -> Step {
         Step::Probe { address: self.address, path: self.sysfs.told("bus/pci/drivers_probe") }
     }
@@ -130,8 +136,14 @@ pub(super) fn hand_over(
     if let Readiness::No { why } = readiness {
         return Err(PciError::Unusable { address, why: format!("{via}: {why}") });
     }
+    let paths = Paths { sysfs, address };
+    // Nobody has it (the caller has the claim), but a host that was killed may have left it running: uio does not stop it for certain, vfio does.
+    let leftovers = || match options.by {
+        By::Load(_) if driver == Some(Via::Uio.driver()) => paths.silence(info),
+        By::Load(_) | By::Operator => Vec::new(),
+    };
     if driver == Some(target) && record.is_none() {
-        return Ok(Vec::new());
+        return Ok(leftovers());
     }
     if driver.is_some() && !is_ours(driver) && !options.force {
         let uses = sysfs.uses(address, true);
@@ -140,12 +152,12 @@ pub(super) fn hand_over(
             return Err(PciError::InUse { address, why });
         }
     }
-    let paths = Paths { sysfs, address };
     let mut steps = Vec::new();
     let wanted = new_record(info, record, via, options.by, unix_s);
     if record != Some(&wanted) {
         steps.push(Step::Record { record: Box::new(wanted), path: paths.record() });
     }
+    steps.extend(leftovers());
     if let Readiness::Module(module) = readiness {
         steps.push(Step::Module((*module).to_owned()));
     }
@@ -229,12 +241,9 @@ pub(super) fn give_back(
     };
     let is_between = (driver.is_none() || is_ours(driver)) && !is_there;
     if is_between {
-        steps.push(Step::Silence { address });
-        if info.has_reset {
-            steps.push(Step::Reset { path: paths.of("reset") });
-        }
-        steps.push(Step::Free { address });
+        // First, because vfio-pci holds this up while somebody has the device open, and a reset would hit that one.
         steps.extend(driver.map(|driver| paths.unbind(driver)));
+        steps.extend(paths.silence(info));
     }
     if is_ours(only) && only != to_only {
         steps.push(paths.only(to_only));

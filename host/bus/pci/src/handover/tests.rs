@@ -201,6 +201,29 @@ fn what_a_killed_load_had_goes_back_by_an_operators_hand() {
 }
 
 #[test]
+fn a_load_silences_what_a_killed_load_left_running_on_uio_and_the_function_is_its_own() {
+    let tree = disk();
+    let dead = HandoverOptions { force: false, by: By::Load(ProcessId { pid: 4_000_000, start: Some(7) }) };
+    bind(&tree, Via::Uio, &dead).unwrap();
+    assert_eq!(tree.command_of(DISK), 0x0006, "it masters the bus");
+    let load = load(&tree.sysfs());
+    let taken = bind(&tree, Via::Uio, &load).unwrap();
+    assert_eq!((taken.was_there, taken.is_silent, tree.command_of(DISK)), (false, Some(true), 0x0002));
+    assert_eq!(record(&tree.sysfs(), DISK.parse().unwrap()).unwrap().unwrap().by, load.by);
+    unbind(&tree, &load).unwrap();
+    assert_home(&tree);
+}
+
+#[test]
+fn a_function_that_the_kernel_drives_is_not_touched_by_a_hand_over_that_is_refused() {
+    let tree = disk();
+    tree.group(3, "DMA", &[DISK]);
+    tree.live_until(None);
+    assert!(matches!(bind(&tree, Via::Uio, &load(&tree.sysfs())), Err(PciError::Unusable { .. })));
+    assert_eq!((tree.log().len(), tree.command_of(DISK)), (0, 0x0006), "{:?}", tree.log());
+}
+
+#[test]
 fn from_uio_to_vfio_the_way_home_is_kept() {
     let tree = disk();
     bind(&tree, Via::Uio, &operator(false)).unwrap();
@@ -323,10 +346,10 @@ fn a_dry_run_says_what_an_operator_would_type_and_changes_nothing() {
     assert_eq!(
         text,
         [
+            format!("echo {DISK} > {device}/driver/unbind"),
             format!("setpci -s {DISK} COMMAND=0:4   # bus mastering off, and read back"),
             format!("echo 1 > {device}/reset"),
             format!("# free what a killed host left in hugepages, cofferdam/{DISK}"),
-            format!("echo {DISK} > {device}/driver/unbind"),
             format!("echo > {device}/driver_override"),
             format!("echo {DISK} > {root}/sys/bus/pci/drivers_probe"),
             format!("readlink {device}/driver   # now virtio-pci"),
@@ -360,12 +383,11 @@ fn another_function_in_the_same_place_has_nothing_to_do_with_the_record() {
     bind(&tree, Via::Uio, &operator(false)).unwrap();
     fs::remove_dir_all(tree.dir(DISK)).unwrap();
     fs::remove_file(tree.sys().join("bus/pci/devices").join(DISK)).unwrap();
-    tree.function(DISK, STORAGE, Some("virtio-pci"));
+    tree.function(DISK, STORAGE, None);
     fs::write(tree.dir(DISK).join("device"), "0x1041\n").unwrap();
-    fs::write(tree.dir(DISK).join("driver_override"), "virtio-pci\n").unwrap();
+    tree.live_until(None);
     unbind(&tree, &operator(false)).unwrap();
-    assert_eq!(tree.override_of(DISK), "virtio-pci", "not ours to take back");
-    assert!(!tree.has_record(DISK));
+    assert_eq!(tree.log(), [format!("remove {DISK}.json")], "the record goes, the other function is left alone");
 }
 
 #[test]
