@@ -39,8 +39,9 @@ pub fn connect(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, Pc
     let claim = Claim::take(&sysfs, place, "load")?;
     let options = HandoverOptions { force: false, by: By::load(&sysfs) };
     hand_over(&sysfs, &claim, via, &options)?;
-    let folder = sysfs.function_dir(place)?;
+    // From here on it goes back, whatever fails.
     let lease = Lease::new(sysfs, claim);
+    let folder = lease.folder()?;
     let function: Box<dyn Claimed> = match via {
         Via::Uio => Box::new(UioFunction::open(place, folder)?),
         Via::Vfio => Box::new(VfioFunction::open(place, folder)?),

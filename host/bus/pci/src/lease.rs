@@ -4,11 +4,12 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use cap_std::fs::Dir;
 use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
 
 use crate::claimed::{Claimed, Interrupts, Reach};
 use crate::registers::Registers;
-use crate::{Address, By, Claim, HandoverOptions, Sysfs, give_back};
+use crate::{Address, By, Claim, HandoverOptions, PciError, Sysfs, give_back};
 
 /// The right to a function and the duty to give it back.
 pub(crate) struct Lease {
@@ -19,6 +20,11 @@ pub(crate) struct Lease {
 impl Lease {
     pub(crate) fn new(sysfs: Sysfs, claim: Claim) -> Self {
         Self { sysfs, claim }
+    }
+
+    /// The function's folder in sysfs.
+    pub(crate) fn folder(&self) -> Result<Dir, PciError> {
+        self.sysfs.function_dir(self.claim.address())
     }
 }
 
