@@ -45,6 +45,7 @@
 //! `cargo xtask vm-test NAME` boots only what holds a scenario of that name; the serial log stays in `target/vm/logs`. Outside a virtual machine this program runs no
 //! scenario.
 
+pub mod host;
 pub mod kernel_log;
 pub mod outside;
 pub mod pci;
