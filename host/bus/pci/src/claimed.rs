@@ -140,3 +140,20 @@ pub(crate) trait Claimed: Send {
     /// Closes everything and gives the function back to where it came from. Holds no region afterwards.
     fn release(&mut self);
 }
+
+/// [`Claimed::quiet`] of a function that is open. `is_resetting`: the kernel still resets it, and its configuration space answers nobody in time.
+pub(crate) fn quiet(function: &mut dyn Claimed, is_resetting: bool) -> Silence {
+    if function.is_absent() {
+        return Silence::Confirmed;
+    }
+    let address = function.address();
+    if is_resetting {
+        return Silence::Unconfirmed { reason: format!("{address}: the kernel is still resetting it") };
+    }
+    let unwired = function.wire(Interrupts::Vectors(Vec::new()));
+    match unwired.and_then(|()| function.set_bus_master(false)) {
+        Ok(()) => Silence::Confirmed,
+        Err(_) if function.is_absent() => Silence::Confirmed,
+        Err(error) => Silence::Unconfirmed { reason: format!("{address}: {error}") },
+    }
+}

@@ -39,7 +39,7 @@ pub fn connect(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, Pc
     let claim = Claim::take(&sysfs, place, "load")?;
     let options = HandoverOptions { force: false, by: By::load(&sysfs) };
     hand_over(&sysfs, &claim, via, &options)?;
-    // From here on it goes back, whatever fails.
+    // From here on it goes back, whatever fails. Whether it could be made silent (`Handover::is_silent`) is looked at again by opening it: bus mastering off, read back.
     let lease = Lease::new(sysfs, claim);
     let folder = lease.folder()?;
     let function: Box<dyn Claimed> = match via {

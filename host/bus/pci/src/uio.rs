@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use crate::attributes::{self, Place, refused};
 use crate::bounded::Bounded;
-use crate::claimed::{Claimed, Interrupts, Reach};
+use crate::claimed::{self, Claimed, Interrupts, Reach};
 use crate::config::ConfigSpace;
 use crate::hugepages::{self, Hugepages};
 use crate::mmio::{Mmio, page_bytes};
@@ -267,18 +267,11 @@ impl Claimed for UioFunction {
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {
-        if self.device.is_none() || self.is_absent() {
+        if self.device.is_none() {
             return Silence::Confirmed;
         }
-        if self.resets.is_busy() {
-            return Silence::Unconfirmed { reason: format!("{}: the kernel is still resetting it", self.address) };
-        }
-        let unwired = self.unwire();
-        match unwired.and_then(|()| self.config.set_master(false)) {
-            Ok(()) => Silence::Confirmed,
-            Err(_) if self.is_absent() => Silence::Confirmed,
-            Err(error) => Silence::Unconfirmed { reason: format!("{}: {error}", self.address) },
-        }
+        let is_resetting = self.resets.is_busy();
+        claimed::quiet(self, is_resetting)
     }
 
     fn release(&mut self) {

@@ -28,7 +28,7 @@ use self::iommu::IommuBackend;
 use self::msix::Table;
 use crate::attributes::{self, refused};
 use crate::bounded::Bounded;
-use crate::claimed::{Claimed, Interrupts, Reach};
+use crate::claimed::{self, Claimed, Interrupts, Reach};
 use crate::config::ConfigSpace;
 use crate::hugepages::{self, Hugepages};
 use crate::registers::{Bar, Registers};
@@ -405,18 +405,11 @@ impl Claimed for VfioFunction {
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {
-        if self.held.is_none() || self.is_absent() {
+        if self.held.is_none() {
             return Silence::Confirmed;
         }
-        if self.slow.is_busy() {
-            return Silence::Unconfirmed { reason: format!("{}: the kernel is still resetting it", self.address) };
-        }
-        let unwired = self.unwire();
-        match unwired.and_then(|()| self.config.set_master(false)) {
-            Ok(()) => Silence::Confirmed,
-            Err(_) if self.is_absent() => Silence::Confirmed,
-            Err(error) => Silence::Unconfirmed { reason: format!("{}: {error}", self.address) },
-        }
+        let is_resetting = self.slow.is_busy();
+        claimed::quiet(self, is_resetting)
     }
 
     fn release(&mut self) {

@@ -19,11 +19,18 @@ pub(super) trait IommuBackend: Send {
     /// Its name, for the log.
     fn name(&self) -> &'static str;
 
+    /// Whom to ask.
+    fn translator(&self) -> Translator<'_>;
+
     /// Lets the function reach `bytes` bytes from `offset` of `region` at `iova`, which is in one of [`IommuBackend::ranges`].
-    fn map(&self, region: &DmaRegion, offset: u64, bytes: u64, iova: u64) -> io::Result<()>;
+    fn map(&self, region: &DmaRegion, offset: u64, bytes: u64, iova: u64) -> io::Result<()> {
+        ioctl::map(self.translator(), region, offset, bytes, iova)
+    }
 
     /// Takes exactly that away again. When this answers, the IOMMU has forgotten it.
-    fn unmap(&self, iova: u64, bytes: u64) -> io::Result<()>;
+    fn unmap(&self, iova: u64, bytes: u64) -> io::Result<()> {
+        ioctl::unmap(self.translator(), iova, bytes)
+    }
 
     /// I/O addresses that it takes: first and last of each run, in order.
     fn ranges(&self) -> &[(u64, u64)];
@@ -116,10 +123,6 @@ impl Group {
             .map_err(io(format!("VFIO_GROUP_GET_DEVICE_FD in group {number}")))?;
         Ok((function, Box::new(Self { group, container, ranges })))
     }
-
-    fn translator(&self) -> Translator<'_> {
-        Translator::Container(self.container.as_fd())
-    }
 }
 
 /// The I/O addresses that a container takes: all of them where the kernel does not say (before 5.4).
@@ -149,12 +152,8 @@ impl IommuBackend for Group {
         "container and group"
     }
 
-    fn map(&self, region: &DmaRegion, offset: u64, bytes: u64, iova: u64) -> io::Result<()> {
-        ioctl::map(self.translator(), region, offset, bytes, iova)
-    }
-
-    fn unmap(&self, iova: u64, bytes: u64) -> io::Result<()> {
-        ioctl::unmap(self.translator(), iova, bytes)
+    fn translator(&self) -> Translator<'_> {
+        Translator::Container(self.container.as_fd())
     }
 
     fn ranges(&self) -> &[(u64, u64)] {

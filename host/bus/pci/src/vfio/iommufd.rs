@@ -7,7 +7,6 @@ use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use cap_std::fs::Dir;
-use cofferdam_device::DmaRegion;
 use rustix::fs::{Mode, OFlags};
 use vfio_bindings::bindings::vfio as v;
 
@@ -57,23 +56,13 @@ pub(super) fn open(address: Address, device: &Dir) -> Result<(OwnedFd, Box<dyn I
     Ok((function, Box::new(Iommufd { iommufd, space, ranges })))
 }
 
-impl Iommufd {
-    fn translator(&self) -> Translator<'_> {
-        Translator::Iommufd(self.iommufd.as_fd(), self.space)
-    }
-}
-
 impl IommuBackend for Iommufd {
     fn name(&self) -> &'static str {
         "iommufd"
     }
 
-    fn map(&self, region: &DmaRegion, offset: u64, bytes: u64, iova: u64) -> io::Result<()> {
-        ioctl::map(self.translator(), region, offset, bytes, iova)
-    }
-
-    fn unmap(&self, iova: u64, bytes: u64) -> io::Result<()> {
-        ioctl::unmap(self.translator(), iova, bytes)
+    fn translator(&self) -> Translator<'_> {
+        Translator::Iommufd(self.iommufd.as_fd(), self.space)
     }
 
     fn ranges(&self) -> &[(u64, u64)] {
