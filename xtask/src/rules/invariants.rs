@@ -34,12 +34,15 @@ fn rows() -> Vec<Row> {
     .collect()
 }
 
-/// A test function, or one of the gate's models.
+/// A test function, one of the gate's models, or a scenario of a virtual machine.
 fn name_of_test(line: &str) -> Option<&str> {
-    match line.strip_prefix("fn ") {
-        Some(rest) => rest.split(['(', '<']).next(),
-        None => line.strip_prefix("name: \"")?.strip_suffix("\","),
+    if let Some(rest) = line.strip_prefix("fn ") {
+        return rest.split(['(', '<']).next();
     }
+    if let Some(rest) = line.strip_prefix("Scenario::new(") {
+        return rest.split('"').nth(3);
+    }
+    line.strip_prefix("name: \"")?.strip_suffix("\",")
 }
 
 #[test]
