@@ -39,6 +39,41 @@ pub trait VirtioDevice {
     fn max_queue_size(&self, queue: u16) -> u16;
 }
 
+/// The device from DRIVER_OK on, for a control lane with queues of its own: `virtio.live-device` of the WIT.
+pub trait LiveDevice {
+    /// As [`VirtioDevice::read_config`].
+    ///
+    /// # Errors
+    /// As there.
+    fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, VirtioError>;
+
+    /// Sends `request` (1 to 4,096 bytes) on the control lane's queue for commands; what the device wrote, at most `response_bytes` (0 to 4,096). Blocks for 2 s at most.
+    ///
+    /// # Errors
+    /// `Invalid` for a length out of its bound, `Device` when there is no such queue, or no answer in time: then of every later call, too.
+    fn command(&mut self, request: &[u8], response_bytes: u32) -> Result<Vec<u8>, VirtioError>;
+}
+
+/// Who serves a queue: `virtio.queue-owner` of the WIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueOwner {
+    /// The data lane of this number.
+    Set(u16),
+    /// The control lane.
+    Control,
+}
+
+/// How the host keeps a queue filled with device-writable buffers: `virtio.posting` of the WIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Posting {
+    /// Bytes of each buffer, 1 to 65,536 (4,096 for the control lane's).
+    pub buffer_bytes: u32,
+    /// Buffers to keep on the ring, at most the size of the queue.
+    pub buffers: u16,
+    /// Bytes at the head of each that cross by value, 0 to 64.
+    pub head_bytes: u8,
+}
+
 /// One virtqueue that the driver wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueuePlan {
@@ -49,4 +84,22 @@ pub struct QueuePlan {
     /// If given: a used element whose written length is all that its chain offered and whose status bytes equal these is a success that
     /// the host answers without calling the driver. At most [`MAX_ORDINARY_RESPONSE_BYTES`].
     pub ordinary_response: Option<Vec<u8>>,
+    /// Who serves it.
+    pub owner: QueueOwner,
+    /// If given: the host fills the queue, and the driver never submits to it.
+    pub posting: Option<Posting>,
+}
+
+impl QueuePlan {
+    /// A queue for requests, served by lane `set`.
+    #[must_use]
+    pub fn requests(index: u16, size: u16, ordinary_response: Option<Vec<u8>>, set: u16) -> Self {
+        Self { index, size, ordinary_response, owner: QueueOwner::Set(set), posting: None }
+    }
+
+    /// A queue that the host keeps filled.
+    #[must_use]
+    pub fn posted(index: u16, size: u16, owner: QueueOwner, posting: Posting) -> Self {
+        Self { index, size, ordinary_response: None, owner, posting: Some(posting) }
+    }
 }

@@ -1,6 +1,6 @@
 //! What the author of a Cofferdam driver uses.
 //!
-//! A driver is an ordinary Rust type that implements [`BlockDriver`]; [`export_block_driver!`] makes the component around it when the crate
+//! A driver is an ordinary Rust type that implements [`VirtioDriver`]; [`export_block_driver!`] and its like make the component around it when the crate
 //! is compiled for WebAssembly and expands to nothing otherwise. So the same crate links natively, and its unit tests run against
 //! [`mock::MockDevice`] without any Wasm.
 //!
@@ -16,7 +16,8 @@
 //! | module | about |
 //! | --- | --- |
 //! | [`device`] | the virtio device as a driver sees it |
-//! | [`block`] | the traits of a block driver and the records they exchange |
+//! | [`driver`] | the traits of a driver and the records they exchange |
+//! | [`block`], [`entropy`], [`stream`], [`net`] | the services: what a device can do |
 //! | [`words`] | typed views of the flat words that cross the boundary |
 //! | [`function`] | a device that its driver programs itself |
 //! | [`log`] | the log capability |
@@ -30,11 +31,15 @@ extern crate self as cofferdam_sdk;
 
 pub mod block;
 pub mod device;
+pub mod driver;
+pub mod entropy;
 mod error;
 pub mod function;
 pub mod log;
 pub mod mock;
 pub mod native;
+pub mod net;
+pub mod stream;
 pub mod words;
 
 mod export;
@@ -42,13 +47,20 @@ mod export;
 #[cfg(all(target_family = "wasm", feature = "function"))]
 pub mod function_glue;
 #[doc(hidden)]
-#[cfg(all(target_family = "wasm", feature = "block"))]
+#[cfg(all(target_family = "wasm", not(feature = "function")))]
 pub mod glue;
 
 #[cfg(all(target_family = "wasm", feature = "function"))]
 pub use function_glue::{dma, interrupt};
 
-pub use block::{Attachment, BlockDriver, BlockLane, BlockProperties, LaneSetup};
-pub use device::{QueuePlan, VirtioDevice};
+pub use block::BlockProperties;
+pub use device::{LiveDevice, Posting, QueueOwner, QueuePlan, VirtioDevice};
+pub use driver::{Attachment, Lane, LaneSetup, VirtioDriver};
+pub use entropy::EntropyProperties;
 pub use error::{DriverError, VirtioError};
-pub use words::{Answers, ChainWriter, Operation, Request, Requests, Response, Responses, Status};
+pub use net::{NetProperties, Offloads};
+pub use stream::{StreamDriver, StreamPort, StreamProperties};
+pub use words::{
+    Answers, Arrivals, ChainWriter, ControlBuffers, Operation, Piece, Received, Request, Requests, Response, Responses,
+    Status,
+};

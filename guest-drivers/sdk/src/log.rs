@@ -20,9 +20,9 @@ pub enum Level {
 
 /// Writes one line. Never blocks and never fails.
 pub fn write(level: Level, message: &str) {
-    #[cfg(all(target_family = "wasm", feature = "block"))]
+    #[cfg(all(target_family = "wasm", not(feature = "function")))]
     crate::glue::log(level, message);
-    #[cfg(all(target_family = "wasm", feature = "function", not(feature = "block")))]
+    #[cfg(all(target_family = "wasm", feature = "function"))]
     crate::function_glue::log(level, message);
     #[cfg(not(target_family = "wasm"))]
     eprintln!("[driver {level:?}] {message}");

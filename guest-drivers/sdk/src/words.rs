@@ -1,12 +1,14 @@
-//! Typed views of the flat words that cross between host and driver. Their layout is documented in `wit/block.wit`.
+//! Typed views of the flat words that cross between host and driver. Their layout is documented in `wit/words.wit`.
 //!
 //! Plain integers cross as one copy, which is why they are flat: the host writes requests into the lane's window, and copies the chains from where they were
 //! written. Nobody but this module needs to know their bits.
 
+mod arrival;
 mod chain;
 mod request;
 mod response;
 
+pub use arrival::{Arrivals, ControlBuffers, Piece, Received, ReceivedBuffer};
 pub use chain::{Chain, ChainError, ChainWriter, MAX_HEADER_BYTES, MAX_SEGMENT_BYTES, MAX_SEGMENTS, MAX_STATUS_BYTES};
 #[doc(hidden)]
 pub use chain::{KIND_HEADER_OUT, KIND_PAYLOAD_IN, KIND_PAYLOAD_OUT, KIND_STATUS_IN, QUEUE_REFUSED};
@@ -16,7 +18,7 @@ pub use response::{Answers, Response, Responses, StatusBytes};
 /// Most requests or responses in one call.
 pub const MAX_BATCH: usize = 64;
 
-/// How a request ended (`wit/block.wit`, "Status").
+/// How a request ended (`wit/words.wit`, "Status").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {

@@ -11,7 +11,7 @@
 //! take the first descriptor for the header and nothing else.
 
 use cofferdam_sdk::{
-    Answers, BlockLane, ChainWriter, DriverError, LaneSetup, Operation, Request, Requests, Response, Responses, Status,
+    Answers, ChainWriter, DriverError, Lane, LaneSetup, Operation, Request, Requests, Response, Responses, Status,
 };
 
 use crate::state::LaneState;
@@ -34,7 +34,7 @@ const STATUS_UNSUPP: u8 = 2;
 /// Flag of a range: write-zeroes may deallocate it (section 5.2.6).
 const RANGE_UNMAP: u32 = 1;
 
-/// The lower half of a token tells the requests apart that are in flight on one lane (`wit/block.wit`): a place to remember something of it.
+/// The lower half of a token tells the requests apart that are in flight on one lane (`wit/words.wit`): a place to remember something of it.
 const PLACE: u32 = 0xffff;
 /// What is remembered of a token that another instance submitted, or none: no written length is enough.
 const UNKNOWN: u32 = u32::MAX;
@@ -100,12 +100,12 @@ impl VirtioBlkLane {
                 chain.status_in(1);
             }
             Operation::WriteZeroes => {
-                let unmap = request.may_unmap && self.limits.write_zeroes_may_unmap;
+                let unmap = request.may_unmap() && self.limits.write_zeroes_may_unmap;
                 chain.header_out(&header(request_type::WRITE_ZEROES, 0));
                 chain.header_out(&range(sector, request.length, if unmap { RANGE_UNMAP } else { 0 }));
                 chain.status_in(1);
             }
-            Operation::Other(_) => {}
+            _ => {}
         });
         // `check` keeps every request inside the layout's bounds; were it wrong, the request is refused and nothing else suffers.
         written.map_err(|_| Status::Invalid)?;
@@ -131,7 +131,7 @@ impl VirtioBlkLane {
             Operation::Discard | Operation::WriteZeroes if has(feature::RO) => return Err(Status::ReadOnly),
             Operation::Discard => self.limits.max_discard_bytes,
             Operation::WriteZeroes => self.limits.max_write_zeroes_bytes,
-            Operation::Other(_) => return Err(Status::Unsupported),
+            _ => return Err(Status::Unsupported),
         };
         if limit == 0 {
             return Err(Status::Unsupported);
@@ -139,12 +139,12 @@ impl VirtioBlkLane {
         let sector = u64::from(SECTOR_BYTES);
         let whole = match request.operation {
             Operation::GetId => request.length == u64::from(ID_BYTES),
-            _ => request.offset.is_multiple_of(sector) && request.length.is_multiple_of(sector),
+            _ => request.offset().is_multiple_of(sector) && request.length.is_multiple_of(sector),
         };
         if !whole || request.length == 0 || request.length > u64::from(limit) {
             return Err(Status::Invalid);
         }
-        Ok(request.offset / sector)
+        Ok(request.offset() / sector)
     }
 
     /// What an out-of-the-ordinary response means. Success with everything written never comes here, so a success here is a short one.
@@ -166,7 +166,7 @@ impl VirtioBlkLane {
     }
 }
 
-impl BlockLane for VirtioBlkLane {
+impl Lane for VirtioBlkLane {
     fn submit(&mut self, requests: Requests<'_>, chains: &mut ChainWriter<'_>) {
         // One queue per batch: one notification of the device, and the next batch goes to the next queue.
         let queue = self.queues[self.next];

@@ -1,7 +1,7 @@
 //! The control lane: whose device it is, what is negotiated, which queues are set up, and what the device can do.
 
 use cofferdam_sdk::device::MAX_PLANNED_QUEUES;
-use cofferdam_sdk::{Attachment, BlockDriver, BlockProperties, DriverError, LaneSetup, QueuePlan, VirtioDevice, log};
+use cofferdam_sdk::{Attachment, BlockProperties, DriverError, LaneSetup, QueuePlan, VirtioDevice, VirtioDriver, log};
 
 use crate::config::Geometry;
 use crate::lane::VirtioBlkLane;
@@ -24,8 +24,9 @@ pub struct VirtioBlk {
     limits: LaneState,
 }
 
-impl BlockDriver for VirtioBlk {
+impl VirtioDriver for VirtioBlk {
     type Lane = VirtioBlkLane;
+    type Properties = BlockProperties;
 
     fn attach(device: &mut dyn VirtioDevice) -> Result<(Self, Attachment), DriverError> {
         match device.device_type() {
@@ -126,7 +127,7 @@ fn plan_queues(device: &dyn VirtioDevice, of_the_device: u16) -> Result<Vec<Queu
             max => 1 << max.ilog2(),
         };
         if size >= MIN_QUEUE_SIZE {
-            queues.push(QueuePlan { index, size, ordinary_response: Some(vec![STATUS_OK]) });
+            queues.push(QueuePlan::requests(index, size, Some(vec![STATUS_OK]), index));
         } else if index == 0 {
             return Err(DriverError::Device(format!(
                 "queue 0 has {size} entries; a request takes {MIN_QUEUE_SIZE} (section 5.2.2)"

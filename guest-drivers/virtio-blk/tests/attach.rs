@@ -3,7 +3,7 @@
 mod common;
 
 use cofferdam_sdk::mock::MockDevice;
-use cofferdam_sdk::{BlockDriver, BlockProperties, DriverError};
+use cofferdam_sdk::{BlockProperties, DriverError, VirtioDriver};
 use cofferdam_virtio_blk::{VirtioBlk, feature};
 use common::{device, everything};
 

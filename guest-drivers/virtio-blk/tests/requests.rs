@@ -4,7 +4,7 @@ mod common;
 
 use cofferdam_sdk::mock::{CheckedChain, MockDevice, Outcome, Segment, check_answers, check_chains, response_words};
 use cofferdam_sdk::native::NativeLane;
-use cofferdam_sdk::{BlockDriver, BlockProperties, LaneSetup, Operation, Request, Status};
+use cofferdam_sdk::{BlockProperties, LaneSetup, Operation, Request, Status, VirtioDriver};
 use cofferdam_virtio_blk::{VirtioBlk, feature};
 use common::{device, everything};
 use proptest::prelude::*;
@@ -45,7 +45,7 @@ impl Lane {
 }
 
 fn request(operation: Operation, offset: u64, length: u64) -> Request {
-    Request { token: 5, operation, may_unmap: false, offset, length }
+    Request { token: 5, operation, flags: 0, argument: offset, length }
 }
 
 fn header(kind: u32, sector: u64) -> Segment {
@@ -63,7 +63,7 @@ fn every_operation_has_the_layout_of_section_5_2_6() {
     let mut lane = Lane::of(everything());
     let payload_in = |offset, length| Segment::PayloadIn { offset, length };
     let payload_out = |offset, length| Segment::PayloadOut { offset, length };
-    let unmap = Request { may_unmap: true, ..request(Operation::WriteZeroes, 0, 4096) };
+    let unmap = Request { flags: 1, ..request(Operation::WriteZeroes, 0, 4096) };
     let cases = [
         (request(Operation::Read, 4096, 8192), vec![header(0, 8), payload_in(0, 8192), STATUS]),
         (
@@ -86,7 +86,7 @@ fn every_operation_has_the_layout_of_section_5_2_6() {
 fn the_unmap_flag_is_only_set_where_the_device_may_unmap() {
     let mut device = everything();
     device.set_config(56, &[0]);
-    let unmap = Request { may_unmap: true, ..request(Operation::WriteZeroes, 0, 4096) };
+    let unmap = Request { flags: 1, ..request(Operation::WriteZeroes, 0, 4096) };
     let Outcome::Chain(chain) = Lane::of(device).one(unmap) else { panic!("refused") };
     assert_eq!(chain.segments[1], range(0, 8, 0));
 }
@@ -167,11 +167,11 @@ fn a_lane_refuses_a_setup_that_attach_did_not_make() {
 fn any_request() -> impl Strategy<Value = Request> {
     let length = prop_oneof![Just(0), Just(20), (0_u64..700).prop_map(|n| n * 4096), 0_u64..1 << 21, any::<u64>()];
     let offset = prop_oneof![(0_u64..1 << 20).prop_map(|n| n * 512), any::<u64>()];
-    (0_u8..8, any::<bool>(), offset, length).prop_map(|(code, may_unmap, offset, length)| Request {
+    (0_u8..8, any::<bool>(), offset, length).prop_map(|(code, may_unmap, argument, length)| Request {
         token: 0,
         operation: Operation::from_code(code),
-        may_unmap,
-        offset,
+        flags: u8::from(may_unmap),
+        argument,
         length,
     })
 }
@@ -206,7 +206,7 @@ proptest! {
         let outcomes = lane.submit(&requests);
         for (request, outcome) in requests.iter().zip(outcomes) {
             let payload = matches!(request.operation, Operation::Read | Operation::Write | Operation::GetId);
-            let legal = payload && request.length > 0 && request.length.is_multiple_of(512) && request.offset.is_multiple_of(512)
+            let legal = payload && request.length > 0 && request.length.is_multiple_of(512) && request.offset().is_multiple_of(512)
                 && request.length <= u64::from(lane.properties.max_transfer_bytes);
             let Outcome::Chain(chain) = outcome else {
                 let refusable = !legal || request.operation == Operation::GetId || lane.properties.read_only;

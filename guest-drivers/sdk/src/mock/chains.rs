@@ -140,8 +140,8 @@ fn check_segments(request: &Request, segments: &[Segment]) -> Result<(), String>
             Segment::StatusIn { length } => status += length,
             Segment::PayloadOut { offset, length } | Segment::PayloadIn { offset, length } => {
                 let direction = match request.operation {
-                    Operation::Write => Some(false),
-                    Operation::Read | Operation::GetId => Some(true),
+                    Operation::Write | Operation::Send | Operation::Transmit => Some(false),
+                    Operation::Read | Operation::GetId | Operation::Fill => Some(true),
                     _ => None,
                 };
                 if direction != Some(is_writable) {
@@ -159,7 +159,10 @@ fn check_segments(request: &Request, segments: &[Segment]) -> Result<(), String>
         }
     }
     let covered: u64 = covered.iter().map(|(start, end)| end - start).sum();
-    let has_payload = matches!(request.operation, Operation::Read | Operation::Write | Operation::GetId);
+    let has_payload = !matches!(
+        request.operation,
+        Operation::Flush | Operation::Discard | Operation::WriteZeroes | Operation::Other(_)
+    );
     if has_payload && covered != request.length {
         return Err(format!("{covered} of {} payload bytes are covered", request.length));
     }

@@ -11,7 +11,7 @@ pub const MAX_STATUS_BYTES: u32 = 64;
 /// Longest segment in bytes.
 pub const MAX_SEGMENT_BYTES: u32 = (1 << 28) - 1;
 
-/// Segment kinds, as in `wit/block.wit`.
+/// Segment kinds, as in `wit/words.wit`.
 pub const KIND_HEADER_OUT: u32 = 0;
 /// See [`KIND_HEADER_OUT`].
 pub const KIND_PAYLOAD_OUT: u32 = 1;

@@ -18,6 +18,12 @@ pub enum Operation {
     WriteZeroes,
     /// Read the device's 20-byte identity.
     GetId,
+    /// Entropy: random bytes to payload.
+    Fill,
+    /// Stream: payload to a port.
+    Send,
+    /// Net: payload is a packet.
+    Transmit,
     /// A code this SDK does not know; a driver refuses it as unsupported.
     Other(u8),
 }
@@ -33,6 +39,9 @@ impl Operation {
             3 => Self::Discard,
             4 => Self::WriteZeroes,
             5 => Self::GetId,
+            6 => Self::Fill,
+            7 => Self::Send,
+            8 => Self::Transmit,
             other => Self::Other(other),
         }
     }
@@ -47,36 +56,51 @@ impl Operation {
             Self::Discard => 3,
             Self::WriteZeroes => 4,
             Self::GetId => 5,
+            Self::Fill => 6,
+            Self::Send => 7,
+            Self::Transmit => 8,
             Self::Other(code) => code,
         }
     }
 }
 
-/// One request. The host has checked range and alignment against the driver's properties.
+/// One request. The host has checked it against the driver's properties.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// Names the request until it is answered.
     pub token: u32,
     /// What to do.
     pub operation: Operation,
-    /// Write-zeroes only: the range may be deallocated.
-    pub may_unmap: bool,
-    /// Byte offset on the medium; 0 for flush and get-id.
-    pub offset: u64,
+    /// Modifiers, by the service.
+    pub flags: u8,
+    /// What the service says: an offset in bytes on the medium, a port, where the checksum goes.
+    pub argument: u64,
     /// Length in bytes of the payload or of the range; 0 for flush, 20 for get-id.
     pub length: u64,
 }
 
 impl Request {
+    /// Block, write-zeroes only: the range may be deallocated.
+    #[must_use]
+    pub fn may_unmap(&self) -> bool {
+        self.flags & 1 != 0
+    }
+
+    /// Block: byte offset on the medium; 0 for flush and get-id.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.argument
+    }
+
     /// Reads the three words of a request.
     #[must_use]
     pub fn decode(words: [u64; WORDS_PER_REQUEST]) -> Self {
-        let [head, offset, length] = words;
+        let [head, argument, length] = words;
         Self {
             token: head as u32,
             operation: Operation::from_code((head >> 32) as u8),
-            may_unmap: head >> 40 & 1 != 0,
-            offset,
+            flags: (head >> 40) as u8,
+            argument,
             length,
         }
     }
@@ -84,8 +108,8 @@ impl Request {
     /// The three words of this request.
     #[must_use]
     pub fn encode(&self) -> [u64; WORDS_PER_REQUEST] {
-        let head = u64::from(self.token) | u64::from(self.operation.code()) << 32 | u64::from(self.may_unmap) << 40;
-        [head, self.offset, self.length]
+        let head = u64::from(self.token) | u64::from(self.operation.code()) << 32 | u64::from(self.flags) << 40;
+        [head, self.argument, self.length]
     }
 }
 
@@ -124,12 +148,12 @@ mod tests {
 
     #[test]
     fn a_request_survives_its_words() {
-        for code in 0..=7 {
+        for code in 0..=9 {
             let request = Request {
                 token: 0xdead_beef,
                 operation: Operation::from_code(code),
-                may_unmap: code == 4,
-                offset: 1 << 41,
+                flags: code,
+                argument: 1 << 41,
                 length: 4096,
             };
             assert_eq!(Request::decode(request.encode()), request);
@@ -138,8 +162,8 @@ mod tests {
 
     #[test]
     fn the_bits_are_those_of_the_contract() {
-        let words = Request { token: 7, operation: Operation::WriteZeroes, may_unmap: true, offset: 512, length: 1024 }
-            .encode();
+        let words =
+            Request { token: 7, operation: Operation::WriteZeroes, flags: 1, argument: 512, length: 1024 }.encode();
         assert_eq!(words, [7 | 4 << 32 | 1 << 40, 512, 1024]);
     }
 }

@@ -1,6 +1,6 @@
 //! What goes wrong on the control lane.
 
-use cofferdam_sdk::{Attachment, BlockDriver, BlockProperties, DriverError, LaneSetup, QueuePlan, VirtioDevice, log};
+use cofferdam_sdk::{Attachment, BlockProperties, DriverError, LaneSetup, QueuePlan, VirtioDevice, VirtioDriver, log};
 use cofferdam_virtio_blk::VirtioBlk;
 
 use crate::lane::HostileLane;
@@ -12,8 +12,9 @@ pub struct Hostile {
     inner: VirtioBlk,
 }
 
-impl BlockDriver for Hostile {
+impl VirtioDriver for Hostile {
     type Lane = HostileLane;
+    type Properties = BlockProperties;
 
     fn attach(device: &mut dyn VirtioDevice) -> Result<(Self, Attachment), DriverError> {
         match behaviour() {
@@ -96,7 +97,7 @@ impl BlockDriver for Hostile {
 const COMPLETE_TOO: [&str; 2] = ["wrong-answer-token", "unknown-status"];
 
 fn plan(index: u16, size: u16) -> QueuePlan {
-    QueuePlan { index, size, ordinary_response: None }
+    QueuePlan::requests(index, size, None, index)
 }
 
 /// A device that was never asked to negotiate, and a plausible configuration space.

@@ -2,7 +2,7 @@
 
 use cofferdam_sdk::words::{KIND_HEADER_OUT, KIND_STATUS_IN};
 use cofferdam_sdk::{
-    Answers, BlockDriver, BlockLane, ChainWriter, DriverError, LaneSetup, Operation, Request, Requests, Responses, log,
+    Answers, ChainWriter, DriverError, Lane, LaneSetup, Operation, Request, Requests, Responses, VirtioDriver, log,
 };
 use cofferdam_virtio_blk::{VirtioBlk, VirtioBlkLane};
 
@@ -26,7 +26,7 @@ pub const COMMANDS: [&str; 6] = ["trap", "loop", "eat", "no-words", "trap-comple
 
 /// The command that a request is.
 fn command(request: &Request) -> Option<&'static str> {
-    let place = request.offset.checked_sub(COMMANDS_OFFSET).filter(|_| request.operation == Operation::Write)?;
+    let place = request.offset().checked_sub(COMMANDS_OFFSET).filter(|_| request.operation == Operation::Write)?;
     COMMANDS.get(usize::try_from(place / 4096).ok()?).copied().filter(|_| place.is_multiple_of(4096))
 }
 
@@ -45,7 +45,7 @@ impl HostileLane {
     }
 }
 
-impl BlockLane for HostileLane {
+impl Lane for HostileLane {
     fn submit(&mut self, requests: Requests<'_>, chains: &mut ChainWriter<'_>) {
         let behaviour = behaviour();
         self.requests += requests.len() as u64;
