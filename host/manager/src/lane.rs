@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use cofferdam_device::words::MAX_BATCH;
 use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
 use cofferdam_gate::{HandleRefused, Notify};
-use cofferdam_runtime::BlockDriver;
+use cofferdam_runtime::LaneDriver;
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::ReadWriteFlags;
 
@@ -72,7 +72,7 @@ impl LaneQueue {
 
 /// What a lane is made of.
 pub(crate) struct LaneParts {
-    pub(crate) driver: Box<dyn BlockDriver>,
+    pub(crate) driver: Box<dyn LaneDriver>,
     pub(crate) queue: LaneQueue,
     pub(crate) arena: DmaArena,
     pub(crate) geometry: BlockGeometry,

@@ -74,7 +74,7 @@ pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleI
 pub mod native {
     pub use crate::load::NativeDriver;
     pub use cofferdam_runtime::{
-        Attachment, BlockDriver, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneSetup,
+        Attachment, LaneDriver, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneSetup,
         QueuePlan,
     };
 }

@@ -9,7 +9,7 @@ use cofferdam_device::queue::{QueueConfig, SplitQueue};
 use cofferdam_device::transport::{QueueSetup, Transport};
 use cofferdam_lifecycle::{Event, Phase};
 use cofferdam_runtime::{
-    Attachment, BlockDriver, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec,
+    Attachment, LaneDriver, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec,
     KillSwitch, LaneId, LaneSetup, Module, Runtime, Service,
 };
 use parking_lot::Mutex;
@@ -85,7 +85,7 @@ pub trait NativeDriver: Send {
     ///
     /// # Errors
     /// What the driver says.
-    fn start(&mut self, setup: &LaneSetup) -> Result<Box<dyn BlockDriver>, CallError>;
+    fn start(&mut self, setup: &LaneSetup) -> Result<Box<dyn LaneDriver>, CallError>;
 }
 
 impl LoadSpec {
@@ -163,7 +163,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         (Some(maker), _) => {
             let mut control = maker.make(LaneId::Control)?;
             let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
-            let properties = control.block_properties().map_err(attach_error)?;
+            let properties = control.properties().map_err(attach_error)?;
             parts.control = Some(control);
             (attachment, properties)
         }
@@ -221,7 +221,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             parts.marks.note(fd);
         }
         let setup = LaneSetup { features, state: attachment.state.clone(), queues: vec![plan.index] };
-        let driver: Box<dyn BlockDriver> = match (&maker, &mut native) {
+        let driver: Box<dyn LaneDriver> = match (&maker, &mut native) {
             (Some(maker), _) => {
                 let mut driver = maker.make(LaneId::Data(number as u16))?;
                 driver.start(&setup).map_err(attach_error)?;

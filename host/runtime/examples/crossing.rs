@@ -13,7 +13,7 @@ mod support;
 use std::hint::black_box;
 use std::time::Instant;
 
-use cofferdam_runtime::BlockDriver;
+use cofferdam_runtime::LaneDriver;
 use support::{Guest, instance, requests, runtime, setup};
 
 const ROUNDS: usize = 200;

@@ -34,10 +34,14 @@ pub(crate) enum Export {
     Complete,
     Window,
     AttachFunction,
+    Received,
+    Live,
+    Events,
+    SetOpen,
 }
 
 /// By number of [`Export`].
-const EXPORTS: [&str; 9] = [
+const EXPORTS: [&str; 13] = [
     "instantiate",
     "attach",
     "config-changed",
@@ -47,6 +51,10 @@ const EXPORTS: [&str; 9] = [
     "complete",
     "window",
     "function.attach",
+    "received",
+    "control.live",
+    "control.events",
+    "stream-control.set-open",
 ];
 
 /// A call out of the guest. Functions of this project's interfaces one by one, those of WASI by interface.
@@ -70,10 +78,11 @@ pub(crate) enum Import {
     MmioWrite,
     DmaAllocate,
     InterruptWait,
+    Command,
 }
 
 /// By number of [`Import`]; 0 is none.
-const IMPORTS: [&str; 18] = [
+const IMPORTS: [&str; 19] = [
     "",
     "log.write",
     "virtio.device.device-type",
@@ -92,6 +101,7 @@ const IMPORTS: [&str; 18] = [
     "mmio.function.write",
     "dma.allocate",
     "interrupt.wait",
+    "virtio.live-device.command",
 ];
 
 const THREAD_SHIFT: u32 = 32;

@@ -8,33 +8,33 @@ use cofferdam_gate::Gate;
 use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
 
 use crate::activity::{Activity, Export};
-use crate::bindings::VirtioBlockDriver;
-use crate::bindings::function::FunctionDriver;
 use crate::capability::device::{DeviceCapability, the_device};
 use crate::capability::function::{FunctionState, the_function};
+use crate::capability::live::{LiveCapability, the_live_device};
 use crate::capability::log::{LogSink, Speaker};
 use crate::capability::wasi::WasiState;
 use crate::error::InstantiateError;
 use crate::fault::{CallError, DriverError, FaultKind, GuestFault, frames};
 use crate::grants::Grants;
+use crate::guest::{Guest, ServiceExports};
 use crate::kill::KillSwitch;
-use crate::lifted::{Lifted, Window, Words};
+use crate::lifted::{Lifted, Window};
 use crate::limits::{GuestLimits, Meter};
 use crate::module::{Module, mismatch};
 use crate::runtime::Runtime;
+use crate::service::WitProperties;
 use crate::service::{
-    Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS,
+    Attachment, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, Properties,
 };
 use crate::state::LaneState;
 use crate::view::CallView;
 use crate::watch::Watch;
-use crate::world::Service;
 
 /// Bytes that one host call may lift out of a guest; wasmtime counts them before it allocates. Enough for 64 chains of the longest kind (71 KiB) and for the chunks in
 /// which WASI writes files; a list or a log message beyond it is a [`FaultKind::Layout`] or [`FaultKind::Trap`] fault.
 const LIFT_LIMIT_BYTES: usize = 2 << 20;
 
-/// Words of one request (`wit/block.wit`).
+/// Words of one request (`wit/words.wit`).
 const REQUEST_WORDS: usize = 3;
 
 /// Which lane of its binding an instance serves.
@@ -124,6 +124,7 @@ impl Instance {
             meter: Meter::new(&spec.limits),
             log,
             device: None,
+            live: None,
             function: FunctionState::default(),
             wasi,
         };
@@ -179,7 +180,7 @@ impl Instance {
     /// bounds in `wit/virtio.wit`.
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
         let words = self.with_device(Export::Attach, device, |store, guest| {
-            guest.block()?.exports.cofferdam_driver_driver().call_attach(store, the_device())
+            guest.virtio()?.driver.cofferdam_driver_driver().call_attach(store, the_device())
         })?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))
@@ -199,27 +200,86 @@ impl Instance {
         Ok(answer?.map_err(DriverError::from)?)
     }
 
-    /// Control lane: the device's configuration space may have changed. Ask for [`Instance::block_properties`] afterwards.
+    /// Control lane: the device's configuration space may have changed. Ask for [`Instance::properties`] afterwards.
     ///
     /// # Errors
     /// As [`Instance::attach`].
     pub fn config_changed(&mut self, device: Box<dyn DeviceCapability>) -> Result<(), CallError> {
         let answer = self.with_device(Export::ConfigChanged, device, |store, guest| {
-            guest.block()?.exports.cofferdam_driver_driver().call_config_changed(store, the_device())
+            guest.virtio()?.driver.cofferdam_driver_driver().call_config_changed(store, the_device())
         })?;
         Ok(answer.map_err(DriverError::from)?)
     }
 
-    /// Control lane: what the device can do, checked against the bounds in `wit/block.wit`.
+    /// Control lane: what the device can do, checked against the bounds in `wit/`.
     ///
     /// # Errors
     /// As [`Instance::attach`]; a breach of the bounds is a fault.
-    pub fn block_properties(&mut self) -> Result<BlockProperties, CallError> {
+    pub fn properties(&mut self) -> Result<Properties, CallError> {
         let words = self.call(Export::GetProperties, |store, guest| {
-            guest.block()?.exports.cofferdam_driver_block().call_get_properties(store)
+            Ok(match &guest.virtio()?.service {
+                ServiceExports::Block(block) => {
+                    block.cofferdam_driver_block().call_get_properties(store)?.map(WitProperties::Block)
+                }
+                ServiceExports::Entropy(entropy) => {
+                    entropy.cofferdam_driver_entropy().call_get_properties(store)?.map(WitProperties::Entropy)
+                }
+                ServiceExports::Stream(stream) => {
+                    stream.cofferdam_driver_stream().call_get_properties(store)?.map(WitProperties::Stream)
+                }
+                ServiceExports::Net(net) => {
+                    net.cofferdam_driver_net().call_get_properties(store)?.map(WitProperties::Net)
+                }
+            })
         })?;
         let properties = words.map_err(DriverError::from)?;
-        BlockProperties::check(&properties).map_err(|fault| self.fail(fault))
+        Properties::check(properties).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane with queues of its own, once the device runs.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn live(&mut self, device: Box<dyn LiveCapability>) -> Result<(), CallError> {
+        let answer = self.with_live(Export::Live, device, |store, guest| {
+            guest.virtio()?.control()?.cofferdam_driver_control().call_live(store, the_live_device())
+        })?;
+        Ok(answer.map_err(DriverError::from)?)
+    }
+
+    /// Control lane with queues of its own: buffers that the device used, 1 to 64 (`control.events` in `wit/virtio.wit`).
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn events(&mut self, device: Box<dyn LiveCapability>, buffers: Vec<u32>) -> Result<(), CallError> {
+        let answer = self.with_live(Export::Events, device, |store, guest| {
+            guest.virtio()?.control()?.cofferdam_driver_control().call_events(store, the_live_device(), &buffers)
+        })?;
+        Ok(answer.map_err(DriverError::from)?)
+    }
+
+    /// Control lane of a driver of streams: a port was opened or closed on this side.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn set_open(&mut self, device: Box<dyn LiveCapability>, port: u32, open: bool) -> Result<(), CallError> {
+        let answer = self.with_live(Export::SetOpen, device, |store, guest| {
+            let stream = guest.virtio()?.stream()?;
+            stream.cofferdam_driver_stream_control().call_set_open(store, the_live_device(), port, open)
+        })?;
+        Ok(answer.map_err(DriverError::from)?)
+    }
+
+    fn with_live<R>(
+        &mut self,
+        export: Export,
+        device: Box<dyn LiveCapability>,
+        call: impl FnOnce(&mut Store<LaneState>, &Guest) -> wasmtime::Result<R>,
+    ) -> Result<R, GuestFault> {
+        self.store.data_mut().live = Some(device);
+        let result = self.call(export, call);
+        self.store.data_mut().live = None;
+        result
     }
 
     /// Data lane, once, before any request. Asks for the lane's window too.
@@ -229,7 +289,7 @@ impl Instance {
     pub fn start(&mut self, setup: &LaneSetup) -> Result<(), CallError> {
         let setup = setup.into();
         let answer = self.call(Export::Start, |store, guest| {
-            guest.block()?.exports.cofferdam_driver_driver().call_start(store, &setup)
+            guest.virtio()?.driver.cofferdam_driver_driver().call_start(store, &setup)
         })?;
         answer.map_err(DriverError::from)?;
         self.window()?;
@@ -238,7 +298,9 @@ impl Instance {
 
     /// Where the guest wants its words; it is asked once.
     fn window(&mut self) -> Result<Window, CallError> {
-        if let Guest::Block(BlockGuest { window: Some(window), .. }) = self.guest {
+        if let Guest::Virtio(guest) = &self.guest
+            && let Some(window) = guest.place
+        {
             return Ok(window);
         }
         self.ask_window()
@@ -246,13 +308,12 @@ impl Instance {
 
     #[cold]
     fn ask_window(&mut self) -> Result<Window, CallError> {
-        let offset = self
-            .call(Export::Window, |store, guest| guest.block()?.exports.cofferdam_driver_block().call_window(store))?;
+        let offset = self.call(Export::Window, |store, guest| guest.virtio()?.call_window(store))?;
         let Some(window) = Window::at(offset) else {
             return Err(self.fail(GuestFault::layout(format!("window: {offset:#x} is not a multiple of 8"))));
         };
-        if let Guest::Block(guest) = &mut self.guest {
-            guest.window = Some(window);
+        if let Guest::Virtio(guest) = &mut self.guest {
+            guest.place = Some(window);
         }
         Ok(window)
     }
@@ -327,77 +388,12 @@ impl Instance {
     }
 }
 
-/// What is called in a guest.
-enum Guest {
-    Block(BlockGuest),
-    Function(FunctionDriver),
-}
-
-impl Guest {
-    fn new(
-        service: Service,
-        store: &mut Store<LaneState>,
-        made: &wasmtime::component::Instance,
-    ) -> wasmtime::Result<Guest> {
-        Ok(match service {
-            Service::Block => {
-                let exports = VirtioBlockDriver::new(&mut *store, made)?;
-                let (submit, complete) = data_path(store, made)?;
-                Guest::Block(BlockGuest { exports, submit, complete, window: None })
-            }
-            Service::Function => Guest::Function(FunctionDriver::new(store, made)?),
-        })
-    }
-
-    #[inline]
-    fn block(&self) -> wasmtime::Result<&BlockGuest> {
-        match self {
-            Guest::Block(guest) => Ok(guest),
-            Guest::Function(_) => Err(wasmtime::Error::msg("this driver gives no block service")),
-        }
-    }
-
-    fn function(&self) -> wasmtime::Result<&FunctionDriver> {
-        match self {
-            Guest::Function(guest) => Ok(guest),
-            Guest::Block(_) => Err(wasmtime::Error::msg("this driver programs no function")),
-        }
-    }
-}
-
-/// A block driver's exports.
-struct BlockGuest {
-    exports: VirtioBlockDriver,
-    /// The data path's two, for which the generated functions would allocate.
-    submit: Words<u64>,
-    complete: Words<u32>,
-    /// Where they find their words; `None` until the guest was asked.
-    window: Option<Window>,
-}
-
-/// The two functions of the data path.
-fn data_path(
-    store: &mut Store<LaneState>,
-    instance: &wasmtime::component::Instance,
-) -> wasmtime::Result<(Words<u64>, Words<u32>)> {
-    let mut find = |name: &str| {
-        let (_, block) = instance
-            .get_export(&mut *store, None, "cofferdam:driver/block@0.1.0")
-            .ok_or_else(|| wasmtime::format_err!("no block interface"))?;
-        let (_, func) =
-            instance.get_export(&mut *store, Some(&block), name).ok_or_else(|| wasmtime::format_err!("no {name}"))?;
-        instance.get_func(&mut *store, func).ok_or_else(|| wasmtime::format_err!("no function {name}"))
-    };
-    let (submit, complete) = (find("submit")?, find("complete")?);
-    Ok((Words::new(&*store, submit)?, Words::new(&*store, complete)?))
-}
-
-impl BlockDriver for Instance {
+impl LaneDriver for Instance {
     fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
         let window = self.window()?;
         let count = requests.len() / REQUEST_WORDS;
         let words =
-            self.call(Export::Submit, |store, guest| guest.block()?.submit.call(store, window, requests, count))?;
+            self.call(Export::Submit, |store, guest| guest.virtio()?.submit.call(store, window, requests, count))?;
         let limit = count.min(MAX_BATCH_REQUESTS) * MAX_CHAIN_WORDS;
         self.replace(out, words, limit, "submit")
     }
@@ -406,8 +402,16 @@ impl BlockDriver for Instance {
         let window = self.window()?;
         let count = responses.len();
         let words =
-            self.call(Export::Complete, |store, guest| guest.block()?.complete.call(store, window, responses, count))?;
+            self.call(Export::Complete, |store, guest| guest.virtio()?.complete.call(store, window, responses, count))?;
         self.replace(out, words, MAX_BATCH_REQUESTS * MAX_ANSWER_WORDS, "complete")
+    }
+
+    fn received(&mut self, buffers: &[u32], out: &mut Vec<u32>) -> Result<(), CallError> {
+        let window = self.window()?;
+        let count = buffers.len();
+        let words = self
+            .call(Export::Received, |store, guest| guest.virtio()?.received()?.call(store, window, buffers, count))?;
+        self.replace(out, words, MAX_BATCH_REQUESTS * MAX_CHAIN_WORDS, "received")
     }
 
     fn memory_bytes(&self) -> u64 {

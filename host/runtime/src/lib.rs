@@ -30,6 +30,7 @@ mod capability;
 mod error;
 mod fault;
 mod grants;
+mod guest;
 mod instance;
 mod kill;
 mod lifted;
@@ -45,6 +46,7 @@ mod watch;
 mod world;
 
 pub use capability::device::{DeviceCapability, DeviceError};
+pub use capability::live::LiveCapability;
 pub use error::{InstantiateError, LoadError, RuntimeError};
 pub use fault::{CallError, DriverError, FaultKind, GuestFault};
 pub use grants::{DirGrant, GrantError, Grants};
@@ -54,8 +56,8 @@ pub use limits::GuestLimits;
 pub use module::{Module, ModuleInfo};
 pub use runtime::{Runtime, RuntimeConfig};
 pub use service::{
-    Attachment, BlockDriver, BlockProperties, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS,
-    QueuePlan,
+    Attachment, BlockProperties, EntropyProperties, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS,
+    MAX_CHAIN_WORDS, NetProperties, Offloads, Posting, Properties, QueueOwner, QueuePlan, StreamPort, StreamProperties,
 };
 pub use text::clean;
 pub use view::{CallView, RunningCall, Whereabouts};

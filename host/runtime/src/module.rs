@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use wasmtime::component::{Component, InstancePre, Linker};
 
-use crate::bindings::VirtioBlockDriverPre;
-use crate::bindings::function::FunctionDriverPre;
 use crate::capability::{device, function, log, wasi};
 use crate::error::{InstantiateError, LoadError};
 use crate::grants::Grants;
+use crate::guest;
 use crate::instance::{Instance, InstanceSpec};
 use crate::runtime::Runtime;
 use crate::state::LaneState;
@@ -98,16 +97,13 @@ impl Module {
             let mut linker = Linker::new(self.inner.runtime.engine());
             log::link(&mut linker)?;
             match self.inner.info.service {
-                Service::Block => device::link(&mut linker)?,
                 Service::Function => function::link(&mut linker)?,
+                _ => device::link(&mut linker)?,
             }
             wasi::link(&mut linker, grants)?;
             let pre = linker.instantiate_pre(&self.inner.component)?;
             // The exports have the right names (`world`); now their types are compared.
-            match self.inner.info.service {
-                Service::Block => drop(VirtioBlockDriverPre::new(pre.clone())?),
-                Service::Function => drop(FunctionDriverPre::new(pre.clone())?),
-            }
+            guest::compare(self.inner.info.service, &pre)?;
             Ok(pre)
         };
         link().map_err(|error: wasmtime::Error| mismatch(&error))

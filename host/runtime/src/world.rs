@@ -24,6 +24,12 @@ const MAX_NAMED_EXPORTS: usize = 16;
 pub enum Service {
     /// `cofferdam:driver/block`.
     Block,
+    /// `cofferdam:driver/entropy`.
+    Entropy,
+    /// `cofferdam:driver/stream`.
+    Stream,
+    /// `cofferdam:driver/net`.
+    Net,
     /// None: `cofferdam:driver/function`, a driver that programs its device itself.
     Function,
 }
@@ -34,6 +40,9 @@ impl Service {
     pub fn as_str(self) -> &'static str {
         match self {
             Service::Block => "block",
+            Service::Entropy => "entropy",
+            Service::Stream => "stream",
+            Service::Net => "net",
             Service::Function => "function",
         }
     }
@@ -42,6 +51,9 @@ impl Service {
     fn exports(self) -> &'static [&'static str] {
         match self {
             Service::Block => &["driver", "block"],
+            Service::Entropy => &["driver", "entropy"],
+            Service::Stream => &["driver", "control", "stream", "stream-control"],
+            Service::Net => &["driver", "control", "net"],
             Service::Function => &["function"],
         }
     }
@@ -49,9 +61,17 @@ impl Service {
     /// Interfaces of the host that such a driver can have.
     fn capabilities(self) -> &'static [&'static str] {
         match self {
-            Service::Block => &["log", "virtio", "types"],
             Service::Function => &["log", "types", "mmio", "dma", "interrupt"],
+            _ => &["log", "virtio", "types"],
         }
+    }
+
+    /// The service of what exports `exports`; block where nothing says otherwise.
+    fn of(exports: &[String]) -> Service {
+        const OTHERS: [Service; 4] = [Service::Entropy, Service::Stream, Service::Net, Service::Function];
+        let exports_it =
+            |service: &Service| exports.iter().any(|export| version_of(export, service.as_str()).is_some());
+        OTHERS.into_iter().find(exports_it).unwrap_or(Service::Block)
     }
 }
 
@@ -104,8 +124,7 @@ impl World {
         let exports: Vec<String> = ty.exports(engine).map(|(n, _)| name(n)).collect();
         let mut imports: Vec<ImportInfo> =
             ty.imports(engine).map(|(n, _)| ImportInfo { name: name(n), kind: kind(n) }).collect();
-        let is_function = exports.iter().any(|export| version_of(export, "function").is_some());
-        let service = if is_function { Service::Function } else { Service::Block };
+        let service = Service::of(&exports);
         for interface in service.exports() {
             match exports.iter().find_map(|export| version_of(export, interface).map(|v| (export, v))) {
                 Some((_, version)) if is_compatible(version) => {}

@@ -6,7 +6,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use cofferdam_runtime::{BlockDriver, Module, Runtime, RuntimeConfig};
+use cofferdam_runtime::{LaneDriver, Module, Runtime, RuntimeConfig};
 use support::{Guest, requests, spec};
 use tempfile::TempDir;
 

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cofferdam_runtime::{
-    BlockDriver, CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch,
+    LaneDriver, CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch,
     MAX_CHAIN_WORDS,
 };
 use support::{FakeDevice, Guest, instance, module, requests, runtime, setup, spec};

@@ -4,7 +4,7 @@ mod support;
 
 use std::sync::{Arc, Mutex};
 
-use cofferdam_runtime::BlockDriver;
+use cofferdam_runtime::LaneDriver;
 use support::{Guest, instance, module, requests, runtime, spec};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use cofferdam_runtime::{
-    BlockDriver, CallError, CallView, DeviceCapability, DeviceError, FaultKind, Grants, InstantiateError, KillSwitch,
+    LaneDriver, CallError, CallView, DeviceCapability, DeviceError, FaultKind, Grants, InstantiateError, KillSwitch,
     RunningCall,
 };
 use support::{FakeDevice, Guest, module, requests, runtime, spec};

@@ -2,7 +2,7 @@
 
 mod support;
 
-use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault, Instance};
+use cofferdam_runtime::{LaneDriver, CallError, FaultKind, GuestFault, Instance};
 use support::{Guest, WINDOW, instance, module, requests, runtime, setup, spec};
 
 /// Bytes of the window, as the contract has it.

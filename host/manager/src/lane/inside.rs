@@ -12,7 +12,7 @@ use cofferdam_device::{
     AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Doorbell, Expected, Outcome, SplitQueue, Status, Used,
 };
 use cofferdam_gate::Notify;
-use cofferdam_runtime::{BlockDriver, CallError, FaultKind, GuestFault};
+use cofferdam_runtime::{LaneDriver, CallError, FaultKind, GuestFault};
 
 use crate::block::{BlockError, Completion};
 use crate::error::LaneFault;
@@ -21,7 +21,7 @@ use crate::ledger::{Ledger, Stage, Taken};
 
 /// The lane's driver, ring and ledger.
 pub(super) struct Inside {
-    pub(super) driver: Option<Box<dyn BlockDriver>>,
+    pub(super) driver: Option<Box<dyn LaneDriver>>,
     pub(super) ring: Option<SplitQueue>,
     pub(super) doorbell: Option<Box<dyn Doorbell>>,
     /// The response that the driver declared to be an ordinary success, which needs no call.
@@ -71,7 +71,7 @@ pub(super) struct Sink<'a> {
 
 impl Inside {
     pub(super) fn new(
-        driver: Box<dyn BlockDriver>,
+        driver: Box<dyn LaneDriver>,
         ring: SplitQueue,
         doorbell: Box<dyn Doorbell>,
         ordinary: Option<Vec<u8>>,

@@ -101,9 +101,8 @@ impl virtio::HostDevice for LaneState {
         offset: u32,
         length: u32,
     ) -> wasmtime::Result<Result<Vec<u8>, virtio::VirtioError>> {
-        if length == 0 || length > MAX_CONFIG_BYTES || offset.checked_add(length).is_none() {
-            let message = format!("{length} bytes at offset {offset}; 1 to {MAX_CONFIG_BYTES} can be read at once");
-            return Ok(Err(virtio::VirtioError::Invalid(message)));
+        if let Err(error) = check_config_read(offset, length) {
+            return Ok(Err(error));
         }
         Ok(self.with_device(Import::ReadConfig, |device| device.read_config(offset, length))?.map_err(into_wit))
     }
@@ -122,7 +121,16 @@ impl virtio::HostDevice for LaneState {
     }
 }
 
-fn into_wit(error: DeviceError) -> virtio::VirtioError {
+/// Whether so much of configuration space can be read at once.
+pub(crate) fn check_config_read(offset: u32, length: u32) -> Result<(), virtio::VirtioError> {
+    if length == 0 || length > MAX_CONFIG_BYTES || offset.checked_add(length).is_none() {
+        let message = format!("{length} bytes at offset {offset}; 1 to {MAX_CONFIG_BYTES} can be read at once");
+        return Err(virtio::VirtioError::Invalid(message));
+    }
+    Ok(())
+}
+
+pub(crate) fn into_wit(error: DeviceError) -> virtio::VirtioError {
     let clean = |text: String| clean(&text, MAX_MESSAGE_BYTES);
     match error {
         DeviceError::OutOfOrder(text) => virtio::VirtioError::OutOfOrder(clean(text)),

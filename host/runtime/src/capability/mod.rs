@@ -2,6 +2,7 @@
 
 pub(crate) mod device;
 pub(crate) mod function;
+pub(crate) mod live;
 pub(crate) mod log;
 pub(crate) mod output;
 pub(crate) mod poll;
