@@ -465,14 +465,19 @@ impl Sim {
         self.machine().die(true)
     }
 
-    /// Changes the capacity and tells the driver in process that there is something to look at.
+    /// Changes the capacity and announces that to the driver in process.
     pub fn resize(&self, bytes: u64) -> std::io::Result<()> {
         self.machine().store.resize(bytes)?;
+        self.announce_config();
+        Ok(())
+    }
+
+    /// Tells the driver in process that the configuration changed, whether it did or not. The library behind a socket has no such message.
+    pub fn announce_config(&self) {
         let current = self.machine().board().current.upgrade();
         if let Some(session) = current {
-            session.raise_event();
+            session.announce_config();
         }
-        Ok(())
     }
 
     /// The medium as a read would find it now: `bytes` bytes from `offset` bytes.
