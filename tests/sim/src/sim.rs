@@ -97,6 +97,8 @@ pub struct Stats {
     pub notifications: u64,
     /// Doorbells heard; in process only.
     pub doorbells: u64,
+    /// Reads of the configuration space.
+    pub config_reads: u64,
     /// Whether the queues stand still (`hang` or `freeze`).
     pub hung: bool,
     /// Drivers that have claimed the device so far.
@@ -154,6 +156,7 @@ pub(crate) struct Counters {
     pub(crate) gated: AtomicU64,
     pub(crate) notifications: AtomicU64,
     pub(crate) doorbells: AtomicU64,
+    config_reads: AtomicU64,
     sessions: AtomicU64,
     deaths: AtomicU64,
 }
@@ -267,6 +270,7 @@ impl Machine {
 
     /// Reads configuration space, lies included. `None`: not that far.
     pub(crate) fn read_config(&self, offset: u32, into: &mut [u8]) -> Option<()> {
+        self.counters.config_reads.fetch_add(1, Ordering::SeqCst);
         let mut fields = self.profile.config(self.store.capacity_bytes());
         let mut script = self.script();
         let mut readable = CONFIG_READABLE_BYTES;
@@ -331,7 +335,8 @@ impl Machine {
         // way round.
         let _power = self.power.write().unwrap_or_else(PoisonError::into_inner);
         let read = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
-        let Counters { taken, answered, waiting, gated, notifications, doorbells, sessions, deaths } = &self.counters;
+        let Counters { taken, answered, waiting, gated, notifications, doorbells, config_reads, sessions, deaths } =
+            &self.counters;
         Stats {
             taken: read(taken),
             answered: read(answered),
@@ -339,6 +344,7 @@ impl Machine {
             gated: read(gated),
             notifications: read(notifications),
             doorbells: read(doorbells),
+            config_reads: read(config_reads),
             hung: self.is_hung(),
             sessions: read(sessions),
             deaths: read(deaths),
