@@ -140,7 +140,7 @@ pub trait Transport: Send {
     }
 
     /// A descriptor that becomes readable or hangs up when the device may have been lost or has something to say; poll it, then ask
-    /// [`Transport::is_lost`].
+    /// [`Transport::is_lost`] and [`Transport::take_config_change`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Sockets and event descriptors that this device holds open in this process, for a certificate to look for afterwards (L7). What
@@ -151,6 +151,12 @@ pub trait Transport: Send {
 
     /// Whether the device is gone (backend died, function removed). Handles pending device-to-host messages on the way; never blocks.
     fn is_lost(&mut self) -> bool;
+
+    /// Whether the device has said, up to the last [`Transport::is_lost`] and since this was last asked, that its configuration changed, however often. It may have said so for
+    /// nothing. Never blocks.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
 
     /// Makes the device silent, waiting until `deadline` at most. `unanswered` is the number of requests that were published and
     /// not used: a vhost-user device is silent only when it is zero or when the backend process is gone. May be called again.

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::block::BlockGeometry;
 use crate::certificate::Certificate;
+use crate::config::ConfigChanges;
 use crate::device::SharedTransport;
 use crate::error::{LaneFault, OpenError, PortError, RevokeError};
 use crate::events::{EventKind, EventLog};
@@ -62,7 +63,7 @@ pub(crate) struct Parts {
 pub(crate) struct Serving {
     pub(crate) lanes: Vec<Arc<Lane>>,
     /// `None` for a driver that gives no service.
-    pub(crate) geometry: Option<BlockGeometry>,
+    pub(crate) geometry: Option<Mutex<Arc<BlockGeometry>>>,
 }
 
 struct Handles {
@@ -100,6 +101,8 @@ pub struct Binding {
     pub(crate) confinement: OnceLock<Confinement>,
     /// A thread asks the driver about responses.
     judging: AtomicBool,
+    /// What its device says has changed.
+    pub(crate) config: ConfigChanges,
     /// How it ended is remembered.
     pub(crate) remembered: AtomicBool,
     /// The watch has a ladder under way for it.
@@ -163,6 +166,7 @@ impl Binding {
             hurried: AtomicBool::new(false),
             confinement: OnceLock::new(),
             judging: AtomicBool::new(false),
+            config: ConfigChanges::default(),
             remembered: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             serving: OnceLock::new(),
@@ -310,9 +314,10 @@ impl Binding {
         self.serving.get().map_or(0, |serving| serving.lanes.len())
     }
 
-    /// What the device can do; `None` before it serves, and for a driver that gives no service.
-    pub fn geometry(&self) -> Option<&BlockGeometry> {
-        self.serving.get().and_then(|serving| serving.geometry.as_ref())
+    /// What the device can do now; `None` before it serves, and for a driver that gives no service.
+    pub fn geometry(&self) -> Option<Arc<BlockGeometry>> {
+        let geometry = self.serving.get()?.geometry.as_ref()?;
+        Some(Arc::clone(&geometry.lock()))
     }
 
     /// The certificate, once the ladder has ended.

@@ -140,6 +140,29 @@ impl BlockGeometry {
         }
     }
 
+    /// What is another than in `now`, each in words: `capacity-bytes 1024 -> 2048`.
+    pub(crate) fn changes(&self, now: &BlockGeometry) -> Vec<String> {
+        fn is<T: PartialEq + std::fmt::Display>(name: &str, before: T, now: T) -> Option<String> {
+            (before != now).then(|| format!("{name} {before} -> {now}"))
+        }
+        [
+            is("capacity-bytes", self.capacity_bytes, now.capacity_bytes),
+            is("logical-block-bytes", self.logical_block_bytes, now.logical_block_bytes),
+            is("physical-block-bytes", self.physical_block_bytes, now.physical_block_bytes),
+            is("max-transfer-bytes", self.max_transfer_bytes, now.max_transfer_bytes),
+            is("read-only", self.read_only, now.read_only),
+            is("can-flush", self.can_flush, now.can_flush),
+            is("max-discard-bytes", self.max_discard_bytes, now.max_discard_bytes),
+            is("discard-align-bytes", self.discard_align_bytes, now.discard_align_bytes),
+            is("max-write-zeroes-bytes", self.max_write_zeroes_bytes, now.max_write_zeroes_bytes),
+            is("write-zeroes-may-unmap", self.write_zeroes_may_unmap, now.write_zeroes_may_unmap),
+            is("has-id", self.has_id, now.has_id),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
     /// Checks a client's request once, so that nothing behind it has to (who can forge this: any client).
     #[inline]
     pub(crate) fn check(

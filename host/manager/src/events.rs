@@ -83,6 +83,13 @@ pub enum EventKind {
         /// Who is at the other end.
         peer: String,
     },
+    /// The device announced that its configuration changed, and the driver looked at it.
+    ConfigChanged {
+        /// What the device can do now, and could do before: `capacity-bytes 1024 -> 2048`.
+        changes: Vec<String>,
+        /// Why the driver does not take it; everything stays as it was known then.
+        refused: Option<String>,
+    },
     /// The operator trusts the driver with all of the machine's memory (`--trust-dma`), and it made use of that.
     Trusted {
         /// The driver.
@@ -114,6 +121,9 @@ impl EventKind {
             }
             EventKind::PortAttached { port } | EventKind::PortDetached { port, .. } => port.len(),
             EventKind::HandleRevoked { port, peer, .. } => port.len() + peer.len(),
+            EventKind::ConfigChanged { changes, refused } => {
+                changes.iter().map(String::len).sum::<usize>() + refused.as_ref().map_or(0, String::len)
+            }
             EventKind::Trusted { driver, device } => driver.len() + device.len(),
             EventKind::Retired { reason, .. } => reason.len(),
             EventKind::Gap { .. } => 0,

@@ -184,6 +184,8 @@ pub struct Handle {
     shared: Arc<HandleShared>,
     lane: Arc<Lane>,
     binding: Arc<Binding>,
+    /// As it was when the handle was opened.
+    geometry: Arc<BlockGeometry>,
     patience: Patience,
 }
 
@@ -200,6 +202,7 @@ impl Handle {
         id: u64,
         spec: HandleSpec,
     ) -> Result<(Handle, Arc<HandleShared>), OpenError> {
+        let geometry = binding.geometry().ok_or(OpenError::Revoked)?;
         let own_notify = spec.notify.is_none();
         let notify = match spec.notify {
             Some(notify) => notify,
@@ -228,7 +231,7 @@ impl Handle {
             mapped: OnceLock::new(),
         });
         let patience = Patience::new(Patience::DEFAULT);
-        Ok((Handle { shared: Arc::clone(&shared), lane, binding, patience }, shared))
+        Ok((Handle { shared: Arc::clone(&shared), lane, binding, geometry, patience }, shared))
     }
 
     /// What [`Handle::map`] works with.
@@ -241,9 +244,10 @@ impl Handle {
         self.shared.id
     }
 
-    /// What the device can do.
+    /// What the device could do when the handle was opened. Should its configuration change, requests are checked against what it can do then, and a handle that is opened
+    /// afterwards says that ([`Binding::geometry`]).
     pub fn geometry(&self) -> &BlockGeometry {
-        self.lane.geometry()
+        &self.geometry
     }
 
     /// Whether the handle may operate. Takes no lock.

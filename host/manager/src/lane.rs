@@ -75,7 +75,7 @@ pub(crate) struct LaneParts {
     pub(crate) driver: Box<dyn LaneDriver>,
     pub(crate) queue: LaneQueue,
     pub(crate) arena: DmaArena,
-    pub(crate) geometry: BlockGeometry,
+    pub(crate) geometry: Arc<BlockGeometry>,
     pub(crate) requests: usize,
     pub(crate) binding: Weak<Binding>,
     /// Wakes who looks for faults.
@@ -86,7 +86,6 @@ pub(crate) struct LaneParts {
 
 /// See the module.
 pub(crate) struct Lane {
-    geometry: BlockGeometry,
     arena: DmaArena,
     /// The queue's call descriptor, kept apart so that a sleeper needs no lease.
     call: OwnedFd,
@@ -128,9 +127,8 @@ impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
         let LaneParts { driver, queue, arena, geometry, requests, binding, wake, reaper } = parts;
         let call = queue.events.call;
-        let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests);
+        let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests, geometry);
         Lane {
-            geometry,
             arena,
             call,
             binding,
@@ -152,8 +150,9 @@ impl Lane {
         self.inside.try_lock().map(Lease)
     }
 
-    pub(crate) fn geometry(&self) -> &BlockGeometry {
-        &self.geometry
+    /// What requests are checked against from now on, whoever they are from. Waits for the lease, as long as a guest call may take.
+    pub(crate) fn set_geometry(&self, geometry: &Arc<BlockGeometry>) {
+        self.lease().geometry = Arc::clone(geometry);
     }
 
     pub(crate) fn arena(&self) -> &DmaArena {
@@ -171,7 +170,7 @@ impl Lane {
         let mut taken = 0;
         let mut result = Ok(());
         while taken < requests.len() && result.is_ok() {
-            let (count, stop) = inside.enter(&self.geometry, &self.arena, owner, &mut requests[taken..]);
+            let (count, stop) = inside.enter(&self.arena, owner, &mut requests[taken..]);
             taken += count;
             if let Some(stop) = stop {
                 result = Err(stop);
@@ -263,6 +262,11 @@ impl Lane {
     /// Has the reaping thread look at what closed handles left in flight.
     pub(crate) fn wake_reaper(&self) {
         self.reaper.signal();
+    }
+
+    /// Has the watching thread look for faults.
+    pub(crate) fn wake_watch(&self) {
+        self.wake.signal();
     }
 
     fn report(&self, fault: LaneFault) {

@@ -27,6 +27,7 @@ mod binding;
 mod block;
 mod board;
 mod certificate;
+mod config;
 mod departed;
 mod device;
 mod error;

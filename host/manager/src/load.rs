@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 
 use crate::binding::{Binding, Parts, Serving};
 use crate::block::BlockGeometry;
+use crate::config::Control;
 use crate::device::{DeviceWindow, F_EVENT_IDX, F_INDIRECT_DESC, host_features};
 use crate::error::LoadError;
 use crate::function;
@@ -203,7 +204,8 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let region = make("arena", arena_bytes, ARENA_IOVA)?;
     let arena = DmaArena::new(Arc::clone(&region)).map_err(|e| host(&e))?;
     parts.arena = Some(arena.clone());
-    let geometry = BlockGeometry::from_properties(&properties, arena_bytes, arena.max_lease_bytes());
+    let max_lease_bytes = arena.max_lease_bytes();
+    let geometry = Arc::new(BlockGeometry::from_properties(&properties, arena_bytes, max_lease_bytes));
     {
         let mut transport = transport.lock();
         transport.map(Arc::clone(&rings)).map_err(device_error)?;
@@ -234,7 +236,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             driver,
             queue: LaneQueue::new(queue, events, plan.ordinary_response.clone()),
             arena: arena.clone(),
-            geometry: geometry.clone(),
+            geometry: Arc::clone(&geometry),
             requests: requests_per_lane,
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
@@ -246,6 +248,12 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let site =
         Site { transport: Arc::downgrade(&transport), memory: memory.clone(), wake: watch.reaper(), limits: mappings };
     binding.regions().open(site);
+    if let Some(instance) = parts.control.take() {
+        let (transport, ring_limit) = (Arc::downgrade(&transport), ring_entries);
+        let control =
+            Control { instance, transport, queue_limit, ring_limit, negotiated, arena_bytes, max_lease_bytes };
+        binding.config.open(control);
+    }
     open_for_business(binding, &mut parts, Some(geometry), watch, &transport)
 }
 
@@ -253,11 +261,11 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
 fn open_for_business(
     binding: &Arc<Binding>,
     parts: &mut Parts,
-    geometry: Option<BlockGeometry>,
+    geometry: Option<Arc<BlockGeometry>>,
     watch: &Watch,
     transport: &crate::device::SharedTransport,
 ) -> Result<(), LoadError> {
-    let serving = Serving { lanes: parts.lanes.clone(), geometry };
+    let serving = Serving { lanes: parts.lanes.clone(), geometry: geometry.map(Mutex::new) };
     // Before anybody can reach it: a fault that comes with the first request is looked for in bindings that serve. An unload that came while this went on has
     // called it off, and waits for the parts that are locked here.
     if binding.step(Event::Loaded).is_err() {

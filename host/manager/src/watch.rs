@@ -1,4 +1,4 @@
-//! The thread that notices lost devices and faulty drivers, and sends their bindings down the ladder.
+//! The thread that notices lost devices and faulty drivers, and sends their bindings down the ladder; and changed configurations, which it has passed on (`config`).
 //!
 //! It only looks and starts: the ladder itself runs on a thread of its own, so that one binding that takes long to leave hides no other's loss. A second thread reaps for
 //! handles that were closed with requests in flight, which may cross into a driver and take as long as a guest call may.
@@ -211,14 +211,15 @@ fn look_for_faults(manager: &Arc<Shared>) {
     }
 }
 
-/// Whether the device could be looked at. Its lock is held for long by a quiesce, which finds out by itself, and by a client that maps memory, which does not.
+/// Whether the device could be looked at, and nothing that it announced waits to be passed on. Its lock is held for long by a quiesce, which finds out by itself, and by a client that maps memory, which does not.
 fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &SharedTransport) -> bool {
-    let Some(lost) = transport.try_lock().map(|mut transport| transport.is_lost()) else { return false };
+    let looked = transport.try_lock().map(|mut transport| (transport.is_lost(), transport.take_config_change()));
+    let Some((lost, changed)) = looked else { return false };
     if lost && may_leave(binding) {
         tracing::warn!(binding = binding.name(), device = binding.device(), "device lost");
         leave(manager, binding, Cause::Removed);
     }
-    true
+    lost || binding.pass_config_change(changed)
 }
 
 /// A load that fails rolls back by itself; of what is draining, somebody may have given up waiting (L4).

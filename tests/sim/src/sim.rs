@@ -97,6 +97,8 @@ pub struct Stats {
     pub notifications: u64,
     /// Doorbells heard; in process only.
     pub doorbells: u64,
+    /// Reads of the configuration space.
+    pub config_reads: u64,
     /// Whether the queues stand still (`hang` or `freeze`).
     pub hung: bool,
     /// Drivers that have claimed the device so far.
@@ -154,6 +156,7 @@ pub(crate) struct Counters {
     pub(crate) gated: AtomicU64,
     pub(crate) notifications: AtomicU64,
     pub(crate) doorbells: AtomicU64,
+    config_reads: AtomicU64,
     sessions: AtomicU64,
     deaths: AtomicU64,
 }
@@ -267,6 +270,7 @@ impl Machine {
 
     /// Reads configuration space, lies included. `None`: not that far.
     pub(crate) fn read_config(&self, offset: u32, into: &mut [u8]) -> Option<()> {
+        self.counters.config_reads.fetch_add(1, Ordering::SeqCst);
         let mut fields = self.profile.config(self.store.capacity_bytes());
         let mut script = self.script();
         let mut readable = CONFIG_READABLE_BYTES;
@@ -331,7 +335,8 @@ impl Machine {
         // way round.
         let _power = self.power.write().unwrap_or_else(PoisonError::into_inner);
         let read = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
-        let Counters { taken, answered, waiting, gated, notifications, doorbells, sessions, deaths } = &self.counters;
+        let Counters { taken, answered, waiting, gated, notifications, doorbells, config_reads, sessions, deaths } =
+            &self.counters;
         Stats {
             taken: read(taken),
             answered: read(answered),
@@ -339,6 +344,7 @@ impl Machine {
             gated: read(gated),
             notifications: read(notifications),
             doorbells: read(doorbells),
+            config_reads: read(config_reads),
             hung: self.is_hung(),
             sessions: read(sessions),
             deaths: read(deaths),
@@ -465,14 +471,19 @@ impl Sim {
         self.machine().die(true)
     }
 
-    /// Changes the capacity and tells the driver in process that there is something to look at.
+    /// Changes the capacity and announces that to the driver in process.
     pub fn resize(&self, bytes: u64) -> std::io::Result<()> {
         self.machine().store.resize(bytes)?;
+        self.announce_config();
+        Ok(())
+    }
+
+    /// Tells the driver in process that the configuration changed, whether it did or not. The library behind a socket has no such message.
+    pub fn announce_config(&self) {
         let current = self.machine().board().current.upgrade();
         if let Some(session) = current {
-            session.raise_event();
+            session.announce_config();
         }
-        Ok(())
     }
 
     /// The medium as a read would find it now: `bytes` bytes from `offset` bytes.

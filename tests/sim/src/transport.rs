@@ -269,6 +269,10 @@ impl Transport for SimTransport {
         lost
     }
 
+    fn take_config_change(&mut self) -> bool {
+        self.session.take_config_change()
+    }
+
     fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
         let machine = Arc::clone(self.machine());
         if !self.session.is_over() {

@@ -1,7 +1,7 @@
 //! The transport: the steps of a device's life as vhost-user messages.
 //!
 //! ```text
-//! connect    GET_FEATURES, GET/SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_OWNER
+//! connect    GET_FEATURES, GET/SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_OWNER, SET_BACKEND_REQ_FD
 //! negotiate  SET_FEATURES
 //! map        SET_MEM_TABLE with every region so far
 //! setup      SET_VRING_NUM, BASE, ADDR, CALL, KICK     (the kick starts the ring, so it comes last)
@@ -26,6 +26,7 @@ use vhost::vhost_user::message::{
 use vm_memory::ByteValued;
 
 use crate::address::Address;
+use crate::backend_channel::BackendChannel;
 use crate::claim::{Claim, SocketId};
 use crate::error::ConnectError;
 use crate::events::{Kick, event, watch};
@@ -74,9 +75,10 @@ pub struct VhostUser {
 /// What is closed by `release`.
 pub(crate) struct Open {
     pub(crate) wire: Wire,
-    /// Readable when `wire`'s socket hangs up or has something to read, or when the backend's process ends.
+    /// Readable when `wire`'s socket hangs up or has something to read, when the backend's process ends, or when `channel` is to be looked at.
     events: OwnedFd,
     claim: Claim,
+    channel: Option<BackendChannel>,
 }
 
 struct Ring {
@@ -109,11 +111,12 @@ impl VhostUser {
             return Err(ConnectError::Replaced(path.to_owned()));
         }
         let hello = Hello::say(&mut wire).map_err(|error| ConnectError::in_handshake(path, error))?;
-        let events = watch(&wire).map_err(|errno| ConnectError::from_errno(path, "epoll", errno))?;
+        let events =
+            watch(&wire, hello.channel.as_ref()).map_err(|errno| ConnectError::from_errno(path, "epoll", errno))?;
         tracing::info!(address, pid = wire.peer().pid(), queues = hello.max_queues, "vhost-user device connected");
         Ok(VhostUser {
             address: address.to_owned(),
-            open: Some(Open { wire, events, claim }),
+            open: Some(Open { wire, events, claim, channel: hello.channel }),
             offered: hello.offered,
             protocol: hello.protocol,
             max_queues: hello.max_queues,
@@ -390,17 +393,29 @@ impl Transport for VhostUser {
         self.remove_region(iova, deadline)
     }
 
-    /// Readable when the backend closes the connection, ends, or sends something.
+    /// Readable when the backend closes the connection, ends, or sends something, its configuration's change on the backend channel among it.
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.open.as_ref().map(|open| open.events.as_fd())
     }
 
     fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        self.open.as_ref().map_or_else(Vec::new, |open| vec![open.wire.descriptor(), open.claim.descriptor()])
+        let Some(open) = &self.open else { return Vec::new() };
+        let channel = open.channel.as_ref().and_then(BackendChannel::socket);
+        [open.wire.descriptor(), open.claim.descriptor()].into_iter().chain(channel).collect()
     }
 
     fn is_lost(&mut self) -> bool {
-        self.open.as_mut().is_none_or(|open| open.wire.is_lost())
+        let Some(open) = &mut self.open else { return true };
+        if let Some(channel) = &mut open.channel {
+            channel.look();
+        }
+        open.wire.is_lost()
+    }
+
+    /// Where the backend has `VHOST_USER_PROTOCOL_F_BACKEND_REQ`; else never.
+    fn take_config_change(&mut self) -> bool {
+        let channel = self.open.as_mut().and_then(|open| open.channel.as_mut());
+        channel.is_some_and(BackendChannel::take_change)
     }
 
     fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {

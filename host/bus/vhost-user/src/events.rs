@@ -5,15 +5,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use cofferdam_device::{Doorbell, TransportError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 
+use crate::backend_channel::BackendChannel;
 use crate::wire::Wire;
 
-/// One descriptor for everything that can tell of the backend's end.
-pub(crate) fn watch(wire: &Wire) -> rustix::io::Result<OwnedFd> {
+/// One descriptor for everything that can tell of the backend's end, and for what it says unasked.
+pub(crate) fn watch(wire: &Wire, channel: Option<&BackendChannel>) -> rustix::io::Result<OwnedFd> {
     let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
     epoll::add(&set, wire.socket(), epoll::EventData::new_u64(0), flags)?;
     if let Some(pidfd) = wire.peer().pidfd() {
         epoll::add(&set, pidfd, epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+    }
+    // Closed descriptors leave the set by themselves.
+    for (number, fd) in channel.into_iter().flat_map(BackendChannel::descriptors).enumerate() {
+        epoll::add(&set, fd, epoll::EventData::new_u64(2 + number as u64), epoll::EventFlags::IN)?;
     }
     Ok(set)
 }

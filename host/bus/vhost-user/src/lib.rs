@@ -30,11 +30,13 @@
 //! - `address`: `vhost-user:/path`. `claim`: one binding per socket, host-wide.
 //! - `wire`: one message and its answer under a time limit. `credentials`: who sent an answer (the only `unsafe` here).
 //! - `peer`: the backend's process and whether it is gone.
+//! - `backend_channel`: what the backend says unasked.
 //! - `handshake`: what is learnt before a driver is asked. `device`: the transport. `events`: its descriptors. `slots`: its memory while it runs.
 //!
 //! [spec]: https://qemu-project.gitlab.io/qemu/interop/vhost-user.html
 
 mod address;
+mod backend_channel;
 mod claim;
 mod credentials;
 mod device;

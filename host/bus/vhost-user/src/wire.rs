@@ -33,10 +33,10 @@ pub const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 pub(crate) const MAX_FDS: usize = 8;
 
 /// Bytes of a message header: request, flags, payload size, 32 bits each, in the machine's byte order.
-const HEADER_BYTES: usize = 12;
+pub(crate) const HEADER_BYTES: usize = 12;
 
 /// Protocol version in the low bits of the flags.
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// What the connection is good for.
 #[derive(Clone, Debug, PartialEq, Eq)]

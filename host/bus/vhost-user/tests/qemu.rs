@@ -163,3 +163,31 @@ fn hold_a_claim() {
     let _ = std::io::stdin().lines().count();
     drop(device);
 }
+
+#[test]
+fn a_resize_is_announced_and_the_new_size_can_be_read() {
+    let mut qemu = Qemu::file(16 << 20, 1);
+    let mut disk = Disk::start(VhostUser::connect(&qemu.address()).unwrap(), 1);
+    let sectors = |disk: &mut Disk| {
+        let mut capacity = [0; 8];
+        disk.device.read_config(0, &mut capacity).unwrap();
+        u64::from_le_bytes(capacity)
+    };
+    assert_eq!(sectors(&mut disk), 32 << 10);
+    assert!(!disk.device.is_lost() && !disk.device.take_config_change(), "nothing was announced");
+    for bytes in [64 << 20, 32 << 20] {
+        qemu.resize(bytes);
+        assert!(readable(disk.device.event_fd().unwrap()), "it was not announced");
+        assert!(!disk.device.is_lost() && disk.device.take_config_change());
+        assert!(!disk.device.take_config_change(), "said once");
+        assert!(!readable_now(disk.device.event_fd().unwrap()), "and taken");
+        assert_eq!(sectors(&mut disk), bytes / 512);
+    }
+    // A storm: qemu waits in its send for room, so that it goes on shows that somebody reads.
+    for turn in 0..400u64 {
+        qemu.resize((16 << 20) + (turn % 2) * (1 << 20));
+        assert!(!disk.device.is_lost());
+    }
+    disk.write(0, 0, &[0x33; 4096]);
+    assert_eq!(disk.read(0, 0, 4096), [0x33; 4096], "the device serves on");
+}

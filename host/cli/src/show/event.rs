@@ -48,6 +48,8 @@ fn what(what: &EventKind) -> String {
             format!("port detached: {port} ({connections}, {severed} severed with answers unsent){left_behind}")
         }
         EventKind::HandleRevoked { handle, port, peer } => format!("handle {handle} revoked: {port}, {peer}"),
+        EventKind::ConfigChanged { refused: Some(why), .. } => format!("configuration changed, refused: {why}"),
+        EventKind::ConfigChanged { changes, refused: None } => format!("configuration changed: {}", changes.join(", ")),
         EventKind::Trusted { driver, device } => {
             format!("{driver} is trusted (--trust-dma): it may have {device} reach any memory of this machine")
         }
@@ -127,6 +129,18 @@ mod tests {
         };
         let text = event(&record(fault));
         assert!(text.ends_with("fault (trap): a\\u{1b}[2Jb\n    f\\rx\n    g"), "{text}");
+    }
+
+    #[test]
+    fn a_configuration_change_says_what_is_new_or_why_it_is_refused() {
+        let text = |changes: &[&str], refused: Option<&str>| {
+            let changes = changes.iter().map(|change| (*change).to_owned()).collect();
+            event(&record(EventKind::ConfigChanged { changes, refused: refused.map(str::to_owned) }))
+        };
+        let grown = text(&["capacity-bytes 1 -> 2", "read-only false -> true"], None);
+        assert!(grown.ends_with("configuration changed: capacity-bytes 1 -> 2, read-only false -> true"), "{grown}");
+        let refused = text(&[], Some("no\u{1b}[2J"));
+        assert!(refused.ends_with("configuration changed, refused: no\\u{1b}[2J"), "{refused}");
     }
 
     #[test]

@@ -59,8 +59,8 @@ pub(super) fn carry_out(
         }
         Effect::Unmap => (Stage::Unmap, unmap(binding, parts, watch)),
         Effect::Retire => (Stage::Unmap, retire(binding, parts, watch)),
-        Effect::DropCode => (Stage::Drop, drop_code(parts)),
-        Effect::KeepCode => (Stage::Drop, keep_code(parts)),
+        Effect::DropCode => (Stage::Drop, drop_code(binding, parts)),
+        Effect::KeepCode => (Stage::Drop, keep_code(binding, parts)),
         Effect::Release => return release(binding, parts),
         // States in which nobody is on the ladder, or nothing is left to do. `run` enters the ladder before it asks, so these have no result to tell.
         Effect::Build | Effect::Serve | Effect::Pause | Effect::Nothing => return Event::GaveUp,
@@ -72,6 +72,7 @@ pub(super) fn carry_out(
 /// G1: after the gate's barrier nothing is admitted.
 fn close_gate(binding: &Binding) -> Event {
     binding.gate().close();
+    binding.config.close();
     Event::GateClosed
 }
 
@@ -117,7 +118,8 @@ fn drain(binding: &Binding, parts: &mut Parts, wait: &Wait<'_>) -> Event {
             }
         }
         let busy = vacant.len() < parts.lanes.len();
-        if pending == 0 && gate.operations() == 0 && gate.crossings() == 0 {
+        let told = !binding.config.is_inside();
+        if pending == 0 && told && gate.operations() == 0 && gate.crossings() == 0 {
             return Event::Drained;
         }
         // Whoever has the device's lock for long, a client that maps memory, is waiting for the device: it will be looked at again.
@@ -296,9 +298,10 @@ fn give_up_transport(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) {
 }
 
 /// Drops stores and code. A lane that a call has not left keeps its store (G9), and that is told.
-fn drop_code(parts: &mut Parts) -> Event {
+fn drop_code(binding: &Binding, parts: &mut Parts) -> Event {
     let until = Instant::now() + LEASES;
-    let kept = parts.lanes.iter().filter(|lane| !lane.drop_driver(until)).count();
+    let mut kept = parts.lanes.iter().filter(|lane| !lane.drop_driver(until)).count();
+    kept += usize::from(binding.config.take_control(until).is_err());
     parts.control = None;
     parts.module = None;
     if kept == 0 {
@@ -309,11 +312,13 @@ fn drop_code(parts: &mut Parts) -> Event {
 }
 
 /// Pinned: nobody counted who is inside, so the code stays until the process ends.
-fn keep_code(parts: &mut Parts) -> Event {
+fn keep_code(binding: &Binding, parts: &mut Parts) -> Event {
     let until = Instant::now() + LEASES;
     let stores: u64 = parts.lanes.iter().map(|lane| lane.keep_driver(until)).sum();
     parts.progress.leaked.bytes += stores;
-    if let Some(control) = parts.control.take() {
+    // A call that is in there keeps it as long as it takes, and the binding with it.
+    let control = binding.config.take_control(until).ok().flatten();
+    for control in parts.control.take().into_iter().chain(control) {
         parts.progress.leaked.bytes += control.memory_bytes();
         std::mem::forget(control);
     }

@@ -14,7 +14,7 @@ use cofferdam_device::{
 use cofferdam_gate::Notify;
 use cofferdam_runtime::{LaneDriver, CallError, FaultKind, GuestFault};
 
-use crate::block::{BlockError, Completion};
+use crate::block::{BlockError, BlockGeometry, Completion};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::ledger::{Ledger, Stage, Taken};
@@ -27,6 +27,8 @@ pub(super) struct Inside {
     /// The response that the driver declared to be an ordinary success, which needs no call.
     pub(super) ordinary: Option<Ordinary>,
     pub(super) index: u16,
+    /// What requests are checked against; replaced when the device's configuration changes.
+    pub(super) geometry: Arc<BlockGeometry>,
     pub(super) ledger: Ledger,
     /// Responses that wait for a look that may call the driver, in order. Bounded by the ledger.
     pub(super) unjudged: VecDeque<Used>,
@@ -76,10 +78,12 @@ impl Inside {
         doorbell: Box<dyn Doorbell>,
         ordinary: Option<Vec<u8>>,
         requests: usize,
+        geometry: Arc<BlockGeometry>,
     ) -> Inside {
         Inside {
             driver: Some(driver),
             index: ring.config().index,
+            geometry,
             ring: Some(ring),
             doorbell: Some(doorbell),
             ordinary: ordinary.as_deref().and_then(Ordinary::new),

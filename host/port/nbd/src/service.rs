@@ -95,7 +95,7 @@ impl Service for Arc<Binding> {
     }
 
     fn geometry(&self) -> Option<BlockGeometry> {
-        Binding::geometry(self).cloned()
+        Binding::geometry(self).map(|geometry| (*geometry).clone())
     }
 
     fn open(&self, spec: HandleSpec) -> Result<Handle, OpenError> {

@@ -77,6 +77,8 @@ pub(crate) struct Session {
     /// Signalled when the device is lost or has something to say.
     event: Event,
     lost: AtomicBool,
+    /// The configuration was announced to have changed.
+    config_changed: AtomicBool,
     ended: AtomicBool,
     /// Given up by its driver while it hung: it ends by itself when it has done what it had taken.
     abandoned: AtomicBool,
@@ -110,6 +112,7 @@ impl Session {
             features: AtomicU64::new(0),
             event: Event::new()?,
             lost: AtomicBool::new(false),
+            config_changed: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             steps: AtomicU64::new(0),
@@ -145,6 +148,17 @@ impl Session {
 
     pub(crate) fn raise_event(&self) {
         self.event.signal();
+    }
+
+    /// Tells the driver in process that its configuration changed.
+    pub(crate) fn announce_config(&self) {
+        self.config_changed.store(true, Ordering::SeqCst);
+        self.event.signal();
+    }
+
+    /// Whether that was announced since this was last asked.
+    pub(crate) fn take_config_change(&self) -> bool {
+        self.config_changed.swap(false, Ordering::SeqCst)
     }
 
     /// The device was lost. Only under the machine's `power`, for writing.

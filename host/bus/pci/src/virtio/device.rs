@@ -66,8 +66,8 @@ pub(crate) struct VirtioPci {
     pub(super) stopping: Stopping,
     /// Found out once, so for good.
     lost: bool,
-    /// The log has it that the configuration changed.
-    change_told: bool,
+    /// The device has said that its configuration changed, and nobody has asked since.
+    config_changed: bool,
 }
 
 pub(super) struct Queue {
@@ -100,7 +100,7 @@ impl VirtioPci {
             memory: Memory::default(),
             stopping: Stopping::No,
             lost: false,
-            change_told: false,
+            config_changed: false,
         })
     }
 
@@ -414,7 +414,8 @@ impl Transport for VirtioPci {
     /// Gone, asked for, or in need of a reset, which nothing but its end leads to here.
     fn is_lost(&mut self) -> bool {
         let Some(open) = &mut self.open else { return true };
-        let changed = open.notices.take_change();
+        // Also what was signalled only to have somebody look whether the function is there: of a device that is, it costs one look at its configuration.
+        self.config_changed |= open.notices.take_change();
         let why = if open.claimed.is_lost() {
             Some("the function is gone or was asked for".to_owned())
         } else {
@@ -422,14 +423,12 @@ impl Transport for VirtioPci {
         };
         if let Some(why) = why {
             self.note_lost(&why);
-        } else if changed && !self.change_told {
-            self.change_told = true;
-            tracing::info!(
-                address = self.address,
-                "the device says that its configuration changed; what was read of it stays in use"
-            );
         }
         self.lost
+    }
+
+    fn take_config_change(&mut self) -> bool {
+        std::mem::take(&mut self.config_changed)
     }
 
     /// Requests that are unanswered do not matter: a device that was reset has done with them (section 2.4).

@@ -84,6 +84,12 @@ impl Qemu {
         self.command(r#"{"execute":"block-export-del","arguments":{"id":"e0","mode":"hard"}}"#);
     }
 
+    /// Gives the medium another size, and tells the front end.
+    pub fn resize(&mut self, bytes: u64) {
+        let arguments = format!(r#"{{"node-name":"n0","size":{bytes}}}"#);
+        self.command(&format!(r#"{{"execute":"block_resize","arguments":{arguments}}}"#));
+    }
+
     fn command(&mut self, command: &str) {
         writeln!(self.input, "{command}").unwrap();
         loop {

@@ -6,7 +6,7 @@ use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{BlockOp, Direction, DmaArena, Expected, Payload};
 
 use super::{Inside, note_owner};
-use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion, has_payload};
+use crate::block::{BlockError, BlockRequest, Completion, has_payload};
 use crate::handle::HandleShared;
 use crate::lane::Stop;
 
@@ -14,7 +14,6 @@ impl Inside {
     /// Admits up to 64 requests from the front of `requests` and enters them in the ledger; what is invalid is answered at once. Returns how many were taken, and why no more.
     pub(in crate::lane) fn enter(
         &mut self,
-        geometry: &BlockGeometry,
         arena: &DmaArena,
         owner: &Arc<HandleShared>,
         requests: &mut [BlockRequest],
@@ -40,7 +39,7 @@ impl Inside {
             let BlockRequest { op, offset, length, flags, .. } = *request;
             let buffer = request.buffer.as_ref();
             let foreign = buffer.is_some_and(|buffer| !arena.owns(buffer) && !owner.owns_window(buffer));
-            let checked = geometry.check(op, offset, length, buffer);
+            let checked = self.geometry.check(op, offset, length, buffer);
             if let Err(error) = if foreign { Err(BlockError::Invalid) } else { checked } {
                 owner.deliver(Completion { user: request.user, result: Err(error), buffer: request.buffer.take() });
                 self.ledger.over(holder);

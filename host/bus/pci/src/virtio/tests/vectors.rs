@@ -57,8 +57,13 @@ fn each_queue_has_a_vector_where_there_are_enough() {
     assert!(!readable(device.event_fd().unwrap(), 0));
     sim.model().interrupt(0);
     assert!(readable(device.event_fd().unwrap(), 10), "the configuration changed");
-    assert!(!device.is_lost());
+    assert!(!device.is_lost() && device.take_config_change());
+    assert!(!device.take_config_change(), "said once");
     assert!(!readable(device.event_fd().unwrap(), 0), "and that was noticed");
+    (0..3).for_each(|_| sim.model().interrupt(0));
+    assert!(!device.is_lost() && device.take_config_change() && !device.take_config_change(), "three are one");
+    sim.model().interrupt(2);
+    assert!(!device.is_lost() && !device.take_config_change(), "a queue's vector is no change");
     for event in &events {
         let flags = rustix::fs::fcntl_getfl(&event.call).unwrap();
         assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
@@ -89,6 +94,7 @@ fn one_vector_reaches_every_queue_where_there_are_too_few() {
         }
         sim.model().interrupt(0);
         assert!(readable(device.event_fd().unwrap(), 10));
+        assert!(!device.is_lost() && device.take_config_change());
         device.release();
     }
 }
@@ -113,10 +119,14 @@ fn the_line_serves_where_there_are_no_vectors() {
         assert_eq!(sim.model().isr, 0, "acknowledged");
         assert!(events.iter().all(|event| readable(event.call.as_fd(), 10)));
         assert!(!readable(device.event_fd().unwrap(), 0));
+        assert!(!device.is_lost() && !device.take_config_change(), "bit 0 is the queues'");
         sim.model().isr = 2;
         assert!(assert_line(&sim));
         assert!(readable(device.event_fd().unwrap(), 10), "the configuration changed");
-        assert!(!device.is_lost());
+        assert!(!device.is_lost() && device.take_config_change());
+        sim.model().isr = 3;
+        assert!(assert_line(&sim), "both at once");
+        assert!(!device.is_lost() && device.take_config_change());
         sim.remove(Gone::Ones);
         assert!(!assert_line(&sim), "nobody's answer is no reason");
         assert!(readable(device.event_fd().unwrap(), 10), "somebody has to look");
