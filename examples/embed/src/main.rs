@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use cofferdam_bus_vhost_user::VhostUser;
 use cofferdam_manager::{
-    BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, LoadSpec, Manager, UnloadOptions,
+    Buffer, Completion, Config, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, UnloadOptions,
 };
 
 const BLOCKS: u64 = 32;
@@ -30,22 +30,16 @@ fn main() -> anyhow::Result<()> {
 
     // Write a pattern, make it durable, read it back: a batch at a time.
     for completion in
-        transfer(&handle, BlockOp::Write, |block, buffer| buffer.write_at(0, &pattern(block)).map_err(Into::into))?
+        transfer(&handle, IoOp::Write, |block, buffer| buffer.write_at(0, &pattern(block)).map_err(Into::into))?
     {
         completion.result?;
     }
     if handle.geometry().can_flush {
-        let flush = BlockRequest {
-            user: 0,
-            op: BlockOp::Flush,
-            offset: 0,
-            length: 0,
-            flags: BlockFlags::default(),
-            buffer: None,
-        };
+        let flush =
+            IoRequest { user: 0, op: IoOp::Flush, offset: 0, length: 0, flags: IoFlags::default(), buffer: None };
         answer(&handle, vec![flush])?.remove(0).result?;
     }
-    for completion in transfer(&handle, BlockOp::Read, |_, _| Ok(()))? {
+    for completion in transfer(&handle, IoOp::Read, |_, _| Ok(()))? {
         completion.result?;
         let mut bytes = vec![0; BLOCK_BYTES as usize];
         completion.buffer.context("a read has a buffer")?.read_at(0, &mut bytes)?;
@@ -63,7 +57,7 @@ fn main() -> anyhow::Result<()> {
 /// One request per block, all in flight at once.
 fn transfer(
     handle: &Handle,
-    op: BlockOp,
+    op: IoOp,
     fill: impl Fn(u64, &Buffer) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Completion>> {
     let mut requests = Vec::new();
@@ -71,12 +65,12 @@ fn transfer(
         let buffer = handle.lease(BLOCK_BYTES)?;
         fill(block, &buffer)?;
         let offset = block * u64::from(BLOCK_BYTES);
-        requests.push(BlockRequest {
+        requests.push(IoRequest {
             user: block,
             op,
             offset,
             length: BLOCK_BYTES,
-            flags: BlockFlags::default(),
+            flags: IoFlags::default(),
             buffer: Some(buffer),
         });
     }
@@ -84,7 +78,7 @@ fn transfer(
 }
 
 /// Submits everything and waits until everything is answered.
-fn answer(handle: &Handle, mut requests: Vec<BlockRequest>) -> anyhow::Result<Vec<Completion>> {
+fn answer(handle: &Handle, mut requests: Vec<IoRequest>) -> anyhow::Result<Vec<Completion>> {
     let (wanted, mut done) = (requests.len(), Vec::new());
     handle.submit(&mut requests)?;
     while done.len() < wanted {

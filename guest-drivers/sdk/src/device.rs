@@ -32,8 +32,11 @@ pub trait VirtioDevice {
     /// `OutOfOrder` before `negotiate`, `Invalid` for a length out of its bound, `Device` when the device refuses or is gone.
     fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, VirtioError>;
 
-    /// How many queues the device has and the operator allows, at least 1.
+    /// How many queues the device has, at least 1.
     fn max_queues(&self) -> u16;
+
+    /// How many data lanes the operator allows, at least 1.
+    fn max_lanes(&self) -> u16;
 
     /// Largest ring size of queue `queue` in entries; 0 for a queue that does not exist.
     fn max_queue_size(&self, queue: u16) -> u16;
@@ -47,7 +50,7 @@ pub trait LiveDevice {
     /// As there.
     fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, VirtioError>;
 
-    /// Sends `request` (1 to 4,096 bytes) on the control lane's queue for commands; what the device wrote, at most `response_bytes` (0 to 4,096). Blocks for 2 s at most.
+    /// Sends `request` (1 to 64 bytes) on the control lane's queue for commands; what the device wrote, at most `response_bytes` (0 to 64). Blocks for 2 s at most.
     ///
     /// # Errors
     /// `Invalid` for a length out of its bound, `Device` when there is no such queue, or no answer in time: then of every later call, too.

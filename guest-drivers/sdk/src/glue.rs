@@ -239,6 +239,10 @@ impl VirtioDevice for HostDevice<'_> {
         self.0.max_queues()
     }
 
+    fn max_lanes(&self) -> u16 {
+        self.0.max_lanes()
+    }
+
     fn max_queue_size(&self, queue: u16) -> u16 {
         self.0.max_queue_size(queue)
     }

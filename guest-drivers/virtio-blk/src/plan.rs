@@ -119,7 +119,7 @@ fn choose_features(offered: u64) -> u64 {
 
 /// As many queues as device and operator allow, each as large as it can be.
 fn plan_queues(device: &dyn VirtioDevice, of_the_device: u16) -> Result<Vec<QueuePlan>, DriverError> {
-    let count = of_the_device.min(device.max_queues()).min(MAX_PLANNED_QUEUES);
+    let count = of_the_device.min(device.max_queues()).min(device.max_lanes()).min(MAX_PLANNED_QUEUES);
     let mut queues = Vec::with_capacity(usize::from(count));
     for index in 0..count {
         let size = match device.max_queue_size(index) {

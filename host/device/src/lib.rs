@@ -7,6 +7,7 @@
 //! | --- | --- | --- | --- |
 //! | chain words | guest | [`ChainBatch::parse`] | [`Chain`], the only thing that [`SplitQueue::add`] takes |
 //! | answer words | guest | [`words::parse_answers`] | [`Status`] per token |
+//! | arrival words | guest | [`arrivals::Arrivals::parse`] | [`arrivals::Piece`]s of used buffers |
 //! | used elements | device | [`SplitQueue::pop`] | [`Used`], or a [`DeviceFault`] that poisons the queue |
 //!
 //! - [`transport`]: what a bus gives the host for one device; [`function`]: what it gives a driver that programs the device itself.
@@ -19,6 +20,7 @@
 //! `unsafe` is in `mmap` (mapping and volatile access), `transfer` (iovecs of raw memory) and `hollow` (descriptor numbers) alone.
 
 pub mod arena;
+pub mod arrivals;
 pub mod buffer;
 pub mod chain;
 pub mod dma;
@@ -47,4 +49,4 @@ pub use name::HeldName;
 pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
 pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};
 pub use window::WindowedRegion;
-pub use words::{BlockOp, Status};
+pub use words::{IoOp, Status};

@@ -62,6 +62,20 @@ impl Iovecs {
         true
     }
 
+    /// Adds pieces until it is full.
+    fn push_pieces(&mut self, pieces: &[Piece<'_>]) -> io::Result<()> {
+        for piece in pieces {
+            let fits = match piece {
+                Piece::Bytes(bytes) => self.push(bytes.as_ptr().cast_mut(), bytes.len()),
+                Piece::Shared(buffer, range) => self.push_shared(buffer, range)?,
+            };
+            if !fits {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     fn push_shared(&mut self, buffer: &Buffer, range: &Range<u32>) -> io::Result<bool> {
         let (base, len) = buffer
             .host_range(range)
@@ -77,15 +91,7 @@ impl Iovecs {
 /// What `sendmsg(2)` says, `WouldBlock` included; `InvalidInput` when a range is outside its buffer.
 pub fn send(fd: BorrowedFd<'_>, pieces: &[Piece<'_>], skip: usize) -> io::Result<usize> {
     let mut iovecs = Iovecs::new(skip);
-    for piece in pieces {
-        let fits = match piece {
-            Piece::Bytes(bytes) => iovecs.push(bytes.as_ptr().cast_mut(), bytes.len()),
-            Piece::Shared(buffer, range) => iovecs.push_shared(buffer, range)?,
-        };
-        if !fits {
-            break;
-        }
-    }
+    iovecs.push_pieces(pieces)?;
     if iovecs.count == 0 {
         return Ok(0);
     }
@@ -97,6 +103,23 @@ pub fn send(fd: BorrowedFd<'_>, pieces: &[Piece<'_>], skip: usize) -> io::Result
         // SAFETY: the first `count` entries are initialised and lie in `iovecs`, which outlives the call. Each is inside a slice or a buffer that is borrowed for the call. The
         // kernel only reads through the addresses; that a device may write a buffer at the same time is the kernel's copy, not an access of this program.
         unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
+    })
+}
+
+/// Writes the pieces in order, but for the first `skip` bytes, to `fd`: a device of characters, a pipe or a file at its position; for sockets there is [`send`]. Returns the bytes that were
+/// taken, which may be fewer than were left.
+///
+/// # Errors
+/// What `writev(2)` says, `WouldBlock` included; `InvalidInput` when a range is outside its buffer. A pipe without a reader is a signal (SIGPIPE), which Rust's runtime ignores.
+pub fn write(fd: BorrowedFd<'_>, pieces: &[Piece<'_>], skip: usize) -> io::Result<usize> {
+    let mut iovecs = Iovecs::new(skip);
+    iovecs.push_pieces(pieces)?;
+    if iovecs.count == 0 {
+        return Ok(0);
+    }
+    repeat(|| {
+        // SAFETY: as in `send`: the first `count` entries are initialised, each is inside a slice or a buffer that is borrowed for the call, and the kernel only reads through them.
+        unsafe { libc::writev(fd.as_raw_fd(), iovecs.entries.as_ptr().cast(), iovecs.count as libc::c_int) }
     })
 }
 

@@ -1,6 +1,7 @@
-//! The numbers that cross between host and block driver, as laid out in `wit/block.wit`: operations, statuses, and the encoders of
+//! The numbers that cross between host and driver, as laid out in `wit/words.wit`: operations, statuses, and the encoders of
 //! what the host sends. The check of a driver's chains is in [`crate::chain`].
 
+use crate::chain::Direction;
 use crate::error::AnswerError;
 
 /// Most requests or responses in one call.
@@ -26,7 +27,7 @@ pub const MAX_CHAIN_WORDS: usize = MAX_BATCH * (2 + 2 * MAX_SEGMENTS + MAX_HEADE
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum BlockOp {
+pub enum IoOp {
     /// The device writes the payload.
     Read = 0,
     /// The device reads the payload.
@@ -39,6 +40,25 @@ pub enum BlockOp {
     WriteZeroes = 4,
     /// The device writes its id, [`ID_BYTES`] bytes.
     GetId = 5,
+    /// Entropy: the device writes random bytes into the payload, one at least.
+    Fill = 6,
+    /// Stream: the device reads the payload; the argument is the port.
+    Send = 7,
+    /// Net: the device reads the payload, one packet; the argument is what is left to the device.
+    Transmit = 8,
+}
+
+impl IoOp {
+    /// Whether a request of this kind carries payload, and which way it goes.
+    #[inline]
+    #[must_use]
+    pub fn payload(self) -> Option<Direction> {
+        match self {
+            Self::Read | Self::GetId | Self::Fill => Some(Direction::In),
+            Self::Write | Self::Send | Self::Transmit => Some(Direction::Out),
+            Self::Flush | Self::Discard | Self::WriteZeroes => None,
+        }
+    }
 }
 
 /// How a request ended, by its driver's word.
@@ -78,10 +98,10 @@ impl Status {
     }
 }
 
-/// Appends the words of one request. `offset` and `length` are bytes.
+/// Appends the words of one request. `argument` is what the service says (an offset in bytes), `length` is bytes.
 #[inline]
-pub fn push_request(words: &mut Vec<u64>, token: u32, op: BlockOp, flags: u8, offset: u64, length: u64) {
-    words.extend([u64::from(token) | (op as u64) << 32 | u64::from(flags) << 40, offset, length]);
+pub fn push_request(words: &mut Vec<u64>, token: u32, op: IoOp, flags: u8, argument: u64, length: u64) {
+    words.extend([u64::from(token) | (op as u64) << 32 | u64::from(flags) << 40, argument, length]);
 }
 
 /// Appends the words of one response: what the device wrote for `token`, and the `status-in` bytes.

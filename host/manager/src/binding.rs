@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use crate::block::BlockGeometry;
 use crate::certificate::Certificate;
-use crate::config::ConfigChanges;
+use crate::control::ControlLane;
 use crate::device::SharedTransport;
 use crate::error::{LaneFault, OpenError, PortError, RevokeError};
 use crate::events::{EventKind, EventLog};
@@ -21,6 +21,7 @@ use crate::handle::{Handle, HandleShared, HandleSpec};
 use crate::ladder::Progress;
 use crate::lane::Lane;
 use crate::mapped::Regions;
+use crate::offer::Offer;
 use crate::ports::{Gone, Port, PortReport, Ports, Within};
 use crate::residue::Marks;
 
@@ -63,7 +64,7 @@ pub(crate) struct Parts {
 pub(crate) struct Serving {
     pub(crate) lanes: Vec<Arc<Lane>>,
     /// `None` for a driver that gives no service.
-    pub(crate) geometry: Option<Mutex<Arc<BlockGeometry>>>,
+    pub(crate) offer: Option<Mutex<Arc<Offer>>>,
 }
 
 struct Handles {
@@ -101,8 +102,8 @@ pub struct Binding {
     pub(crate) confinement: OnceLock<Confinement>,
     /// A thread asks the driver about responses.
     judging: AtomicBool,
-    /// What its device says has changed.
-    pub(crate) config: ConfigChanges,
+    /// Its control lane while the device runs.
+    pub(crate) control: ControlLane,
     /// How it ended is remembered.
     pub(crate) remembered: AtomicBool,
     /// The watch has a ladder under way for it.
@@ -166,7 +167,7 @@ impl Binding {
             hurried: AtomicBool::new(false),
             confinement: OnceLock::new(),
             judging: AtomicBool::new(false),
-            config: ConfigChanges::default(),
+            control: ControlLane::default(),
             remembered: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             serving: OnceLock::new(),
@@ -315,9 +316,14 @@ impl Binding {
     }
 
     /// What the device can do now; `None` before it serves, and for a driver that gives no service.
-    pub fn geometry(&self) -> Option<Arc<BlockGeometry>> {
-        let geometry = self.serving.get()?.geometry.as_ref()?;
-        Some(Arc::clone(&geometry.lock()))
+    pub fn offer(&self) -> Option<Arc<Offer>> {
+        let offer = self.serving.get()?.offer.as_ref()?;
+        Some(Arc::clone(&offer.lock()))
+    }
+
+    /// What its disk can do now; `None` before it serves, and for a device that is no disk.
+    pub fn geometry(&self) -> Option<BlockGeometry> {
+        self.offer()?.block().cloned()
     }
 
     /// The certificate, once the ladder has ended.
@@ -360,6 +366,11 @@ impl Binding {
         let revoked = self.gate.revoke_handles() as u64;
         open.iter().for_each(|handle| handle.announce_revocation());
         revoked
+    }
+
+    /// What the binding gives has changed: whoever has a handle may want to look.
+    pub(crate) fn offer_changed(&self) {
+        self.open_handles().iter().for_each(|handle| handle.notify.signal());
     }
 
     /// Asks the driver about responses that were put aside, on a thread of its own: one at a time, and it takes as long as a guest call may.

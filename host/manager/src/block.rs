@@ -1,90 +1,10 @@
 //! The block service as a client sees it. All offsets and lengths are bytes.
 
-pub use cofferdam_device::BlockOp;
+use cofferdam_device::Buffer;
 use cofferdam_device::words::ID_BYTES;
-use cofferdam_device::{Buffer, Status};
 use cofferdam_runtime::BlockProperties;
 
-/// Whether a request of this kind carries payload.
-pub(crate) fn has_payload(op: BlockOp) -> bool {
-    matches!(op, BlockOp::Read | BlockOp::Write | BlockOp::GetId)
-}
-
-/// Modifiers of a request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BlockFlags {
-    /// Write-zeroes only: the device may deallocate the range.
-    pub may_unmap: bool,
-}
-
-/// One operation on a block device.
-#[derive(Debug)]
-pub struct BlockRequest {
-    /// The client's own name for it, given back in the [`Completion`]; the host attaches no meaning to it.
-    pub user: u64,
-    /// What to do.
-    pub op: BlockOp,
-    /// First byte, a multiple of the logical block; 0 for flush and get-id.
-    pub offset: u64,
-    /// Bytes of payload or of the range; 0 for flush.
-    pub length: u32,
-    /// Modifiers.
-    pub flags: BlockFlags,
-    /// Read, write, get-id: at least `length` bytes, leased from the same binding. `None` for the others.
-    pub buffer: Option<Buffer>,
-}
-
-/// The answer to one admitted [`BlockRequest`]; there is exactly one.
-#[derive(Debug)]
-pub struct Completion {
-    /// The request's `user`.
-    pub user: u64,
-    /// How it ended.
-    pub result: Result<(), BlockError>,
-    /// The request's buffer. After a failed read its contents are not the device's answer and must not be shown to anyone.
-    pub buffer: Option<Buffer>,
-}
-
-/// Why an operation was not done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BlockError {
-    /// The device reports an error for this request.
-    #[error("the device failed the request")]
-    Io,
-    /// The device does not do this operation.
-    #[error("the device does not support this operation")]
-    Unsupported,
-    /// Out of range, misaligned, without the buffer it needs, or too long: the client's mistake.
-    #[error("the request is out of range, misaligned or without a buffer that fits")]
-    Invalid,
-    /// The device has no room.
-    #[error("no space left on the device")]
-    NoSpace,
-    /// The device is read-only.
-    #[error("the device is read-only")]
-    ReadOnly,
-    /// The device broke its specification while serving this request, or its driver broke the contract.
-    #[error("the device or its driver answered out of specification")]
-    DeviceFault,
-    /// The binding went away before the request was done. Whether a write reached the medium is unknown.
-    #[error("the binding was closed before the request was done")]
-    Revoked,
-}
-
-impl BlockError {
-    /// From a driver's judgement.
-    pub(crate) fn from_status(status: Status) -> Result<(), BlockError> {
-        match status {
-            Status::Ok => Ok(()),
-            Status::Io => Err(BlockError::Io),
-            Status::Unsupported => Err(BlockError::Unsupported),
-            Status::Invalid => Err(BlockError::Invalid),
-            Status::NoSpace => Err(BlockError::NoSpace),
-            Status::ReadOnly => Err(BlockError::ReadOnly),
-            Status::DeviceFault => Err(BlockError::DeviceFault),
-        }
-    }
-}
+use crate::request::{IoError, IoOp};
 
 /// What the device can do, as its driver described it and the host checked it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +38,23 @@ pub struct BlockGeometry {
 }
 
 impl BlockGeometry {
+    /// That of what is no disk.
+    pub(crate) const NONE: BlockGeometry = BlockGeometry {
+        capacity_bytes: 0,
+        logical_block_bytes: 512,
+        physical_block_bytes: 512,
+        max_transfer_bytes: 0,
+        read_only: true,
+        can_flush: false,
+        can_discard: false,
+        can_write_zeroes: false,
+        max_discard_bytes: 0,
+        discard_align_bytes: 0,
+        max_write_zeroes_bytes: 0,
+        write_zeroes_may_unmap: false,
+        has_id: false,
+    };
+
     pub(crate) fn from_properties(p: &BlockProperties, arena_bytes: u64, max_lease: u32) -> BlockGeometry {
         let block = p.logical_block_bytes;
         // One request must leave room for others in the arena, whatever the driver says.
@@ -165,42 +102,36 @@ impl BlockGeometry {
 
     /// Checks a client's request once, so that nothing behind it has to (who can forge this: any client).
     #[inline]
-    pub(crate) fn check(
-        &self,
-        op: BlockOp,
-        offset: u64,
-        length: u32,
-        buffer: Option<&Buffer>,
-    ) -> Result<(), BlockError> {
-        let writes = matches!(op, BlockOp::Write | BlockOp::Discard | BlockOp::WriteZeroes);
+    pub(crate) fn check(&self, op: IoOp, offset: u64, length: u32, buffer: Option<&Buffer>) -> Result<(), IoError> {
+        let writes = matches!(op, IoOp::Write | IoOp::Discard | IoOp::WriteZeroes);
         if writes && self.read_only {
-            return Err(BlockError::ReadOnly);
+            return Err(IoError::ReadOnly);
         }
         let longest = match op {
-            BlockOp::Read | BlockOp::Write => self.max_transfer_bytes,
-            BlockOp::Discard if self.can_discard => self.max_discard_bytes,
-            BlockOp::WriteZeroes if self.can_write_zeroes => self.max_write_zeroes_bytes,
-            BlockOp::Flush if self.can_flush => 0,
-            BlockOp::GetId if self.has_id => ID_BYTES,
-            _ => return Err(BlockError::Unsupported),
+            IoOp::Read | IoOp::Write => self.max_transfer_bytes,
+            IoOp::Discard if self.can_discard => self.max_discard_bytes,
+            IoOp::WriteZeroes if self.can_write_zeroes => self.max_write_zeroes_bytes,
+            IoOp::Flush if self.can_flush => 0,
+            IoOp::GetId if self.has_id => ID_BYTES,
+            _ => return Err(IoError::Unsupported),
         };
-        if has_payload(op) {
+        if op.payload().is_some() {
             match buffer {
                 Some(buffer) if u64::from(length) <= buffer.len() as u64 => {}
-                _ => return Err(BlockError::Invalid),
+                _ => return Err(IoError::Invalid),
             }
         }
         match op {
-            BlockOp::Flush => {
+            IoOp::Flush => {
                 if offset != 0 || length != 0 {
-                    Err(BlockError::Invalid)
+                    Err(IoError::Invalid)
                 } else {
                     Ok(())
                 }
             }
-            BlockOp::GetId => {
+            IoOp::GetId => {
                 if offset != 0 || length != ID_BYTES {
-                    Err(BlockError::Invalid)
+                    Err(IoError::Invalid)
                 } else {
                     Ok(())
                 }
@@ -212,7 +143,7 @@ impl BlockGeometry {
                 let aligned = (offset | length64) & beyond == 0;
                 let inside = offset.checked_add(length64).is_some_and(|end| end <= self.capacity_bytes);
                 if length == 0 || length > longest || !aligned || !inside {
-                    return Err(BlockError::Invalid);
+                    return Err(IoError::Invalid);
                 }
                 Ok(())
             }

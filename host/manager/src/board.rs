@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-use cofferdam_device::BlockOp;
+use cofferdam_device::IoOp;
 
 use crate::ledger::Stage;
 
@@ -50,7 +50,7 @@ pub(crate) struct Stamp(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Waiting {
     pub(crate) token: u32,
-    pub(crate) op: BlockOp,
+    pub(crate) op: IoOp,
     pub(crate) stage: Stage,
     pub(crate) age: Duration,
     pub(crate) handle: u64,
@@ -94,7 +94,7 @@ impl Board {
 
     /// A request has come in. Of the ledger, which is the one writer.
     #[inline]
-    pub(crate) fn put(&self, index: u16, lap: u64, op: BlockOp, since: Stamp, handle: u64) {
+    pub(crate) fn put(&self, index: u16, lap: u64, op: IoOp, since: Stamp, handle: u64) {
         let cell = self.cell(index);
         // Partner: `read`. The slot was taken off the board before; a reader that sees anything of what follows sees that, or the new word, in its second look.
         fence(Ordering::Release);
@@ -106,7 +106,7 @@ impl Board {
 
     /// It has come further.
     #[inline]
-    pub(crate) fn set_stage(&self, index: u16, lap: u64, op: BlockOp, stage: Stage) {
+    pub(crate) fn set_stage(&self, index: u16, lap: u64, op: IoOp, stage: Stage) {
         // Release for the same reason: a reader may see this word without ever having seen the first one.
         self.cell(index).word.store(word(lap, op, stage), Ordering::Release);
     }
@@ -176,7 +176,7 @@ impl Cell {
 }
 
 #[inline]
-fn word(lap: u64, op: BlockOp, stage: Stage) -> u64 {
+fn word(lap: u64, op: IoOp, stage: Stage) -> u64 {
     lap << LAP_SHIFT | op_number(op) << OP_SHIFT | (stage as u64) << STAGE_SHIFT | LIVE
 }
 
@@ -185,15 +185,24 @@ fn stage_of(word: u64) -> Option<Stage> {
 }
 
 /// By their numbers in [`op_number`].
-const OPERATIONS: [BlockOp; 6] =
-    [BlockOp::Read, BlockOp::Write, BlockOp::Flush, BlockOp::Discard, BlockOp::WriteZeroes, BlockOp::GetId];
+const OPERATIONS: [IoOp; 9] = [
+    IoOp::Read,
+    IoOp::Write,
+    IoOp::Flush,
+    IoOp::Discard,
+    IoOp::WriteZeroes,
+    IoOp::GetId,
+    IoOp::Fill,
+    IoOp::Send,
+    IoOp::Transmit,
+];
 
 #[inline]
-fn op_number(op: BlockOp) -> u64 {
+fn op_number(op: IoOp) -> u64 {
     op as u64
 }
 
-fn op_of(word: u64) -> Option<BlockOp> {
+fn op_of(word: u64) -> Option<IoOp> {
     OPERATIONS.get((word >> OP_SHIFT & NIBBLE) as usize).copied()
 }
 
@@ -217,10 +226,10 @@ mod tests {
     fn the_oldest_come_first_and_no_more_than_asked_for() {
         let board = Board::new(1000);
         for index in (0..300).rev() {
-            board.put(index, 0x10001, BlockOp::Read, Stamp(1000 - u64::from(index)), 9);
+            board.put(index, 0x10001, IoOp::Read, Stamp(1000 - u64::from(index)), 9);
         }
         board.take(299);
-        board.set_stage(298, 0x10001, BlockOp::Read, Stage::Published);
+        board.set_stage(298, 0x10001, IoOp::Read, Stage::Published);
         let picture = board.read(3);
         assert_eq!(picture.stages, [298, 0, 1]);
         let tokens: Vec<_> = picture.oldest.iter().map(|waiting| waiting.token).collect();
@@ -234,13 +243,13 @@ mod tests {
     #[test]
     fn a_slot_that_changes_hands_during_a_look_is_not_told() {
         let board = Board::new(1);
-        board.put(0, 5, BlockOp::Read, Stamp(50), 500);
+        board.put(0, 5, IoOp::Read, Stamp(50), 500);
         let cell = board.cell(0);
-        let read = word(5, BlockOp::Read, Stage::Parked);
-        assert_eq!(cell.read_with(|| board.set_stage(0, 5, BlockOp::Read, Stage::Parked)), Some((read, 50, 500)));
+        let read = word(5, IoOp::Read, Stage::Parked);
+        assert_eq!(cell.read_with(|| board.set_stage(0, 5, IoOp::Read, Stage::Parked)), Some((read, 50, 500)));
         let next = || {
             board.take(0);
-            board.put(0, 6, BlockOp::Read, Stamp(60), 600);
+            board.put(0, 6, IoOp::Read, Stamp(60), 600);
         };
         assert_eq!(cell.read_with(next), None);
         assert_eq!(cell.read_with(|| board.take(0)), None);

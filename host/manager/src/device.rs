@@ -28,8 +28,8 @@ pub(crate) fn host_features(offered: u64) -> u64 {
 /// What `virtio.device` is behind the border.
 pub(crate) struct DeviceWindow {
     transport: SharedTransport,
-    /// Queues the operator allows, at least 1.
-    queue_limit: u16,
+    /// Data lanes that the operator allows, at least 1.
+    lane_limit: u16,
     /// Largest ring the host is willing to keep, in entries.
     ring_limit: u16,
     negotiated: Arc<Mutex<Option<u64>>>,
@@ -38,11 +38,11 @@ pub(crate) struct DeviceWindow {
 impl DeviceWindow {
     pub(crate) fn new(
         transport: SharedTransport,
-        queue_limit: u16,
+        lane_limit: u16,
         ring_limit: u16,
         negotiated: Arc<Mutex<Option<u64>>>,
     ) -> DeviceWindow {
-        DeviceWindow { transport, queue_limit, ring_limit, negotiated }
+        DeviceWindow { transport, lane_limit, ring_limit, negotiated }
     }
 }
 
@@ -93,7 +93,11 @@ impl DeviceCapability for DeviceWindow {
     }
 
     fn max_queues(&mut self) -> u16 {
-        self.transport.lock().max_queues().min(self.queue_limit)
+        self.transport.lock().max_queues()
+    }
+
+    fn max_lanes(&mut self) -> u16 {
+        self.lane_limit
     }
 
     fn max_queue_size(&mut self, queue: u16) -> u16 {

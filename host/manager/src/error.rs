@@ -105,6 +105,9 @@ pub enum OpenError {
     /// The host has no descriptor for it.
     #[error("the host cannot provide what the handle needs: {0}")]
     Host(String),
+    /// Nothing arrives on this lane, or another client takes it.
+    #[error("nothing arrives on lane {0}, or another client takes it")]
+    Taken(usize),
     /// There is no such lane.
     #[error("the binding has {lanes} lanes, there is no lane {asked}")]
     NoSuchLane {
@@ -113,6 +116,20 @@ pub enum OpenError {
         /// How many there are.
         lanes: usize,
     },
+}
+
+/// The device was not told something by its control lane.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The binding is going or gone, or its driver failed.
+    #[error("the binding is closed")]
+    Revoked,
+    /// The device has no queue for it.
+    #[error("the device takes no commands")]
+    NoQueues,
+    /// The driver does not do it.
+    #[error("the driver refused: {0}")]
+    Refused(String),
 }
 
 /// A buffer was not lent.

@@ -11,11 +11,11 @@ use cofferdam_runtime::{CallView, GuestFault, LaneId, RunningCall, clean};
 use serde::{Deserialize, Serialize};
 
 use crate::binding::Binding;
-use crate::block::BlockOp;
 use crate::board::Waiting;
 use crate::certificate::Certificate;
 use crate::error::LaneFault;
 use crate::ledger::Stage;
+use crate::request::IoOp;
 use crate::status::HandleStatus;
 
 /// Requests that are told one by one.
@@ -231,14 +231,17 @@ fn request_status((lane, waiting): &(usize, Waiting)) -> RequestStatus {
     }
 }
 
-fn operation(op: BlockOp) -> &'static str {
+fn operation(op: IoOp) -> &'static str {
     match op {
-        BlockOp::Read => "read",
-        BlockOp::Write => "write",
-        BlockOp::Flush => "flush",
-        BlockOp::Discard => "discard",
-        BlockOp::WriteZeroes => "write-zeroes",
-        BlockOp::GetId => "get-id",
+        IoOp::Read => "read",
+        IoOp::Write => "write",
+        IoOp::Flush => "flush",
+        IoOp::Discard => "discard",
+        IoOp::WriteZeroes => "write-zeroes",
+        IoOp::GetId => "get-id",
+        IoOp::Fill => "fill",
+        IoOp::Send => "send",
+        IoOp::Transmit => "transmit",
     }
 }
 

@@ -21,12 +21,15 @@ use cofferdam_gate::{Cancel, DrainError, Guards, HandleError, HandleRefused, Not
 use cofferdam_runtime::clean;
 use parking_lot::Mutex;
 
+use crate::arrival::Arrival;
 use crate::binding::Binding;
-use crate::block::{BlockGeometry, BlockRequest, Completion};
+use crate::block::BlockGeometry;
 use crate::error::{LeaseError, OpenError, SubmitError};
 pub use crate::handle::patience::Patience;
 use crate::lane::Lane;
 use crate::mapped::{Regions, Share};
+use crate::offer::Offer;
+use crate::request::{Completion, IoRequest};
 
 /// What a client says of itself when it opens a handle.
 #[derive(Clone, Debug, Default)]
@@ -37,6 +40,8 @@ pub struct HandleSpec {
     pub peer: String,
     /// The lane that serves it, below [`Binding::lanes`].
     pub lane: usize,
+    /// Whether this client takes what arrives on the lane ([`Handle::receive`]); one at a time does.
+    pub receives: bool,
     /// Signalled whenever the client should call [`Handle::poll`] or look at [`Handle::state`]. Clients that share one (a port's worker) poll all
     /// their handles when it is signalled. With `None` the handle makes its own, which hangs up for ever at revocation.
     pub notify: Option<Arc<Notify>>,
@@ -185,7 +190,9 @@ pub struct Handle {
     lane: Arc<Lane>,
     binding: Arc<Binding>,
     /// As it was when the handle was opened.
-    geometry: Arc<BlockGeometry>,
+    offer: Arc<Offer>,
+    /// It takes what arrives.
+    receives: bool,
     patience: Patience,
 }
 
@@ -202,12 +209,18 @@ impl Handle {
         id: u64,
         spec: HandleSpec,
     ) -> Result<(Handle, Arc<HandleShared>), OpenError> {
-        let geometry = binding.geometry().ok_or(OpenError::Revoked)?;
+        let offer = binding.offer().ok_or(OpenError::Revoked)?;
         let own_notify = spec.notify.is_none();
         let notify = match spec.notify {
             Some(notify) => notify,
             None => Notify::new().map_err(|error| OpenError::Host(error.to_string()))?,
         };
+        let receives = spec.receives;
+        if receives && !lane.claim_receiver(id) {
+            return Err(OpenError::Taken(spec.lane));
+        }
+        // From here on whoever leaves lets go of it.
+        let claim = Receiver(receives.then(|| (Arc::clone(&lane), id)));
         let right =
             binding.gate().open_handle(own_notify.then(|| Arc::clone(&notify))).map_err(|error| match error {
                 HandleError::Full { capacity } => OpenError::TooMany(capacity as usize),
@@ -231,7 +244,8 @@ impl Handle {
             mapped: OnceLock::new(),
         });
         let patience = Patience::new(Patience::DEFAULT);
-        Ok((Handle { shared: Arc::clone(&shared), lane, binding, geometry, patience }, shared))
+        claim.keep();
+        Ok((Handle { shared: Arc::clone(&shared), lane, binding, offer, receives, patience }, shared))
     }
 
     /// What [`Handle::map`] works with.
@@ -245,9 +259,14 @@ impl Handle {
     }
 
     /// What the device could do when the handle was opened. Should its configuration change, requests are checked against what it can do then, and a handle that is opened
-    /// afterwards says that ([`Binding::geometry`]).
+    /// afterwards says that ([`Binding::offer`]).
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// The same of a disk; of another device, what no disk can do.
     pub fn geometry(&self) -> &BlockGeometry {
-        &self.geometry
+        self.offer.block().unwrap_or(&BlockGeometry::NONE)
     }
 
     /// Whether the handle may operate. Takes no lock.
@@ -271,7 +290,7 @@ impl Handle {
     ///
     /// # Errors
     /// [`SubmitError`] says why something was left. With `Held`, the handle's notify is signalled when it is worth trying again.
-    pub fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+    pub fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError> {
         if requests.is_empty() {
             return Ok(());
         }
@@ -306,6 +325,27 @@ impl Handle {
         found + self.shared.take_answers(out)
     }
 
+    /// Takes what arrived, for a handle that was opened to receive; up to 64 buffers' worth at a time, in the order in which the device used them. Never blocks. Returns how much was found:
+    /// only after a 0 with `arm` is it safe to sleep on [`Handle::arrival_fd`]. Buffers that clients let go of are given back to the device on the way.
+    pub fn receive(&self, arm: bool, out: &mut Vec<Arrival>) -> usize {
+        if !self.receives || self.state() == HandleState::Revoked || self.binding.gate().in_crossing() {
+            return 0;
+        }
+        self.lane.receive(arm, out)
+    }
+
+    /// Gives the device back the buffers of arrivals that were dropped, without looking for new ones: for a client that stopped taking them. Never blocks.
+    pub fn give_back(&self) {
+        if self.receives {
+            self.lane.repost();
+        }
+    }
+
+    /// Readable when something arrived on this handle's lane; `None` where nothing ever does. [`Handle::receive`] with `arm` clears it.
+    pub fn arrival_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.lane.posted_fd()
+    }
+
     /// Readable when the device used something on this handle's lane. [`Handle::poll`] clears it.
     pub fn device_fd(&self) -> BorrowedFd<'_> {
         self.lane.device_fd()
@@ -322,8 +362,28 @@ impl Handle {
     }
 }
 
+/// The claim to what arrives on a lane, until it is kept.
+struct Receiver(Option<(Arc<Lane>, u64)>);
+
+impl Receiver {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if let Some((lane, id)) = &self.0 {
+            lane.release_receiver(*id);
+        }
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
+        if self.receives {
+            self.lane.release_receiver(self.shared.id);
+        }
         // Close is final and waits for nothing: what is in flight is answered into `answers`, which goes with the last reference.
         self.shared.right.close();
         self.shared.closed.store(true, Ordering::Release);

@@ -12,6 +12,7 @@
 //! After a fault of the device the ring is not believed any more, and what is on it waits for the ladder to silence the device (L1).
 
 mod inside;
+pub(crate) mod posted;
 
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,13 +27,16 @@ use cofferdam_runtime::LaneDriver;
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::ReadWriteFlags;
 
+use crate::arrival::Arrival;
 use crate::binding::Binding;
-use crate::block::{BlockError, BlockGeometry, BlockRequest, Completion};
 use crate::board::{Board, Picture};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::lane::inside::{Inside, Sink};
+use crate::lane::posted::{Pool, Posted};
 use crate::ledger::Stage;
+use crate::offer::Offer;
+use crate::request::{Completion, IoError, IoRequest};
 
 /// How long a client that polls without a pause can keep the lease from somebody who waits for it: twenty times what the lock lets it.
 const FAIR_TURN: Duration = Duration::from_millis(10);
@@ -75,7 +79,11 @@ pub(crate) struct LaneParts {
     pub(crate) driver: Box<dyn LaneDriver>,
     pub(crate) queue: LaneQueue,
     pub(crate) arena: DmaArena,
-    pub(crate) geometry: Arc<BlockGeometry>,
+    pub(crate) offer: Arc<Offer>,
+    /// Its number.
+    pub(crate) set: u16,
+    /// The queue that it keeps filled, if its set has one.
+    pub(crate) posted: Option<(Posted, OwnedFd)>,
     pub(crate) requests: usize,
     pub(crate) binding: Weak<Binding>,
     /// Wakes who looks for faults.
@@ -89,6 +97,14 @@ pub(crate) struct Lane {
     arena: DmaArena,
     /// The queue's call descriptor, kept apart so that a sleeper needs no lease.
     call: OwnedFd,
+    /// That of the posted queue.
+    posted_call: Option<OwnedFd>,
+    /// The buffers of the posted queue.
+    pool: Option<Arc<Pool>>,
+    /// The handle that takes what arrives, counted from 1; 0: nobody does.
+    receiver: AtomicU64,
+    arrived: AtomicU64,
+    dropped: AtomicU64,
     binding: Weak<Binding>,
     wake: Arc<Notify>,
     reaper: Arc<Notify>,
@@ -125,12 +141,22 @@ impl Drop for Lease<'_> {
 
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
-        let LaneParts { driver, queue, arena, geometry, requests, binding, wake, reaper } = parts;
+        let LaneParts { driver, queue, arena, offer, set, posted, requests, binding, wake, reaper } = parts;
         let call = queue.events.call;
-        let inside = Inside::new(driver, queue.ring, queue.events.doorbell, queue.ordinary, requests, geometry);
+        let (posted, posted_call) = posted.unzip();
+        let returns = posted.as_ref().map(|posted| Arc::clone(posted.pool()));
+        // Of what is filled the client is told how much, which only the response says.
+        let ordinary = queue.ordinary.filter(|_| !matches!(*offer, Offer::Entropy(_)));
+        let queue = Inside::queue(queue.ring, queue.events.doorbell, ordinary);
+        let inside = Inside::new(driver, queue, requests, offer, set, posted);
         Lane {
             arena,
             call,
+            posted_call,
+            pool: returns,
+            receiver: AtomicU64::new(0),
+            arrived: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
             binding,
             wake,
             reaper,
@@ -151,8 +177,8 @@ impl Lane {
     }
 
     /// What requests are checked against from now on, whoever they are from. Waits for the lease, as long as a guest call may take.
-    pub(crate) fn set_geometry(&self, geometry: &Arc<BlockGeometry>) {
-        self.lease().geometry = Arc::clone(geometry);
+    pub(crate) fn set_offer(&self, offer: &Arc<Offer>) {
+        self.lease().offer = Arc::clone(offer);
     }
 
     pub(crate) fn arena(&self) -> &DmaArena {
@@ -164,7 +190,7 @@ impl Lane {
     }
 
     /// See [`crate::Handle::submit`].
-    pub(crate) fn submit(&self, owner: &Arc<HandleShared>, requests: &mut Vec<BlockRequest>) -> Result<(), Stop> {
+    pub(crate) fn submit(&self, owner: &Arc<HandleShared>, requests: &mut Vec<IoRequest>) -> Result<(), Stop> {
         let mut lease = self.lease();
         let inside = &mut *lease;
         let mut taken = 0;
@@ -253,10 +279,67 @@ impl Lane {
 
     /// Empties the call descriptor. Done before the ring is looked at, so a notification that comes later wakes again.
     fn clear_call(&self) {
-        // The open file is shared with the backend, which may make it a blocking one: only a read that says so itself is sure not to block.
-        let mut count = [0; 8];
-        let into = &mut [std::io::IoSliceMut::new(&mut count)];
-        let _ = rustix::io::preadv2(&self.call, into, u64::MAX, ReadWriteFlags::NOWAIT);
+        clear(self.call.as_fd());
+    }
+
+    /// Becomes the one that takes what arrives; false where somebody else is, or nothing does.
+    pub(crate) fn claim_receiver(&self, handle: u64) -> bool {
+        let taken = self.receiver.compare_exchange(0, handle + 1, Ordering::AcqRel, Ordering::Acquire);
+        self.posted_call.is_some() && taken.is_ok()
+    }
+
+    /// Stops taking it.
+    pub(crate) fn release_receiver(&self, handle: u64) {
+        let _ = self.receiver.compare_exchange(handle + 1, 0, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Readable when the device used posted buffers.
+    pub(crate) fn posted_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.posted_call.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Arrivals that were taken, and buffers that the driver made nothing of.
+    pub(crate) fn arrivals(&self) -> (u64, u64) {
+        (self.arrived.load(Ordering::Relaxed), self.dropped.load(Ordering::Relaxed))
+    }
+
+    /// See [`crate::Handle::receive`]: up to 64 buffers' worth.
+    pub(crate) fn receive(&self, arm: bool, out: &mut Vec<Arrival>) -> usize {
+        let before = out.len();
+        let mut lease = self.lease();
+        if let Some(call) = self.posted_fd().filter(|_| arm) {
+            clear(call);
+        }
+        loop {
+            let (count, fault) = lease.receive(out);
+            if let Some(fault) = fault {
+                self.report(fault);
+            }
+            if count.dropped > 0 {
+                self.dropped.fetch_add(count.dropped, Ordering::Relaxed);
+            }
+            // Arming and looking again is one step, as in `reap`.
+            if count.used == MAX_BATCH || !(arm && lease.arm_posted()) {
+                break;
+            }
+        }
+        let found = out.len() - before;
+        self.arrived.fetch_add(found as u64, Ordering::Relaxed);
+        found
+    }
+
+    /// The device runs: it is told of the buffers that are posted.
+    pub(crate) fn kick_posted(&self) {
+        if let Some(posted) = &self.lease().posted {
+            posted.kick();
+        }
+    }
+
+    /// Gives the device back what clients have let go of.
+    pub(crate) fn repost(&self) {
+        if let Some(mut lease) = self.try_lease() {
+            lease.repost();
+        }
     }
 
     /// Has the reaping thread look at what closed handles left in flight.
@@ -342,7 +425,7 @@ impl Lane {
         for token in inside.ledger.tokens() {
             let published = inside.ledger.stage(token) == Some(Stage::Published);
             if silent || !published {
-                inside.answer(token, Err(BlockError::Revoked), &mut sink);
+                inside.answer(token, Err(IoError::Revoked), &mut sink);
                 failed += 1;
             } else if let Some(taken) = inside.ledger.remove(token) {
                 // The device may still write there: the buffer is never given back.
@@ -352,6 +435,10 @@ impl Lane {
                 inside.ledger.over(taken.owner);
                 abandoned += 1;
             }
+        }
+        if let Some(pool) = &self.pool {
+            // Posted buffers are nobody's requests: they are taken back, or kept for a device that may still write there.
+            pool.end(silent);
         }
         let interrupted = std::mem::take(&mut lease.interrupted);
         lease.wake_all();
@@ -363,10 +450,13 @@ impl Lane {
         if let Some(mut inside) = self.lease_for_ladder(until) {
             inside.ring = None;
             inside.doorbell = None;
+            inside.posted = None;
             inside.forget_sleepers();
         }
-        if let Err(error) = cofferdam_device::hollow_out(self.call.as_fd()) {
-            tracing::error!(%error, "the call descriptor stays open");
+        for call in [Some(self.call.as_fd()), self.posted_fd()].into_iter().flatten() {
+            if let Err(error) = cofferdam_device::hollow_out(call) {
+                tracing::error!(%error, "the call descriptor stays open");
+            }
         }
     }
 
@@ -385,4 +475,12 @@ impl Lane {
         std::mem::forget(driver);
         bytes
     }
+}
+
+/// Empties a call descriptor; whether there was something in it.
+pub(crate) fn clear(call: BorrowedFd<'_>) -> bool {
+    // The open file is shared with the backend, which may make it a blocking one: only a read that says so itself is sure not to block.
+    let mut count = [0; 8];
+    let into = &mut [std::io::IoSliceMut::new(&mut count)];
+    rustix::io::preadv2(call, into, u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
 }

@@ -6,12 +6,12 @@
 
 use std::sync::Arc;
 
-use cofferdam_device::{BlockOp, Buffer};
+use cofferdam_device::{Buffer, IoOp};
 use cofferdam_gate::Guards;
 
-use crate::block::{BlockRequest, Completion};
 use crate::board::{Board, Stamp};
 use crate::handle::HandleShared;
+use crate::request::{Completion, IoRequest};
 
 /// How far a request has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ struct Slot {
     /// Requests that the slot has had; the low 16 bits are the generation in its token.
     lap: u64,
     stage: Stage,
-    op: BlockOp,
+    op: IoOp,
     owner: Owner,
     /// A request has the slot.
     live: bool,
@@ -188,7 +188,7 @@ impl Ledger {
 
     /// Enters an operation that came in at `since`, takes its buffer, and names it. The caller has checked [`Ledger::room`] and holds `owner`, whose number is `handle`.
     #[inline]
-    pub(crate) fn insert(&mut self, request: &mut BlockRequest, owner: Owner, handle: u64, since: Stamp) -> u32 {
+    pub(crate) fn insert(&mut self, request: &mut IoRequest, owner: Owner, handle: u64, since: Stamp) -> u32 {
         let op = request.op;
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { lap: 0, stage: Stage::Given, op, owner, live: false, user: 0, buffer: None });
@@ -218,7 +218,7 @@ impl Ledger {
     }
 
     /// What an operation asks for.
-    pub(crate) fn op(&self, token: u32) -> Option<BlockOp> {
+    pub(crate) fn op(&self, token: u32) -> Option<IoOp> {
         self.get(token).map(|slot| slot.op)
     }
 
@@ -272,7 +272,7 @@ impl Ledger {
         out.extend(mine.iter().map(|index| {
             let slot = &mut slots[usize::from(*index)];
             debug_assert!(!slot.live && slot.owner == owner);
-            Completion { user: slot.user, result: Ok(()), buffer: slot.buffer.take() }
+            Completion { user: slot.user, result: Ok(()), bytes: 0, buffer: slot.buffer.take() }
         }));
         self.free.extend_from_slice(mine);
     }

@@ -10,6 +10,11 @@
 //! board      the ledger's essentials, readable while a driver is stuck
 //! explain    who holds what: the answer of `why`
 //! handle     a client's revocable right to operate
+//! offer      what a binding gives: its service, and what the device can do of it now
+//! request    what a client asks, and what it is answered
+//! arrival    what came by itself: packets, bytes of a stream
+//! control    the control lane while the device runs: configuration changes and queues of its own
+//! queues     from a driver's plan to rings
 //! mapped     memory that a client maps for itself, and how it is taken away again
 //! departed   how bindings that are gone have ended
 //! device     the capability a driver sees during attach, over a bus's transport
@@ -23,11 +28,12 @@
 //! This crate may import `cofferdam-runtime`, `cofferdam-lifecycle`, `cofferdam-gate` and `cofferdam-device`, and nothing else of the project: it knows no bus and no port.
 //! A port is given a [`Binding`] and implements [`Port`]; a bus gives a [`Transport`].
 
+mod arrival;
 mod binding;
 mod block;
 mod board;
 mod certificate;
-mod config;
+mod control;
 mod departed;
 mod device;
 mod error;
@@ -41,17 +47,23 @@ mod ledger;
 mod load;
 mod manager;
 mod mapped;
+mod offer;
 mod ports;
+mod queues;
 mod registry;
+mod request;
 mod residue;
 mod status;
 mod threads;
 mod watch;
 
+pub use arrival::Arrival;
 pub use binding::{Binding, RevokeReport};
-pub use block::{BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Completion};
+pub use block::BlockGeometry;
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
-pub use error::{LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError};
+pub use error::{
+    ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError,
+};
 pub use events::{EventKind, EventReader, EventRecord};
 pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
 pub use handle::{Handle, HandleSpec, HandleState, Patience};
@@ -59,7 +71,9 @@ pub use ladder::{Cause, UnloadOptions};
 pub use load::LoadSpec;
 pub use manager::{Config, Manager};
 pub use mapped::{MapError, Mapped, MappedUse};
+pub use offer::Offer;
 pub use ports::{Port, PortReport};
+pub use request::{Completion, IoError, IoFlags, IoOp, IoRequest};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 pub use threads::{PortThreads, ThreadsEnded};
 
@@ -68,14 +82,17 @@ pub use cofferdam_device::transport::Transport;
 pub use cofferdam_device::{Buffer, RegionError};
 pub use cofferdam_gate::{Cancel, MECHANISM_VARIABLE, Mechanism, Notify, mechanism, mechanism_reason};
 pub use cofferdam_lifecycle::Phase;
-pub use cofferdam_runtime::{Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo};
+pub use cofferdam_runtime::{
+    EntropyProperties, Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo, NetProperties, Offloads, StreamPort,
+    StreamProperties,
+};
 
 /// What a driver that is part of the program is written against: for the yardstick alone.
 #[doc(hidden)]
 pub mod native {
     pub use crate::load::NativeDriver;
     pub use cofferdam_runtime::{
-        Attachment, LaneDriver, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneSetup,
-        QueuePlan,
+        Attachment, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneDriver, LaneSetup,
+        QueueOwner, QueuePlan,
     };
 }

@@ -5,24 +5,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cofferdam_device::DmaArena;
-use cofferdam_device::queue::{QueueConfig, SplitQueue};
-use cofferdam_device::transport::{QueueSetup, Transport};
+use cofferdam_device::transport::Transport;
 use cofferdam_lifecycle::{Event, Phase};
 use cofferdam_runtime::{
-    Attachment, LaneDriver, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec,
-    KillSwitch, LaneId, LaneSetup, Module, Runtime, Service,
+    Attachment, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec, KillSwitch,
+    LaneDriver, LaneId, LaneSetup, Module, Properties, QueueOwner, Runtime, Service,
 };
 use parking_lot::Mutex;
 
 use crate::binding::{Binding, Parts, Serving};
-use crate::block::BlockGeometry;
-use crate::config::Control;
-use crate::device::{DeviceWindow, F_EVENT_IDX, F_INDIRECT_DESC, host_features};
+use crate::control::Control;
+use crate::device::DeviceWindow;
 use crate::error::LoadError;
 use crate::function;
-use crate::lane::{Lane, LaneParts, LaneQueue};
+use crate::lane::{Lane, LaneParts};
 use crate::mapped::{MapLimits, Site};
+use crate::offer::Offer;
 use crate::ports::Within;
+use crate::queues::{Layout, QueuesError, SetQueues};
 use crate::residue::Marks;
 use crate::watch::Watch;
 
@@ -30,10 +30,8 @@ use crate::watch::Watch;
 const RINGS_IOVA: u64 = 0x1000_0000;
 /// I/O address of the buffer arena.
 const ARENA_IOVA: u64 = 0x1_0000_0000;
-/// Memory that is scattered is so in pages of at least this size (huge pages of x86-64 and of most others).
-const RUN_BYTES: u64 = 2 << 20;
-/// Most queues of one binding, as `wit/virtio.wit` says.
-const QUEUE_LIMIT: u16 = 64;
+/// Most data lanes of one binding: `wit/virtio.wit` knows 64 queues.
+const LANE_LIMIT: u16 = 64;
 
 /// What to load. Limits not given here have the defaults of DESIGN section 9.
 pub struct LoadSpec {
@@ -45,7 +43,7 @@ pub struct LoadSpec {
     pub component: Vec<u8>,
     /// The device, claimed by its bus.
     pub transport: Box<dyn Transport>,
-    /// Most queues to use, each with a lane of its own; `None`: as many as driver and device agree on, at most 64.
+    /// Most data lanes, each with a queue for requests; `None`: as many as driver and device agree on, at most 64.
     pub queues: Option<u16>,
     /// Calls are not counted and the module stays until the daemon stops.
     pub pinned: bool,
@@ -156,9 +154,9 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let _ = binding.confinement.set(transport.lock().confinement());
 
     // Control lane: attach, plan, properties.
-    let queue_limit = queues.unwrap_or(QUEUE_LIMIT).clamp(1, QUEUE_LIMIT);
+    let lane_limit = queues.unwrap_or(LANE_LIMIT).clamp(1, LANE_LIMIT);
     let negotiated = Arc::new(Mutex::new(None));
-    let mut window = DeviceWindow::new(Arc::clone(&transport), queue_limit, ring_entries, Arc::clone(&negotiated));
+    let mut window = DeviceWindow::new(Arc::clone(&transport), lane_limit, ring_entries, Arc::clone(&negotiated));
     let attach_error = |source| LoadError::Attach { device: device.clone(), source };
     let (attachment, properties) = match (&maker, &mut native) {
         (Some(maker), _) => {
@@ -168,7 +166,10 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             parts.control = Some(control);
             (attachment, properties)
         }
-        (None, Some(native)) => native.attach(&mut window).map_err(attach_error)?,
+        (None, Some(native)) => {
+            let (attachment, block) = native.attach(&mut window).map_err(attach_error)?;
+            (attachment, Properties::Block(block))
+        }
         (None, None) => return Err(LoadError::Host("neither a component nor a native driver".into())),
     };
     let Some(features) = *negotiated.lock() else {
@@ -177,55 +178,41 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     if features != attachment.features {
         return Err(plan_error("the driver's attachment names other features than it negotiated".into()));
     }
-    check_plan(&attachment, transport.lock().as_ref(), queue_limit, ring_entries).map_err(&plan_error)?;
+    check_plan(&attachment, transport.lock().as_ref(), lane_limit, ring_entries).map_err(&plan_error)?;
+    let is_block = matches!(properties, Properties::Block(_));
 
     // Memory: rings and headers in a region that no client and no guest ever receives, buffers in the arena.
-    let offered = transport.lock().offered_features();
-    let ring_features = host_features(offered);
-    let (event_idx, indirect) = (ring_features & F_EVENT_IDX != 0, ring_features & F_INDIRECT_DESC != 0);
-    let mut total = 0;
-    let mut places = Vec::with_capacity(attachment.queues.len());
-    for queue in &attachment.queues {
-        let bytes = SplitQueue::bytes(queue.size, indirect).next_multiple_of(4096);
-        // No ring crosses the end of a page, should the memory be in pages.
-        if total % RUN_BYTES + bytes > RUN_BYTES {
-            total = total.next_multiple_of(RUN_BYTES);
-        }
-        places.push(total);
-        total += bytes;
-    }
+    let layout = Layout::new(&attachment, transport.lock().offered_features());
     let memory = parts.marks.memory.clone();
     let host = |error: &dyn std::fmt::Display| LoadError::Host(error.to_string());
     let make = |what: &str, bytes, iova| {
         transport.lock().memory(&format!("{memory}-{what}"), bytes, iova).map_err(|e| host(&e))
     };
-    let rings = make("rings", total, RINGS_IOVA)?;
+    let rings = make("rings", layout.bytes, RINGS_IOVA)?;
     parts.rings = Some(Arc::clone(&rings));
     let region = make("arena", arena_bytes, ARENA_IOVA)?;
     let arena = DmaArena::new(Arc::clone(&region)).map_err(|e| host(&e))?;
     parts.arena = Some(arena.clone());
     let max_lease_bytes = arena.max_lease_bytes();
-    let geometry = Arc::new(BlockGeometry::from_properties(&properties, arena_bytes, max_lease_bytes));
-    {
+    let mut offer = Arc::new(Offer::from_properties(properties, arena_bytes, max_lease_bytes));
+    let queues = {
         let mut transport = transport.lock();
         transport.map(Arc::clone(&rings)).map_err(device_error)?;
         transport.map(region).map_err(device_error)?;
-    }
+        let made = layout.set_up(&attachment, &rings, &arena, transport.as_mut(), &mut parts.marks);
+        made.map_err(|error| match error {
+            QueuesError::Plan(reason) => plan_error(reason),
+            QueuesError::Device(source) => device_error(source),
+        })?
+    };
 
-    // Data lanes: one queue each.
-    for ((number, plan), place) in attachment.queues.iter().enumerate().zip(places) {
-        let config = QueueConfig { index: plan.index, size: plan.size, event_idx, indirect };
-        let queue = SplitQueue::new(config, Arc::clone(&rings), place).map_err(|e| plan_error(e.to_string()))?;
-        let setup = QueueSetup { index: plan.index, size: plan.size, addresses: queue.addresses() };
-        let events = transport.lock().setup_queue(setup).map_err(device_error)?;
-        parts.marks.note(events.call.as_fd());
-        if let Some(fd) = events.doorbell.descriptor() {
-            parts.marks.note(fd);
-        }
-        let setup = LaneSetup { features, state: attachment.state.clone(), queues: vec![plan.index] };
+    // Data lanes: one set of queues each.
+    for (number, SetQueues { indices, requests, posted }) in queues.sets.into_iter().enumerate() {
+        let set = number as u16;
+        let setup = LaneSetup { features, state: attachment.state.clone(), queues: indices };
         let driver: Box<dyn LaneDriver> = match (&maker, &mut native) {
             (Some(maker), _) => {
-                let mut driver = maker.make(LaneId::Data(number as u16))?;
+                let mut driver = maker.make(LaneId::Data(set))?;
                 driver.start(&setup).map_err(attach_error)?;
                 Box::new(driver)
             }
@@ -234,9 +221,11 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         };
         let lane = Lane::new(LaneParts {
             driver,
-            queue: LaneQueue::new(queue, events, plan.ordinary_response.clone()),
+            queue: requests,
             arena: arena.clone(),
-            geometry: Arc::clone(&geometry),
+            offer: Arc::clone(&offer),
+            set,
+            posted,
             requests: requests_per_lane,
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
@@ -245,27 +234,44 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         parts.lanes.push(Arc::new(lane));
     }
     transport.lock().start().map_err(device_error)?;
-    let site =
-        Site { transport: Arc::downgrade(&transport), memory: memory.clone(), wake: watch.reaper(), limits: mappings };
-    binding.regions().open(site);
-    if let Some(instance) = parts.control.take() {
-        let (transport, ring_limit) = (Arc::downgrade(&transport), ring_entries);
-        let control =
-            Control { instance, transport, queue_limit, ring_limit, negotiated, arena_bytes, max_lease_bytes };
-        binding.config.open(control);
+    parts.lanes.iter().for_each(|lane| lane.kick_posted());
+    if is_block {
+        let wake = watch.reaper();
+        binding.regions().open(Site { transport: Arc::downgrade(&transport), memory, wake, limits: mappings });
     }
-    open_for_business(binding, &mut parts, Some(geometry), watch, &transport)
+    if let Some(instance) = parts.control.take() {
+        let control_queues = queues.control.map(|queues| {
+            queues.kick();
+            Arc::new(Mutex::new(queues))
+        });
+        let mut control = Control {
+            instance,
+            transport: Arc::downgrade(&transport),
+            lane_limit,
+            ring_limit: ring_entries,
+            negotiated,
+            arena_bytes,
+            max_lease_bytes,
+            queues: control_queues,
+        };
+        let live = control.live();
+        // Also if that went wrong: the ladder takes it from there.
+        binding.control.open(control);
+        offer = Arc::new(live.map_err(attach_error)?);
+        parts.lanes.iter().for_each(|lane| lane.set_offer(&offer));
+    }
+    open_for_business(binding, &mut parts, Some(offer), watch, &transport)
 }
 
 /// The last step: from here on clients may come, and the device's loss is noticed.
 fn open_for_business(
     binding: &Arc<Binding>,
     parts: &mut Parts,
-    geometry: Option<Arc<BlockGeometry>>,
+    offer: Option<Arc<Offer>>,
     watch: &Watch,
     transport: &crate::device::SharedTransport,
 ) -> Result<(), LoadError> {
-    let serving = Serving { lanes: parts.lanes.clone(), geometry: geometry.map(Mutex::new) };
+    let serving = Serving { lanes: parts.lanes.clone(), offer: offer.map(Mutex::new) };
     // Before anybody can reach it: a fault that comes with the first request is looked for in bindings that serve. An unload that came while this went on has
     // called it off, and waits for the parts that are locked here.
     if binding.step(Event::Loaded).is_err() {
@@ -276,6 +282,9 @@ fn open_for_business(
     }
     if let Some(fd) = transport.lock().event_fd() {
         watch.add(binding, transport, fd).map_err(|e| LoadError::Host(e.to_string()))?;
+    }
+    if let Some(fd) = binding.control.event_fd() {
+        watch.add(binding, transport, fd.as_fd()).map_err(|e| LoadError::Host(e.to_string()))?;
     }
     Ok(())
 }
@@ -313,13 +322,17 @@ impl InstanceMaker<'_> {
 fn check_plan(
     attachment: &Attachment,
     transport: &dyn Transport,
-    queue_limit: u16,
+    lane_limit: u16,
     ring_limit: u16,
 ) -> Result<(), String> {
     let queues = &attachment.queues;
-    let most = transport.max_queues().min(queue_limit);
+    let most = transport.max_queues();
     if queues.is_empty() || queues.len() > usize::from(most) {
         return Err(format!("{} queues are planned, 1 to {most} can be had", queues.len()));
+    }
+    let lanes = queues.iter().filter(|queue| queue.posting.is_none() && queue.owner != QueueOwner::Control).count();
+    if lanes == 0 || lanes > usize::from(lane_limit) {
+        return Err(format!("{lanes} queues for requests are planned, 1 to {lane_limit} can be had"));
     }
     for (position, queue) in queues.iter().enumerate() {
         if queue.index >= transport.max_queues() {

@@ -60,6 +60,8 @@ pub struct BindingStatus {
     pub pinned: bool,
     /// How the device is kept to the binding's memory: `host` (only the host gives it addresses), `iommu`, or `trusted` (`--trust-dma`: not at all); empty while it is loading.
     pub dma: String,
+    /// What it gives: `block`, `entropy`, `stream`, `net`; empty while it is loading, and for a driver that gives no service.
+    pub service: String,
     /// Data lanes.
     pub lanes: usize,
     /// Attached ports' addresses.
@@ -74,6 +76,10 @@ pub struct BindingStatus {
     pub calls: Vec<CoreCalls>,
     /// Size of the medium in bytes; 0 before it serves.
     pub capacity_bytes: u64,
+    /// Packets, or pieces of streams, that arrived.
+    pub arrivals: u64,
+    /// Posted buffers that the driver made nothing of.
+    pub dropped: u64,
     /// Bytes of buffer memory that clients hold.
     pub leased_bytes: u64,
     /// Why it is leaving by itself, if it is.
@@ -112,6 +118,9 @@ impl Binding {
             .filter(|core| core.entered > 0 || core.crossings_in > 0)
             .map(|core| CoreCalls { core: core.core, operations: core.entered, crossings: core.crossings_in })
             .collect();
+        let lanes = self.serving.get().map_or(&[][..], |serving| &serving.lanes);
+        let (arrivals, dropped) =
+            lanes.iter().map(|lane| lane.arrivals()).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
         BindingStatus {
             name: self.name().to_owned(),
             state: life.phase().to_string(),
@@ -123,6 +132,7 @@ impl Binding {
             age_seconds: self.age().as_secs(),
             pinned: self.pinned,
             dma: self.confinement.get().map_or("", |confinement| confinement.as_str()).to_owned(),
+            service: self.offer().map_or("", |offer| offer.service()).to_owned(),
             lanes: self.lanes(),
             ports: self.ports(),
             handles: self.handle_statuses(),
@@ -130,6 +140,8 @@ impl Binding {
             calls_running: self.gate().crossings(),
             calls,
             capacity_bytes: self.geometry().map_or(0, |geometry| geometry.capacity_bytes),
+            arrivals,
+            dropped,
             leased_bytes: self
                 .serving
                 .get()

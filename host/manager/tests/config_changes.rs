@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Binding, BlockError, BlockFlags, BlockOp, BlockRequest, Config, EventKind, Handle, HandleSpec, LoadSpec, Manager,
-    Transport, UnloadOptions,
+    Binding, Config, EventKind, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, LoadSpec, Manager, Transport,
+    UnloadOptions,
 };
 use cofferdam_sim::{ConfigLie, Drive, Effect, Options, Profile, Rule, Sim, Storage};
 
@@ -50,10 +50,10 @@ fn capacity(binding: &Binding) -> u64 {
 }
 
 /// How a write of a block at `offset` ends.
-fn write(handle: &Handle, offset: u64) -> Result<(), BlockError> {
+fn write(handle: &Handle, offset: u64) -> Result<(), IoError> {
     let buffer = Some(handle.lease(BYTES).unwrap());
-    let flags = BlockFlags::default();
-    let mut requests = vec![BlockRequest { user: offset, op: BlockOp::Write, offset, length: BYTES, flags, buffer }];
+    let flags = IoFlags::default();
+    let mut requests = vec![IoRequest { user: offset, op: IoOp::Write, offset, length: BYTES, flags, buffer }];
     handle.submit(&mut requests).unwrap();
     let (deadline, mut out) = (Instant::now() + PATIENCE, Vec::new());
     while out.is_empty() {
@@ -86,7 +86,7 @@ fn a_disk_that_grows_is_larger_for_everybody_and_a_new_handle_says_so() {
     let (sim, manager) = (sim(), manager());
     let binding = load(&manager, "virtio-blk.wasm", &sim);
     let old = binding.open(HandleSpec::default()).unwrap();
-    assert_eq!(write(&old, 16 * MIB), Err(BlockError::Invalid));
+    assert_eq!(write(&old, 16 * MIB), Err(IoError::Invalid));
     sim.resize(32 * MIB).unwrap();
     until("the new capacity", || capacity(&binding) == 32 * MIB);
     until("the event", || changes(&manager).0.len() == 1);
@@ -95,7 +95,7 @@ fn a_disk_that_grows_is_larger_for_everybody_and_a_new_handle_says_so() {
     assert_eq!((old.geometry().capacity_bytes, new.geometry().capacity_bytes), (16 * MIB, 32 * MIB));
     for handle in [&old, &new] {
         assert_eq!(write(handle, 32 * MIB - u64::from(BYTES)), Ok(()));
-        assert_eq!(write(handle, 32 * MIB), Err(BlockError::Invalid));
+        assert_eq!(write(handle, 32 * MIB), Err(IoError::Invalid));
     }
     drop((old, new));
     unload(&manager, &binding);
@@ -111,7 +111,7 @@ fn what_lies_beyond_the_end_of_a_disk_that_shrank_is_refused_by_the_host_on_ever
     until("the event", || changes(&manager).0.len() == 1);
     let taken = sim.stats().taken;
     for handle in &handles {
-        assert_eq!(write(handle, 8 * MIB), Err(BlockError::Invalid));
+        assert_eq!(write(handle, 8 * MIB), Err(IoError::Invalid));
         assert_eq!(sim.stats().taken, taken, "the device was asked");
     }
     assert_eq!(write(&handles[0], 0), Ok(()));

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Binding, BlockOp, BlockRequest, Completion, Config, Explanation, GuestLimits, Handle, HandleSpec, LoadSpec,
-    Manager, UnloadOptions,
+    Binding, Completion, Config, Explanation, GuestLimits, Handle, HandleSpec, IoOp, IoRequest, LoadSpec, Manager,
+    UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Options, Rule, Sim, Storage};
 
@@ -45,9 +45,9 @@ fn client(label: &str, peer: &str) -> HandleSpec {
 
 fn write(handle: &Handle, block: u64) {
     let buffer = handle.lease(4096).unwrap();
-    let request = BlockRequest {
+    let request = IoRequest {
         user: block,
-        op: BlockOp::Write,
+        op: IoOp::Write,
         offset: block * 4096,
         length: 4096,
         flags: Default::default(),
@@ -242,7 +242,7 @@ fn explanations_are_right_while_two_clients_submit() {
     let binding = manager.load(spec(&sim, "busy", "virtio-blk.wasm")).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     // Writes of one client, flushes of the other: a mixture of two requests would show.
-    let clients: Vec<_> = [BlockOp::Write, BlockOp::Flush]
+    let clients: Vec<_> = [IoOp::Write, IoOp::Flush]
         .into_iter()
         .map(|op| {
             let (handle, stop) = (binding.open(client("in-process", "")).unwrap(), Arc::clone(&stop));
@@ -250,17 +250,17 @@ fn explanations_are_right_while_two_clients_submit() {
             let run = move || {
                 let mut out = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
-                    let write = op == BlockOp::Write;
+                    let write = op == IoOp::Write;
                     let buffer = write.then(|| handle.lease(4096).unwrap());
                     let length = if write { 4096 } else { 0 };
-                    let request = BlockRequest { user: 1, op, offset: 0, length, flags: Default::default(), buffer };
+                    let request = IoRequest { user: 1, op, offset: 0, length, flags: Default::default(), buffer };
                     handle.submit(&mut vec![request]).unwrap();
                     out.clear();
                     while handle.wait(Duration::from_millis(100), &mut out) == 0 {}
                     out.iter().for_each(|answer| assert_eq!(answer.result, Ok(())));
                 }
             };
-            (id, if op == BlockOp::Write { "write" } else { "flush" }, std::thread::spawn(run))
+            (id, if op == IoOp::Write { "write" } else { "flush" }, std::thread::spawn(run))
         })
         .collect();
     let (mut seen, begun) = ([0_u64; 2], Instant::now());

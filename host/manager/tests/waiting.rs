@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Binding, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, HandleState, LoadSpec, Manager,
+    Binding, Buffer, Completion, Config, Handle, HandleSpec, HandleState, IoOp, IoRequest, LoadSpec, Manager,
     UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Options, Rule, Sim, Storage};
@@ -32,9 +32,9 @@ fn load(manager: &Manager, sim: &Sim) -> Arc<Binding> {
     manager.load(LoadSpec::new("virtio-blk.wasm", driver, Box::new(sim.transport(Drive::Threads).unwrap()))).unwrap()
 }
 
-fn read(user: u64, buffer: Buffer) -> BlockRequest {
+fn read(user: u64, buffer: Buffer) -> IoRequest {
     let offset = user * u64::from(BYTES);
-    BlockRequest { user, op: BlockOp::Read, offset, length: BYTES, flags: Default::default(), buffer: Some(buffer) }
+    IoRequest { user, op: IoOp::Read, offset, length: BYTES, flags: Default::default(), buffer: Some(buffer) }
 }
 
 fn submit(handle: &Handle, user: u64) {

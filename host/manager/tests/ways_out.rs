@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
-    Binding, BlockError, BlockOp, BlockRequest, Buffer, Cause, Completion, Config, Handle, HandleSpec, HandleState,
-    LoadError, LoadSpec, Manager, Outcome, Phase, UnloadError, UnloadOptions,
+    Binding, Buffer, Cause, Completion, Config, Handle, HandleSpec, HandleState, IoError, IoOp, IoRequest, LoadError,
+    LoadSpec, Manager, Outcome, Phase, UnloadError, UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Lie, Options, Rule, Sim, Storage};
 
@@ -37,12 +37,12 @@ fn spec(sim: &Sim, name: &str) -> LoadSpec {
     LoadSpec { name: Some(name.into()), ..LoadSpec::new("virtio-blk.wasm", driver("virtio-blk.wasm"), transport) }
 }
 
-fn request(user: u64, op: BlockOp, offset: u64, buffer: Option<Buffer>) -> BlockRequest {
+fn request(user: u64, op: IoOp, offset: u64, buffer: Option<Buffer>) -> IoRequest {
     let length = buffer.as_ref().map_or(0, Buffer::len);
-    BlockRequest { user, op, offset, length, flags: Default::default(), buffer }
+    IoRequest { user, op, offset, length, flags: Default::default(), buffer }
 }
 
-fn start(handle: &Handle, op: BlockOp, offset: u64) {
+fn start(handle: &Handle, op: IoOp, offset: u64) {
     let buffer = handle.lease(4096).unwrap();
     handle.submit(&mut vec![request(offset, op, offset, Some(buffer))]).unwrap();
 }
@@ -169,13 +169,13 @@ fn a_buffer_of_another_binding_is_refused() {
     let foreign = a.lease(4096).unwrap();
     let victim = b.lease(4096).unwrap();
     victim.write_at(0, b"secret of another client").unwrap();
-    b.submit(&mut vec![request(1, BlockOp::Read, 0, Some(foreign))]).unwrap();
+    b.submit(&mut vec![request(1, IoOp::Read, 0, Some(foreign))]).unwrap();
     let answer = answers(&b, 1).remove(0);
     let mut now = [0; 6];
     victim.read_at(0, &mut now).unwrap();
     assert_eq!(
         (answer.result, &now),
-        (Err(BlockError::Invalid), b"secret"),
+        (Err(IoError::Invalid), b"secret"),
         "the device was sent into somebody else's lease"
     );
 }
@@ -186,7 +186,7 @@ fn a_pinned_binding_drains_too() {
     let manager = manager();
     let binding = manager.load(LoadSpec { pinned: true, ..spec(&sim, "pinned") }).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
-    start(&handle, BlockOp::Write, 0);
+    start(&handle, IoOp::Write, 0);
     let stop = UnloadOptions { cause: Cause::Shutdown, ..options(5000) };
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let unload = std::thread::spawn(move || other.unload_binding(&leaving, &stop));
@@ -209,7 +209,7 @@ fn a_pinned_binding_is_not_unloaded_and_keeps_its_memory_when_its_device_goes_aw
     // Nor later: for longer than a force gives a driver.
     let refused = Instant::now();
     while refused.elapsed() < Duration::from_millis(400) {
-        start(&handle, BlockOp::Write, 0);
+        start(&handle, IoOp::Write, 0);
         assert_eq!(answers(&handle, 1)[0].result, Ok(()));
     }
     let arena_bytes = 8 << 20;
@@ -259,7 +259,7 @@ fn force_cuts_an_unload_short_that_is_running() {
     let manager = manager();
     let binding = manager.load(spec(&sim, "forced")).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
-    start(&handle, BlockOp::Write, 0);
+    start(&handle, IoOp::Write, 0);
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let polite = std::thread::spawn(move || other.unload_binding(&leaving, &options(4000)).map_err(|e| e.to_string()));
     until("draining", || binding.phase() == Phase::Draining);
@@ -276,7 +276,7 @@ fn a_device_lost_after_an_unload_gave_up_ends_the_binding() {
     let manager = manager();
     let binding = manager.load(spec(&sim, "given-up")).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
-    start(&handle, BlockOp::Write, 0);
+    start(&handle, IoOp::Write, 0);
     let gave_up = manager.unload_binding(&binding, &options(50));
     assert!(matches!(gave_up, Err(UnloadError::StillDraining { .. })));
     sim.die();
@@ -289,7 +289,7 @@ fn a_device_lost_during_an_unload_is_what_the_certificate_says() {
     let manager = manager();
     let binding = manager.load(spec(&sim, "lost")).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
-    start(&handle, BlockOp::Write, 0);
+    start(&handle, IoOp::Write, 0);
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let unload = std::thread::spawn(move || other.unload_binding(&leaving, &options(4000)));
     until("draining", || binding.phase() == Phase::Draining);
@@ -305,7 +305,7 @@ fn a_device_that_lies_while_an_unload_drains_does_not_hold_it_up() {
     let binding = manager.load(spec(&sim, "lies")).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
     for number in 0..4 {
-        start(&handle, BlockOp::Write, number * 4096);
+        start(&handle, IoOp::Write, number * 4096);
     }
     let (other, leaving) = (manager.clone(), Arc::clone(&binding));
     let unload = std::thread::spawn(move || other.unload_binding(&leaving, &options(3000)).map_err(|e| e.to_string()));
@@ -363,12 +363,11 @@ fn a_driver_that_traps_leaves_the_device_time_to_answer() {
     let mut sent = 0;
     while binding.status().fault.is_none() && sent < 120 {
         let buffer = handle.lease(4096).unwrap();
-        let _ = handle.submit(&mut vec![request(sent, BlockOp::Write, sent * 4096, Some(buffer))]);
+        let _ = handle.submit(&mut vec![request(sent, IoOp::Write, sent * 4096, Some(buffer))]);
         sent += 1;
     }
     until("draining", || binding.phase() != Phase::Serving);
     until("detached", || binding.certificate().is_some());
-    let lost =
-        answers(&handle, sent as usize).iter().filter(|answer| answer.result == Err(BlockError::Revoked)).count();
+    let lost = answers(&handle, sent as usize).iter().filter(|answer| answer.result == Err(IoError::Revoked)).count();
     assert_eq!(lost, 0, "of {sent}: {:?}", binding.certificate());
 }

@@ -79,10 +79,11 @@ pub(crate) enum Import {
     DmaAllocate,
     InterruptWait,
     Command,
+    MaxLanes,
 }
 
 /// By number of [`Import`]; 0 is none.
-const IMPORTS: [&str; 19] = [
+const IMPORTS: [&str; 20] = [
     "",
     "log.write",
     "virtio.device.device-type",
@@ -102,6 +103,7 @@ const IMPORTS: [&str; 19] = [
     "dma.allocate",
     "interrupt.wait",
     "virtio.live-device.command",
+    "virtio.device.max-lanes",
 ];
 
 const THREAD_SHIFT: u32 = 32;

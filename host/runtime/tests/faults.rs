@@ -6,8 +6,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cofferdam_runtime::{
-    LaneDriver, CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch,
-    MAX_CHAIN_WORDS,
+    CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch, LaneDriver,
+    MAX_CHAIN_WORDS, Properties,
 };
 use support::{FakeDevice, Guest, instance, module, requests, runtime, setup, spec};
 
@@ -26,7 +26,7 @@ fn a_driver_attaches_starts_and_answers() {
     let mut control = instance(&runtime, &Guest::default());
     let attachment = control.attach(Box::new(FakeDevice)).unwrap();
     assert_eq!((attachment.features, attachment.queues.len(), attachment.queues[0].size), (0x20, 1, 128));
-    assert_eq!(control.block_properties().unwrap().capacity_bytes, 1 << 20);
+    assert!(matches!(control.properties().unwrap(), Properties::Block(block) if block.capacity_bytes == 1 << 20));
     control.config_changed(Box::new(FakeDevice)).unwrap();
 
     let mut lane = instance(&runtime, &Guest::default());
@@ -118,7 +118,7 @@ fn a_trap_has_a_backtrace_and_the_instance_is_never_entered_again() {
     let begun = Instant::now();
     assert_eq!(fault(lane.submit(&requests(1), &mut Vec::new())), first);
     assert_eq!(fault(lane.complete(&[7, 0, 0], &mut Vec::new())), first);
-    assert_eq!(lane.block_properties().unwrap_err(), CallError::Fault(first.clone()));
+    assert_eq!(lane.properties().unwrap_err(), CallError::Fault(first.clone()));
     assert_eq!(lane.attach(Box::new(FakeDevice)).unwrap_err(), CallError::Fault(first.clone()));
     assert!(begun.elapsed() < Duration::from_millis(100));
     assert_eq!(lane.fault(), Some(&first));
@@ -184,7 +184,7 @@ fn a_table_that_is_too_large_is_refused() {
 fn properties_out_of_bounds_end_the_instance() {
     let properties = "(memory.fill (i32.const 256) (i32.const 0) (i32.const 64)) (i32.const 256)";
     let mut control = instance(&runtime(), &Guest { properties: properties.into(), ..Guest::default() });
-    let Err(CallError::Fault(fault)) = control.block_properties() else { panic!() };
+    let Err(CallError::Fault(fault)) = control.properties() else { panic!() };
     assert_eq!(fault.kind, FaultKind::Layout);
     assert_eq!(control.attach(Box::new(FakeDevice)).unwrap_err(), CallError::Fault(fault));
 }
@@ -233,6 +233,10 @@ impl DeviceCapability for SlowDevice {
     fn read_config(&mut self, _: u32, _: u32) -> Result<Vec<u8>, DeviceError> {
         Ok(Vec::new())
     }
+    fn max_lanes(&mut self) -> u16 {
+        1
+    }
+
     fn max_queues(&mut self) -> u16 {
         1
     }
@@ -275,6 +279,10 @@ impl DeviceCapability for Panics {
     fn read_config(&mut self, _: u32, _: u32) -> Result<Vec<u8>, DeviceError> {
         Ok(Vec::new())
     }
+    fn max_lanes(&mut self) -> u16 {
+        1
+    }
+
     fn max_queues(&mut self) -> u16 {
         1
     }
@@ -292,5 +300,5 @@ fn an_instance_whose_capability_panicked_is_dead() {
     let call = std::panic::AssertUnwindSafe(|| control.attach(Box::new(Panics)));
     assert!(std::panic::catch_unwind(call).is_err());
     assert_eq!(gate.crossings(), 0);
-    assert!(matches!(control.block_properties(), Err(CallError::Fault(_))));
+    assert!(matches!(control.properties(), Err(CallError::Fault(_))));
 }

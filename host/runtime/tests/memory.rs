@@ -2,7 +2,7 @@
 
 mod support;
 
-use cofferdam_runtime::{LaneDriver, CallError, FaultKind};
+use cofferdam_runtime::{CallError, FaultKind, LaneDriver};
 use support::{Guest, instance, requests, runtime};
 
 /// Resident memory of this process in bytes.

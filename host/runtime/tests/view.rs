@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use cofferdam_runtime::{
-    LaneDriver, CallError, CallView, DeviceCapability, DeviceError, FaultKind, Grants, InstantiateError, KillSwitch,
+    CallError, CallView, DeviceCapability, DeviceError, FaultKind, Grants, InstantiateError, KillSwitch, LaneDriver,
     RunningCall,
 };
 use support::{FakeDevice, Guest, module, requests, runtime, spec};
@@ -95,6 +95,10 @@ impl DeviceCapability for Waits {
     fn read_config(&mut self, _: u32, length: u32) -> Result<Vec<u8>, DeviceError> {
         Ok(vec![0; length as usize])
     }
+    fn max_lanes(&mut self) -> u16 {
+        1
+    }
+
     fn max_queues(&mut self) -> u16 {
         1
     }
@@ -127,7 +131,7 @@ fn a_guest_in_a_device_call_is_seen_there_also_while_it_is_told_to_stop() {
     // With a loop or a call before it the rest of `attach` would be cut off; the next call is in any case.
     let mut control = caller.join().unwrap();
     assert_eq!(view.running(), None);
-    assert!(matches!(control.block_properties(), Err(CallError::Fault(fault)) if fault.kind == FaultKind::Killed));
+    assert!(matches!(control.properties(), Err(CallError::Fault(fault)) if fault.kind == FaultKind::Killed));
     assert_eq!(view.fault().map(|fault| fault.kind), Some(FaultKind::Killed));
 }
 

@@ -4,7 +4,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use cofferdam_runtime::{LaneDriver, CallError, FaultKind, Grants, Instance, KillSwitch};
+use cofferdam_runtime::{CallError, FaultKind, Grants, Instance, KillSwitch, LaneDriver};
 use support::{Guest, module, requests, runtime, spec};
 
 /// Sleeps `nanoseconds` in `submit`, by way of wasi:clocks and wasi:io.

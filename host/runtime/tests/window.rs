@@ -2,7 +2,7 @@
 
 mod support;
 
-use cofferdam_runtime::{LaneDriver, CallError, FaultKind, GuestFault, Instance};
+use cofferdam_runtime::{CallError, FaultKind, GuestFault, Instance, LaneDriver};
 use support::{Guest, WINDOW, instance, module, requests, runtime, setup, spec};
 
 /// Bytes of the window, as the contract has it.
@@ -32,7 +32,7 @@ fn dies_of_layout(mut lane: Instance, says: &str) {
     assert!(first.message.contains(says), "{first}");
     assert_eq!(fault(lane.submit(&requests(1), &mut Vec::new())), first);
     assert_eq!(fault(lane.complete(&[7, 0, 0], &mut Vec::new())), first);
-    assert_eq!(fault(lane.block_properties()), first);
+    assert_eq!(fault(lane.properties()), first);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{BlockError, BlockOp};
+use cofferdam_manager::{IoError, IoOp};
 
 use crate::bed::{Fixture, Wish};
 use crate::client::contents;
@@ -83,10 +83,10 @@ fn random_operations(fixture: &mut Fixture) -> anyhow::Result<()> {
             let place = offset as usize..(offset + length) as usize;
             if random.bool() {
                 random.fill(&mut oracle[place.clone()]);
-                let user = client.start(BlockOp::Write, offset, length as u32, Some(&oracle[place]))?;
+                let user = client.start(IoOp::Write, offset, length as u32, Some(&oracle[place]))?;
                 started.insert(user, None);
             } else {
-                let user = client.start(BlockOp::Read, offset, length as u32, None)?;
+                let user = client.start(IoOp::Read, offset, length as u32, None)?;
                 started.insert(user, Some(place));
             }
         }
@@ -110,7 +110,7 @@ fn overfull_ring(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut started = Vec::new();
     for number in 0..300_u64 {
         let data = [number as u8; 4096];
-        started.push(client.start(BlockOp::Write, number * 4096, 4096, Some(&data))?);
+        started.push(client.start(IoOp::Write, number * 4096, 4096, Some(&data))?);
     }
     for user in started {
         client.finish(user)?.result?;
@@ -146,9 +146,9 @@ fn impossible_requests(fixture: &mut Fixture) -> anyhow::Result<()> {
         ("no length", 0, 0),
     ];
     for (what, offset, length) in cases {
-        for op in [BlockOp::Read, BlockOp::Write] {
+        for op in [IoOp::Read, IoOp::Write] {
             let answer = client.one(op, offset, length, None)?;
-            ensure!(answer.as_ref().err() == Some(&BlockError::Invalid), "{what}: {op:?} answered {answer:?}");
+            ensure!(answer.as_ref().err() == Some(&IoError::Invalid), "{what}: {op:?} answered {answer:?}");
         }
     }
     client.write(0, &vec![9; block as usize])?;
@@ -159,9 +159,9 @@ fn impossible_requests(fixture: &mut Fixture) -> anyhow::Result<()> {
 fn read_only_refuses(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     let block = client.geometry().logical_block_bytes;
-    for op in [BlockOp::Write, BlockOp::Discard, BlockOp::WriteZeroes] {
+    for op in [IoOp::Write, IoOp::Discard, IoOp::WriteZeroes] {
         let answer = client.one(op, 0, block, None)?;
-        ensure!(answer.as_ref().err() == Some(&BlockError::ReadOnly), "{op:?} answered {answer:?}");
+        ensure!(answer.as_ref().err() == Some(&IoError::ReadOnly), "{op:?} answered {answer:?}");
     }
     ensure!(client.read(0, block)? == vec![0; block as usize]);
     Ok(())
@@ -189,7 +189,7 @@ fn write_zeroes(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     ensure!(client.geometry().can_write_zeroes, "the device was to serve write-zeroes");
     let unit = pattern_around(&mut client)?;
-    client.one(BlockOp::WriteZeroes, unit, unit as u32, None)??;
+    client.one(IoOp::WriteZeroes, unit, unit as u32, None)??;
     ensure!(client.read(unit, unit as u32)? == vec![0; unit as usize], "the range does not read as zeroes");
     neighbours_are_whole(&mut client, unit)
 }
@@ -198,15 +198,15 @@ fn discard(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     ensure!(client.geometry().can_discard, "the device was to serve discard");
     let unit = pattern_around(&mut client)?;
-    client.one(BlockOp::Discard, unit, unit as u32, None)??;
+    client.one(IoOp::Discard, unit, unit as u32, None)??;
     neighbours_are_whole(&mut client, unit)
 }
 
 fn flush(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     client.write(0, &[5; 4096])?;
-    let answer = client.one(BlockOp::Flush, 0, 0, None)?;
-    let expected = if client.geometry().can_flush { None } else { Some(BlockError::Unsupported) };
+    let answer = client.one(IoOp::Flush, 0, 0, None)?;
+    let expected = if client.geometry().can_flush { None } else { Some(IoError::Unsupported) };
     ensure!(answer.as_ref().err() == expected.as_ref(), "flush answered {answer:?}");
     Ok(())
 }
@@ -233,8 +233,8 @@ fn two_lanes(fixture: &mut Fixture) -> anyhow::Result<()> {
 fn two_handles(fixture: &mut Fixture) -> anyhow::Result<()> {
     let (mut first, mut second) = (fixture.client(0)?, fixture.client(0)?);
     for round in 0..50_u64 {
-        let a = first.start(BlockOp::Write, round * 8192, 4096, Some(&[1; 4096]))?;
-        let b = second.start(BlockOp::Write, round * 8192 + 4096, 4096, Some(&[2; 4096]))?;
+        let a = first.start(IoOp::Write, round * 8192, 4096, Some(&[1; 4096]))?;
+        let b = second.start(IoOp::Write, round * 8192 + 4096, 4096, Some(&[2; 4096]))?;
         // Whoever looks first reaps both; the other must still get its own.
         second.finish(b)?.result?;
         first.finish(a)?.result?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use cofferdam_manager::{
-    Binding, BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Completion, Handle, HandleSpec, SubmitError,
+    Binding, BlockGeometry, Completion, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, SubmitError,
 };
 
 /// Longest wait for a device that is supposed to answer.
@@ -25,8 +25,12 @@ impl Client {
     /// # Errors
     /// When it is refused.
     pub fn open(binding: &Arc<Binding>, lane: usize) -> anyhow::Result<Client> {
-        let handle =
-            binding.open(HandleSpec { label: "in-process".into(), peer: "conformance".into(), lane, notify: None })?;
+        let handle = binding.open(HandleSpec {
+            label: "in-process".into(),
+            peer: "conformance".into(),
+            lane,
+            ..HandleSpec::default()
+        })?;
         Ok(Client { handle, next: 1, early: HashMap::new() })
     }
 
@@ -46,9 +50,9 @@ impl Client {
     ///
     /// # Errors
     /// When it is not admitted.
-    pub fn start(&mut self, op: BlockOp, offset: u64, length: u32, data: Option<&[u8]>) -> anyhow::Result<u64> {
+    pub fn start(&mut self, op: IoOp, offset: u64, length: u32, data: Option<&[u8]>) -> anyhow::Result<u64> {
         let buffer = match op {
-            BlockOp::Read | BlockOp::Write | BlockOp::GetId => Some(self.handle.lease(length.max(1))?),
+            IoOp::Read | IoOp::Write | IoOp::GetId => Some(self.handle.lease(length.max(1))?),
             _ => None,
         };
         if let (Some(buffer), Some(data)) = (&buffer, data) {
@@ -56,7 +60,7 @@ impl Client {
         }
         let user = self.next;
         self.next += 1;
-        let mut one = vec![BlockRequest { user, op, offset, length, flags: BlockFlags::default(), buffer }];
+        let mut one = vec![IoRequest { user, op, offset, length, flags: IoFlags::default(), buffer }];
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.handle.submit(&mut one) {
@@ -98,11 +102,11 @@ impl Client {
     /// When it is not admitted or not answered; how the device answered is the inner result.
     pub fn one(
         &mut self,
-        op: BlockOp,
+        op: IoOp,
         offset: u64,
         length: u32,
         data: Option<&[u8]>,
-    ) -> anyhow::Result<Result<Completion, BlockError>> {
+    ) -> anyhow::Result<Result<Completion, IoError>> {
         let user = self.start(op, offset, length, data)?;
         let completion = self.finish(user)?;
         Ok(completion.result.map(|()| completion))
@@ -113,7 +117,7 @@ impl Client {
     /// # Errors
     /// Also when the device fails the request.
     pub fn read(&mut self, offset: u64, length: u32) -> anyhow::Result<Vec<u8>> {
-        let completion = self.one(BlockOp::Read, offset, length, None)??;
+        let completion = self.one(IoOp::Read, offset, length, None)??;
         contents(&completion, length)
     }
 
@@ -122,7 +126,7 @@ impl Client {
     /// # Errors
     /// Also when the device fails the request.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> anyhow::Result<()> {
-        self.one(BlockOp::Write, offset, u32::try_from(data.len())?, Some(data))??;
+        self.one(IoOp::Write, offset, u32::try_from(data.len())?, Some(data))??;
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use cofferdam_manager::{BlockError, BlockOp, HandleSpec, HandleState, OpenError, Outcome, SubmitError, UnloadOptions};
+use cofferdam_manager::{HandleSpec, HandleState, IoError, IoOp, OpenError, Outcome, SubmitError, UnloadOptions};
 
 use crate::Case;
 use crate::bed::{Fixture, Wish};
@@ -41,7 +41,7 @@ fn unload_in_flight(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     let mut started = Vec::new();
     for number in 0..200_u64 {
-        started.push(client.start(BlockOp::Write, number * 4096, 4096, Some(&[3; 4096]))?);
+        started.push(client.start(IoOp::Write, number * 4096, 4096, Some(&[3; 4096]))?);
     }
     let certificate = fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?;
     clean(&certificate)?;
@@ -55,7 +55,7 @@ fn unload_in_flight(fixture: &mut Fixture) -> anyhow::Result<()> {
 fn never_polls(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     for number in 0..64_u64 {
-        client.start(BlockOp::Read, number * 4096, 4096, None)?;
+        client.start(IoOp::Read, number * 4096, 4096, None)?;
     }
     let before = Instant::now();
     let certificate = fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?;
@@ -70,9 +70,9 @@ fn revoked_handle(fixture: &mut Fixture) -> anyhow::Result<()> {
     ensure!(certificate.handles_revoked == 1, "{} handles revoked", certificate.handles_revoked);
     ensure!(client.handle().state() == HandleState::Revoked);
     ensure!(client.handle().lease(4096).is_err());
-    let mut flush = vec![cofferdam_manager::BlockRequest {
+    let mut flush = vec![cofferdam_manager::IoRequest {
         user: 1,
-        op: BlockOp::Flush,
+        op: IoOp::Flush,
         offset: 0,
         length: 0,
         flags: Default::default(),
@@ -116,11 +116,11 @@ fn kept_buffer(fixture: &mut Fixture) -> anyhow::Result<()> {
 fn closed_in_flight(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     for number in 0..100_u64 {
-        client.start(BlockOp::Write, number * 4096, 4096, Some(&[4; 4096]))?;
+        client.start(IoOp::Write, number * 4096, 4096, Some(&[4; 4096]))?;
     }
     drop(client);
     let mut other = fixture.client(0)?;
-    ensure!(other.one(BlockOp::Read, 0, 4096, None)?.err() != Some(BlockError::Revoked));
+    ensure!(other.one(IoOp::Read, 0, 4096, None)?.err() != Some(IoError::Revoked));
     drop(other);
     clean(&fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?)
 }
@@ -128,7 +128,7 @@ fn closed_in_flight(fixture: &mut Fixture) -> anyhow::Result<()> {
 fn two_unloaders(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     for number in 0..100_u64 {
-        client.start(BlockOp::Read, number * 4096, 4096, None)?;
+        client.start(IoOp::Read, number * 4096, 4096, None)?;
     }
     std::thread::scope(|scope| {
         let unload = || fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default());

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use cofferdam_conformance::driver_path;
 use cofferdam_manager::{
-    Binding, BlockFlags, BlockOp, BlockRequest, Cause, Config, Handle, HandleSpec, LoadSpec, Manager, Outcome,
-    Residual, UnloadOptions,
+    Binding, Cause, Config, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, Outcome, Residual,
+    UnloadOptions,
 };
 use cofferdam_sim::{ConfigLie, Drive, Effect, Lie, Op, Options, Profile, Quiescence, Rule, Sim, When};
 
@@ -24,12 +24,12 @@ fn spec(sim: &Sim) -> anyhow::Result<LoadSpec> {
     Ok(LoadSpec::new("virtio-blk.wasm", component, Box::new(sim.transport(Drive::Threads)?)))
 }
 
-fn request(handle: &Handle, user: u64, op: BlockOp) -> anyhow::Result<BlockRequest> {
+fn request(handle: &Handle, user: u64, op: IoOp) -> anyhow::Result<IoRequest> {
     let buffer = handle.lease(BLOCK)?;
     // Marks what the buffer held before: a read that shows it was never answered by the device.
     buffer.fill(0, BLOCK, 0x5a)?;
     let offset = user * u64::from(BLOCK);
-    Ok(BlockRequest { user, op, offset, length: BLOCK, flags: BlockFlags::default(), buffer: Some(buffer) })
+    Ok(IoRequest { user, op, offset, length: BLOCK, flags: IoFlags::default(), buffer: Some(buffer) })
 }
 
 /// What came of 64 reads of a disk full of zeroes.
@@ -46,7 +46,7 @@ fn read_64(binding: &std::sync::Arc<Binding>) -> anyhow::Result<Outcomes> {
     let handle = binding.open(HandleSpec::default())?;
     let mut requests = Vec::new();
     for user in 0..64 {
-        requests.push(request(&handle, user, BlockOp::Read)?);
+        requests.push(request(&handle, user, IoOp::Read)?);
     }
     let mut seen = [false; 64];
     let mut outcomes = Outcomes::default();
@@ -164,7 +164,7 @@ fn a_hung_device_is_drained_until_the_deadline_and_then_by_force() -> anyhow::Re
     let binding = manager.load(spec(&sim)?)?;
     let handle = binding.open(HandleSpec::default())?;
     sim.hang(false);
-    let mut requests = vec![request(&handle, 1, BlockOp::Write)?, request(&handle, 2, BlockOp::Read)?];
+    let mut requests = vec![request(&handle, 1, IoOp::Write)?, request(&handle, 2, IoOp::Read)?];
     handle.submit(&mut requests)?;
 
     let polite = UnloadOptions { deadline: Duration::from_millis(200), ..UnloadOptions::default() };
@@ -191,7 +191,7 @@ fn a_drain_that_was_given_up_goes_on_when_the_device_does() -> anyhow::Result<()
     let binding = manager.load(spec(&sim)?)?;
     let handle = binding.open(HandleSpec::default())?;
     sim.hang(false);
-    let mut requests = vec![request(&handle, 1, BlockOp::Write)?, request(&handle, 2, BlockOp::Read)?];
+    let mut requests = vec![request(&handle, 1, IoOp::Write)?, request(&handle, 2, IoOp::Read)?];
     handle.submit(&mut requests)?;
     let polite = UnloadOptions { deadline: Duration::from_millis(100), ..UnloadOptions::default() };
     ensure!(manager.unload_binding(&binding, &polite).is_err());

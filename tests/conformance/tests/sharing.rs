@@ -5,14 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use cofferdam_conformance::driver_path;
-use cofferdam_manager::{
-    BlockFlags, BlockOp, BlockRequest, Config, Handle, HandleSpec, LoadSpec, Manager, UnloadOptions,
-};
+use cofferdam_manager::{Config, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, UnloadOptions};
 use cofferdam_sim::{Drive, Effect, Op, Options, Rule, Sim, When};
 
-fn one(handle: &Handle, op: BlockOp, offset: u64) -> anyhow::Result<Vec<BlockRequest>> {
+fn one(handle: &Handle, op: IoOp, offset: u64) -> anyhow::Result<Vec<IoRequest>> {
     let buffer = Some(handle.lease(4096)?);
-    Ok(vec![BlockRequest { user: 1, op, offset, length: 4096, flags: BlockFlags::default(), buffer }])
+    Ok(vec![IoRequest { user: 1, op, offset, length: 4096, flags: IoFlags::default(), buffer }])
 }
 
 fn load(manager: &Manager, sim: &Sim) -> anyhow::Result<std::sync::Arc<cofferdam_manager::Binding>> {
@@ -36,7 +34,7 @@ fn a_sleeper_is_woken_although_a_busy_poller_took_its_notification() -> anyhow::
         let (about_to_sleep, go) = mpsc::channel();
         std::thread::scope(|scope| {
             let slept = scope.spawn(move || -> anyhow::Result<Duration> {
-                sleeper.submit(&mut one(&sleeper, BlockOp::Read, 0)?)?;
+                sleeper.submit(&mut one(&sleeper, IoOp::Read, 0)?)?;
                 let mut done = Vec::new();
                 sleeper.poll(true, &mut done);
                 about_to_sleep.send(())?;
@@ -48,7 +46,7 @@ fn a_sleeper_is_woken_although_a_busy_poller_took_its_notification() -> anyhow::
                 Ok(before.elapsed())
             });
             go.recv()?;
-            busy.submit(&mut one(&busy, BlockOp::Write, 4096)?)?;
+            busy.submit(&mut one(&busy, IoOp::Write, 4096)?)?;
             let mut done = Vec::new();
             while done.is_empty() {
                 busy.poll(false, &mut done);
@@ -79,7 +77,7 @@ fn an_unload_under_many_threads_answers_each_request_once() -> anyhow::Result<()
                 let (mut admitted, mut answered, mut told, mut done) = (0_u64, 0_u64, false, Vec::new());
                 loop {
                     let offset = (thread * 64 + admitted % 64) * 4096;
-                    let Ok(mut requests) = one(&handle, BlockOp::Write, offset) else { break };
+                    let Ok(mut requests) = one(&handle, IoOp::Write, offset) else { break };
                     let over =
                         handle.submit(&mut requests).is_err() && handle.state() != cofferdam_manager::HandleState::Open;
                     admitted += u64::from(requests.is_empty());
@@ -121,7 +119,7 @@ fn what_a_closed_handle_had_in_flight_is_answered_without_any_client() -> anyhow
     let sim = Sim::new(Options { rules: vec![gate], ..Options::default() })?;
     let binding = load(&manager, &sim)?;
     let handle = binding.open(HandleSpec::default())?;
-    handle.submit(&mut one(&handle, BlockOp::Write, 0)?)?;
+    handle.submit(&mut one(&handle, IoOp::Write, 0)?)?;
     drop(handle);
     ensure!(binding.status().requests_in_flight == 1, "{:?}", binding.status());
     sim.open_gate(1);

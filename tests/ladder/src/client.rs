@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use cofferdam_manager::{
-    Binding, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec, HandleState, LeaseError, Mapped,
+    Binding, Buffer, Completion, Handle, HandleSpec, HandleState, IoOp, IoRequest, LeaseError, Mapped,
 };
 
 /// Requests in flight of [`Client::traffic`].
@@ -86,7 +86,7 @@ pub struct Client {
 impl Client {
     /// Opens a handle on `lane` that `handles` shows as `peer`.
     pub fn open(binding: &Arc<Binding>, lane: usize, peer: &str) -> anyhow::Result<Client> {
-        let spec = HandleSpec { label: "in-process".into(), peer: peer.into(), lane, notify: None };
+        let spec = HandleSpec { label: "in-process".into(), peer: peer.into(), lane, ..HandleSpec::default() };
         let handle = binding.open(spec).with_context(|| format!("a handle for {peer}"))?;
         Ok(Client {
             handle,
@@ -125,13 +125,13 @@ impl Client {
     }
 
     /// Hands one request in, a write or read of `length` bytes that are all `fill`, or a flush. Whether it was admitted; revocation is the only reason why not.
-    pub fn start(&mut self, op: BlockOp, offset: u64, length: u32, fill: u8) -> anyhow::Result<bool> {
+    pub fn start(&mut self, op: IoOp, offset: u64, length: u32, fill: u8) -> anyhow::Result<bool> {
         self.start_in(0, op, offset, length, fill)
     }
 
-    fn start_in(&mut self, slot: usize, op: BlockOp, offset: u64, length: u32, fill: u8) -> anyhow::Result<bool> {
+    fn start_in(&mut self, slot: usize, op: IoOp, offset: u64, length: u32, fill: u8) -> anyhow::Result<bool> {
         let buffer = match op {
-            BlockOp::Flush => None,
+            IoOp::Flush => None,
             _ => match self.buffer(slot, length)? {
                 Some(buffer) => Some(buffer),
                 None => return Ok(false),
@@ -139,13 +139,13 @@ impl Client {
         };
         if let Some(buffer) = &buffer {
             // A read's buffer holds something else than what it has to bring. Revoked meanwhile: then the request is refused.
-            let _ = buffer.fill(0, length, if op == BlockOp::Write { fill } else { !fill });
+            let _ = buffer.fill(0, length, if op == IoOp::Write { fill } else { !fill });
         }
         let user = self.next;
         self.next += 1;
-        let fill = (op == BlockOp::Read).then_some(fill);
+        let fill = (op == IoOp::Read).then_some(fill);
         self.waiting.insert(user, Expected { slot, fill, length });
-        let mut one = vec![BlockRequest { user, op, offset, length, flags: Default::default(), buffer }];
+        let mut one = vec![IoRequest { user, op, offset, length, flags: Default::default(), buffer }];
         let refused = self.handle.submit(&mut one).err();
         if one.is_empty() {
             self.tally.admitted += 1;
@@ -202,7 +202,7 @@ impl Client {
     }
 
     /// One request from beginning to end, within `bound`.
-    pub fn one(&mut self, op: BlockOp, offset: u64, length: u32, fill: u8, bound: Duration) -> anyhow::Result<()> {
+    pub fn one(&mut self, op: IoOp, offset: u64, length: u32, fill: u8, bound: Duration) -> anyhow::Result<()> {
         let before = self.tally;
         anyhow::ensure!(self.start(op, offset, length, fill)?, "{op:?}: the handle is revoked");
         let deadline = std::time::Instant::now() + bound;
@@ -235,12 +235,12 @@ impl Client {
                 let state = &mut slots[slot];
                 let length = 4096 << (slot % 4);
                 let (op, fill) = match state.fill {
-                    Some(fill) if state.round % 2 == 1 => (BlockOp::Read, fill),
-                    _ => (BlockOp::Write, state.round.wrapping_mul(7).wrapping_add(slot as u8)),
+                    Some(fill) if state.round % 2 == 1 => (IoOp::Read, fill),
+                    _ => (IoOp::Write, state.round.wrapping_mul(7).wrapping_add(slot as u8)),
                 };
                 state.round = state.round.wrapping_add(1);
-                writing[slot] = (op == BlockOp::Write).then_some(fill);
-                if op == BlockOp::Write {
+                writing[slot] = (op == IoOp::Write).then_some(fill);
+                if op == IoOp::Write {
                     state.fill = None;
                 }
                 if !self.start_in(slot, op, slot as u64 * SLOT_BYTES, length, fill)? {

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{BlockOp, LoadSpec, Manager, UnloadOptions};
+use cofferdam_manager::{IoOp, LoadSpec, Manager, UnloadOptions};
 use cofferdam_process_tests::backend::Backend;
 
 use crate::client::Client;
@@ -45,8 +45,8 @@ impl Neighbour {
                 let round = count.load(Ordering::Relaxed);
                 let (offset, fill) = (round % 512 * 4096, round as u8);
                 let begin = Instant::now();
-                client.one(BlockOp::Write, offset, 4096, fill, ROUND_BOUND)?;
-                client.one(BlockOp::Read, offset, 4096, fill, ROUND_BOUND)?;
+                client.one(IoOp::Write, offset, 4096, fill, ROUND_BOUND)?;
+                client.one(IoOp::Read, offset, 4096, fill, ROUND_BOUND)?;
                 longest = longest.max(begin.elapsed());
                 count.store(round + 1, Ordering::Release);
                 std::thread::park_timeout(PAUSE);

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{BlockOp, HandleState};
+use cofferdam_manager::{HandleState, IoOp};
 use cofferdam_port_nbd::{NbdAddress, NbdOptions, NbdPort};
 use cofferdam_process_tests::nbd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -123,7 +123,7 @@ impl Scene {
         let mut client = Client::open(&stage.binding, SITUATION_LANE, "caller")?;
         let offset = command_offset(command)?;
         self.threads.push(std::thread::Builder::new().name("caller".into()).spawn(move || {
-            client.start(BlockOp::Write, offset, 4096, 0)?;
+            client.start(IoOp::Write, offset, 4096, 0)?;
             Ok(client)
         })?);
         until("the guest is in the call", || Ok(stage.binding.status().calls_running == 1))
@@ -133,7 +133,7 @@ impl Scene {
     fn start(&mut self, stage: &Stage, count: usize) -> anyhow::Result<&Client> {
         let mut client = Client::open(&stage.binding, SITUATION_LANE, "starter")?;
         for number in 0..count as u64 {
-            ensure!(client.start(BlockOp::Write, number * 4096, 4096, number as u8)?, "request {number}");
+            ensure!(client.start(IoOp::Write, number * 4096, 4096, number as u8)?, "request {number}");
         }
         self.clients.push(client);
         self.clients.last().context("it was just put there")
@@ -161,7 +161,7 @@ impl Scene {
         for client in &mut self.clients {
             ensure!(client.handle().state() == HandleState::Revoked, "a handle that is not revoked");
             ensure!(client.handle().lease(4096).is_err(), "a revoked handle borrows memory");
-            ensure!(!client.start(BlockOp::Flush, 0, 0, 0)?, "a revoked handle is admitted");
+            ensure!(!client.start(IoOp::Flush, 0, 0, 0)?, "a revoked handle is admitted");
             client.collect(Duration::ZERO);
             if let Some(mapped) = client.mapped() {
                 ensure!(mapped.is_revoked() && mapped.is_gone(), "mapped memory outlives its handle");

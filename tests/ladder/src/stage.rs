@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use cofferdam_bus_vhost_user::VhostUser;
 use cofferdam_manager::{
-    Binding, BlockOp, Certificate, Config, Grants, GuestLimits, LoadSpec, Manager, Transport, UnloadError,
-    UnloadOptions,
+    Binding, Certificate, Config, Grants, GuestLimits, IoOp, LoadSpec, Manager, Transport, UnloadError, UnloadOptions,
 };
 use cofferdam_process_tests::backend::Backend;
 use guest_hostile::{COMMANDS, COMMANDS_OFFSET};
@@ -135,13 +134,13 @@ impl Stage {
 
     /// Tells the guest by a request of its own.
     fn command(&mut self, name: &str) -> anyhow::Result<()> {
-        ensure!(self.entry.start(BlockOp::Write, command_offset(name)?, 4096, 0)?, "the command was not admitted");
+        ensure!(self.entry.start(IoOp::Write, command_offset(name)?, 4096, 0)?, "the command was not admitted");
         Ok(())
     }
 
     /// A request that nobody else makes: the device was told what to do with it.
     fn flush(&mut self) -> anyhow::Result<()> {
-        ensure!(self.entry.start(BlockOp::Flush, 0, 0, 0)?, "the flush was not admitted");
+        ensure!(self.entry.start(IoOp::Flush, 0, 0, 0)?, "the flush was not admitted");
         Ok(())
     }
 
@@ -237,7 +236,7 @@ impl Stage {
     fn others_are_served(&mut self, situation: Situation) -> anyhow::Result<()> {
         ensure!(self.binding.certificate().is_none(), "the binding has left");
         if situation != Situation::Hung {
-            self.entry.one(BlockOp::Write, 8 << 20, 4096, 9, Duration::from_secs(3)).context("another handle")?;
+            self.entry.one(IoOp::Write, 8 << 20, 4096, 9, Duration::from_secs(3)).context("another handle")?;
         }
         Ok(())
     }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use cofferdam_manager::{
-    Binding, BlockError, BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec, HandleState,
-    LeaseError, SubmitError,
+    Binding, Buffer, Completion, Handle, HandleSpec, HandleState, IoError, IoFlags, IoOp, IoRequest, LeaseError,
+    SubmitError,
 };
 use cofferdam_process_tests::nbd;
 
@@ -96,8 +96,8 @@ impl Client {
         self.join()
     }
 
-    /// Says that the driver is about to be told to fail. From here on a request may be answered with an error: [`BlockError::DeviceFault`] if the driver failed over the
-    /// batch that it came with, [`BlockError::Io`] if the device answered and no driver was left to judge that. Before, no error but a revocation is taken.
+    /// Says that the driver is about to be told to fail. From here on a request may be answered with an error: [`IoError::DeviceFault`] if the driver failed over the
+    /// batch that it came with, [`IoError::Io`] if the device answered and no driver was left to judge that. Before, no error but a revocation is taken.
     pub fn expect_failures(&self) {
         self.orders.driver_fails.store(true, Ordering::Release);
     }
@@ -149,7 +149,7 @@ impl InProcess {
                 Err(LeaseError::Revoked) => return Ok(false),
                 Err(error) => bail!(error),
             };
-            let op = if self.random.bool() { BlockOp::Read } else { BlockOp::Write };
+            let op = if self.random.bool() { IoOp::Read } else { IoOp::Write };
             batch.push(request(self.next, op, self.random.u64(..BLOCKS) * u64::from(BLOCK), buffer));
             self.next += 1;
         }
@@ -169,8 +169,8 @@ impl InProcess {
             ensure!(self.outstanding > 0, "request {} was answered twice", completion.user);
             self.outstanding -= 1;
             match completion.result {
-                Ok(()) | Err(BlockError::Revoked) => {}
-                Err(BlockError::DeviceFault | BlockError::Io) if orders.driver_fails() => {}
+                Ok(()) | Err(IoError::Revoked) => {}
+                Err(IoError::DeviceFault | IoError::Io) if orders.driver_fails() => {}
                 Err(error) => bail!("request {} was answered: {error}", completion.user),
             }
             answered.fetch_add(1, Ordering::Relaxed);
@@ -219,24 +219,24 @@ fn over_nbd(
     }
 }
 
-fn request(user: u64, op: BlockOp, offset: u64, buffer: Buffer) -> BlockRequest {
+fn request(user: u64, op: IoOp, offset: u64, buffer: Buffer) -> IoRequest {
     let length = buffer.len();
-    BlockRequest { user, op, offset, length, flags: BlockFlags::default(), buffer: Some(buffer) }
+    IoRequest { user, op, offset, length, flags: IoFlags::default(), buffer: Some(buffer) }
 }
 
 /// Submits one request whose answer nobody waits for here. If the driver fails over it at once, the handle is over before this comes back.
-pub fn send(handle: &Handle, op: BlockOp, offset: u64) -> anyhow::Result<()> {
+pub fn send(handle: &Handle, op: IoOp, offset: u64) -> anyhow::Result<()> {
     let buffer = handle.lease(BLOCK)?;
     submit(handle, request(0, op, offset, buffer))
 }
 
 /// The same for a flush.
 pub fn send_flush(handle: &Handle) -> anyhow::Result<()> {
-    let flags = BlockFlags::default();
-    submit(handle, BlockRequest { user: 0, op: BlockOp::Flush, offset: 0, length: 0, flags, buffer: None })
+    let flags = IoFlags::default();
+    submit(handle, IoRequest { user: 0, op: IoOp::Flush, offset: 0, length: 0, flags, buffer: None })
 }
 
-fn submit(handle: &Handle, request: BlockRequest) -> anyhow::Result<()> {
+fn submit(handle: &Handle, request: IoRequest) -> anyhow::Result<()> {
     match handle.submit(&mut vec![request]) {
         Ok(()) | Err(SubmitError::Revoked) => Ok(()),
         Err(error) => bail!(error),
@@ -249,15 +249,15 @@ pub fn write_and_read(handle: &Handle, stamp: u64) -> anyhow::Result<()> {
     let bytes = stamp.to_le_bytes();
     let buffer = handle.lease(BLOCK)?;
     buffer.write_at(0, &bytes)?;
-    one(handle, request(1, BlockOp::Write, offset, buffer))?;
-    let answer = one(handle, request(2, BlockOp::Read, offset, handle.lease(BLOCK)?))?;
+    one(handle, request(1, IoOp::Write, offset, buffer))?;
+    let answer = one(handle, request(2, IoOp::Read, offset, handle.lease(BLOCK)?))?;
     let mut read = [0; 8];
     answer.buffer.context("a read comes back with its buffer")?.read_at(0, &mut read)?;
     ensure!(read == bytes, "read {read:?} after writing {bytes:?}");
     Ok(())
 }
 
-fn one(handle: &Handle, request: BlockRequest) -> anyhow::Result<Completion> {
+fn one(handle: &Handle, request: IoRequest) -> anyhow::Result<Completion> {
     let mut done = Vec::new();
     handle.submit(&mut vec![request])?;
     handle.wait(PATIENCE, &mut done);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use cofferdam_manager::{
-    Binding, BlockOp, Certificate, Handle, HandleSpec, Manager, Mapped, Outcome, UnloadError, UnloadOptions,
+    Binding, Certificate, Handle, HandleSpec, IoOp, Manager, Mapped, Outcome, UnloadError, UnloadOptions,
 };
 use cofferdam_port_nbd::{NbdAddress, NbdOptions, NbdPort};
 
@@ -165,7 +165,7 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &mut Use) -> 
         Way::Trap(command) => {
             let handle = in_use.handle.as_ref().context("the handle is open")?;
             in_use.expect_failures();
-            client::send(handle, BlockOp::Write, COMMANDS.0 + COMMANDS.1 * command as u64)?;
+            client::send(handle, IoOp::Write, COMMANDS.0 + COMMANDS.1 * command as u64)?;
             if command == TRAP_COMPLETE {
                 // The driver is asked only about what is out of the ordinary: this device fails every flush.
                 client::send_flush(handle)?;
@@ -186,7 +186,7 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &mut Use) -> 
             world.backend(plan.backend)?.freeze()?;
             // What the clients have in flight may be on the ring as answered already; this one cannot be.
             let late = binding.open(HandleSpec { label: "late".into(), ..HandleSpec::default() })?;
-            client::send(&late, BlockOp::Read, 0)?;
+            client::send(&late, IoOp::Read, 0)?;
             let quick = UnloadOptions { deadline: Duration::from_millis(5), ..polite.clone() };
             let gave_up = manager.unload(binding.name(), &quick);
             world.backend(plan.backend)?.thaw()?;

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use cofferdam_manager::{BlockFlags, BlockOp, BlockRequest, HandleSpec};
+use cofferdam_manager::{HandleSpec, IoFlags, IoOp, IoRequest};
 use serde::Serialize;
 
 use crate::backend::{Backend, CAPACITY_BYTES, Kind};
@@ -115,12 +115,12 @@ pub fn measure(host: &Host, null_program: &Path, quick: bool) -> Result<Budget> 
 fn first_answer(host: &Host, device: &Backend) -> Result<std::sync::Arc<cofferdam_manager::Binding>> {
     let binding = host.load(device, 1)?;
     let handle = binding.open(HandleSpec::default())?;
-    let request = BlockRequest {
+    let request = IoRequest {
         user: 0,
-        op: BlockOp::Read,
+        op: IoOp::Read,
         offset: 0,
         length: 4096,
-        flags: BlockFlags::default(),
+        flags: IoFlags::default(),
         buffer: Some(handle.lease(4096)?),
     };
     handle.submit(&mut vec![request])?;

@@ -23,6 +23,8 @@ pub struct MockDevice {
     pub config: Vec<u8>,
     /// Queues of the device.
     pub max_queues: u16,
+    /// Data lanes that the operator allows.
+    pub max_lanes: u16,
     /// Largest size of each queue.
     pub max_queue_size: u16,
     /// What was negotiated; `None` before.
@@ -40,6 +42,7 @@ impl MockDevice {
             offered: 0,
             config: Vec::new(),
             max_queues: 1,
+            max_lanes: 64,
             max_queue_size: 256,
             negotiated: None,
             lost: false,
@@ -98,6 +101,10 @@ impl VirtioDevice for MockDevice {
 
     fn max_queues(&self) -> u16 {
         self.max_queues
+    }
+
+    fn max_lanes(&self) -> u16 {
+        self.max_lanes
     }
 
     fn max_queue_size(&self, queue: u16) -> u16 {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cofferdam_device::words::{self, BlockOp, MAX_CHAIN_WORDS, SegmentWords, parse_answers};
+use cofferdam_device::words::{self, IoOp, MAX_CHAIN_WORDS, SegmentWords, parse_answers};
 use cofferdam_device::{
     AnswerError, ChainBatch, ChainError, ChainRule, Direction, Expected, Outcome, Payload, QueueConfig, Status,
 };
@@ -394,7 +394,7 @@ fn a_full_batch_of_the_longest_chains_is_accepted_and_within_the_bound() {
 #[test]
 fn encoders_follow_the_tables() {
     let mut request = Vec::new();
-    words::push_request(&mut request, 0xdead_beef, BlockOp::WriteZeroes, words::FLAG_UNMAP, 1 << 40, 4096);
+    words::push_request(&mut request, 0xdead_beef, IoOp::WriteZeroes, words::FLAG_UNMAP, 1 << 40, 4096);
     assert_eq!(request, [0x0000_0104_dead_beef, 1 << 40, 4096]);
     let mut response = Vec::new();
     words::push_response(&mut response, 7, 4097, &[0, 1, 2, 3, 4]);

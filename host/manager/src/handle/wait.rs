@@ -6,7 +6,7 @@ use cofferdam_gate::HandleState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Handle;
-use crate::block::Completion;
+use crate::request::Completion;
 
 /// How long a client of a revoked handle sleeps between two looks for its last answers.
 const REVOKED_SLICE: Duration = Duration::from_millis(5);

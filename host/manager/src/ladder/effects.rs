@@ -72,7 +72,7 @@ pub(super) fn carry_out(
 /// G1: after the gate's barrier nothing is admitted.
 fn close_gate(binding: &Binding) -> Event {
     binding.gate().close();
-    binding.config.close();
+    binding.control.close();
     Event::GateClosed
 }
 
@@ -118,7 +118,7 @@ fn drain(binding: &Binding, parts: &mut Parts, wait: &Wait<'_>) -> Event {
             }
         }
         let busy = vacant.len() < parts.lanes.len();
-        let told = !binding.config.is_inside();
+        let told = !binding.control.is_inside();
         if pending == 0 && told && gate.operations() == 0 && gate.crossings() == 0 {
             return Event::Drained;
         }
@@ -291,6 +291,7 @@ fn give_up_transport(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) {
     for lane in &parts.lanes {
         lane.drop_rings(until);
     }
+    binding.control.drop_rings(until);
     if let Some(transport) = &parts.transport {
         // Nobody maps any more behind the handles' revocation, and whoever did was waited for in `silence_device`.
         transport.lock().release();
@@ -301,7 +302,7 @@ fn give_up_transport(binding: &Arc<Binding>, parts: &mut Parts, watch: &Watch) {
 fn drop_code(binding: &Binding, parts: &mut Parts) -> Event {
     let until = Instant::now() + LEASES;
     let mut kept = parts.lanes.iter().filter(|lane| !lane.drop_driver(until)).count();
-    kept += usize::from(binding.config.take_control(until).is_err());
+    kept += usize::from(binding.control.take_control(until).is_err());
     parts.control = None;
     parts.module = None;
     if kept == 0 {
@@ -317,7 +318,7 @@ fn keep_code(binding: &Binding, parts: &mut Parts) -> Event {
     let stores: u64 = parts.lanes.iter().map(|lane| lane.keep_driver(until)).sum();
     parts.progress.leaked.bytes += stores;
     // A call that is in there keeps it as long as it takes, and the binding with it.
-    let control = binding.config.take_control(until).ok().flatten();
+    let control = binding.control.take_control(until).ok().flatten();
     for control in parts.control.take().into_iter().chain(control) {
         parts.progress.leaked.bytes += control.memory_bytes();
         std::mem::forget(control);

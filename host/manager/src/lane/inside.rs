@@ -9,15 +9,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use cofferdam_device::queue::{Ordinary, Popped};
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{
-    AddError, BlockOp, ChainBatch, ChainBuf, DeviceFault, Doorbell, Expected, Outcome, SplitQueue, Status, Used,
+    AddError, ChainBatch, ChainBuf, DeviceFault, Doorbell, Expected, IoOp, Outcome, SplitQueue, Status, Used,
 };
 use cofferdam_gate::Notify;
-use cofferdam_runtime::{LaneDriver, CallError, FaultKind, GuestFault};
+use cofferdam_runtime::{CallError, FaultKind, GuestFault, LaneDriver};
 
-use crate::block::{BlockError, BlockGeometry, Completion};
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
+use crate::lane::posted::Posted;
 use crate::ledger::{Ledger, Stage, Taken};
+use crate::offer::Offer;
+use crate::request::{Completion, IoError};
 
 /// The lane's driver, ring and ledger.
 pub(super) struct Inside {
@@ -28,7 +30,10 @@ pub(super) struct Inside {
     pub(super) ordinary: Option<Ordinary>,
     pub(super) index: u16,
     /// What requests are checked against; replaced when the device's configuration changes.
-    pub(super) geometry: Arc<BlockGeometry>,
+    pub(super) offer: Arc<Offer>,
+    /// The lane's number, which is that of its set of queues.
+    pub(super) set: u16,
+    pub(super) posted: Option<Posted>,
     pub(super) ledger: Ledger,
     /// Responses that wait for a look that may call the driver, in order. Bounded by the ledger.
     pub(super) unjudged: VecDeque<Used>,
@@ -72,21 +77,31 @@ pub(super) struct Sink<'a> {
 }
 
 impl Inside {
-    pub(super) fn new(
-        driver: Box<dyn LaneDriver>,
+    pub(super) fn queue(
         ring: SplitQueue,
         doorbell: Box<dyn Doorbell>,
         ordinary: Option<Vec<u8>>,
+    ) -> (SplitQueue, Box<dyn Doorbell>, Option<Ordinary>) {
+        (ring, doorbell, ordinary.as_deref().and_then(Ordinary::new))
+    }
+
+    pub(super) fn new(
+        driver: Box<dyn LaneDriver>,
+        (ring, doorbell, ordinary): (SplitQueue, Box<dyn Doorbell>, Option<Ordinary>),
         requests: usize,
-        geometry: Arc<BlockGeometry>,
+        offer: Arc<Offer>,
+        set: u16,
+        posted: Option<Posted>,
     ) -> Inside {
         Inside {
             driver: Some(driver),
             index: ring.config().index,
-            geometry,
             ring: Some(ring),
             doorbell: Some(doorbell),
-            ordinary: ordinary.as_deref().and_then(Ordinary::new),
+            ordinary,
+            offer,
+            set,
+            posted,
             ledger: Ledger::new(requests),
             unjudged: VecDeque::new(),
             parked: VecDeque::new(),
@@ -138,7 +153,7 @@ impl Inside {
         fault
     }
 
-    fn note_interruption(&mut self, called: &Result<(), GuestFault>) {
+    pub(super) fn note_interruption(&mut self, called: &Result<(), GuestFault>) {
         let killed = called.as_ref().is_err_and(|fault| fault.kind == FaultKind::Killed);
         self.interrupted += usize::from(killed);
     }
@@ -149,7 +164,7 @@ impl Inside {
             match outcome {
                 Outcome::Refused { token, status, .. } => {
                     let mut nobody = Vec::new();
-                    let result = BlockError::from_status(status);
+                    let result = IoError::from_status(status);
                     self.answer(token, result, &mut Sink { me: None, out: &mut nobody });
                 }
                 Outcome::Chain(chain) => {
@@ -203,7 +218,7 @@ impl Inside {
         let mut nobody = Vec::new();
         self.lost.fetch_add(tokens.len() as u64, Ordering::Relaxed);
         for token in tokens {
-            self.answer(*token, Err(BlockError::DeviceFault), &mut Sink { me: None, out: &mut nobody });
+            self.answer(*token, Err(IoError::DeviceFault), &mut Sink { me: None, out: &mut nobody });
         }
         note_owner(&mut self.scratch.to_wake, owner);
     }
@@ -285,7 +300,7 @@ impl Inside {
             _ => {
                 let tokens = std::mem::take(&mut self.scratch.tokens);
                 for token in &tokens {
-                    self.answer(*token, Err(BlockError::Io), sink);
+                    self.answer(*token, Err(IoError::Io), sink);
                 }
                 self.scratch.tokens = tokens;
                 return None;
@@ -301,15 +316,18 @@ impl Inside {
                 let verdicts = std::mem::take(&mut self.scratch.verdicts);
                 for (position, status) in &verdicts {
                     let (token, written, writable) = self.scratch.judged[*position];
-                    let reads = matches!(self.ledger.op(token), Some(BlockOp::Read | BlockOp::GetId));
                     // Bytes that the device did not write are somebody else's old data: no driver may call that a success.
-                    let short = reads && written < writable;
-                    let result = if short && *status == Status::Ok {
-                        Err(BlockError::DeviceFault)
-                    } else {
-                        BlockError::from_status(*status)
+                    let (short, bytes) = match self.ledger.op(token) {
+                        Some(IoOp::Read | IoOp::GetId) => (written < writable, 0),
+                        Some(IoOp::Fill) => (written == 0, written),
+                        _ => (false, 0),
                     };
-                    self.answer(token, result, sink);
+                    let result = if short && *status == Status::Ok {
+                        Err(IoError::DeviceFault)
+                    } else {
+                        IoError::from_status(*status)
+                    };
+                    self.answer_with(token, result, bytes, sink);
                 }
                 self.scratch.verdicts = verdicts;
                 None
@@ -318,7 +336,7 @@ impl Inside {
                 self.driver_fault = true;
                 let tokens = std::mem::take(&mut self.scratch.tokens);
                 for token in &tokens {
-                    self.answer(*token, Err(BlockError::Io), sink);
+                    self.answer(*token, Err(IoError::Io), sink);
                 }
                 self.scratch.tokens = tokens;
                 Some(LaneFault::Guest(fault))
@@ -327,13 +345,17 @@ impl Inside {
     }
 
     /// The one place where an operation ends: the ledger forgets it, its client gets the answer, and [`Ledger::settle`] counts it out.
-    pub(super) fn answer(&mut self, token: u32, result: Result<(), BlockError>, sink: &mut Sink<'_>) {
+    pub(super) fn answer(&mut self, token: u32, result: Result<(), IoError>, sink: &mut Sink<'_>) {
+        self.answer_with(token, result, 0, sink);
+    }
+
+    fn answer_with(&mut self, token: u32, result: Result<(), IoError>, bytes: u32, sink: &mut Sink<'_>) {
         let Some(Taken { user, buffer, owner: holder }) = self.ledger.remove(token) else { return };
         let Some(owner) = self.ledger.handle(holder) else { return };
         match sink.me {
-            Some(me) if Arc::ptr_eq(me, owner) => sink.out.push(Completion { user, result, buffer }),
+            Some(me) if Arc::ptr_eq(me, owner) => sink.out.push(Completion { user, result, bytes, buffer }),
             _ => {
-                owner.deliver(Completion { user, result, buffer });
+                owner.deliver(Completion { user, result, bytes, buffer });
                 note_owner(&mut self.scratch.to_wake, owner);
             }
         }
@@ -366,7 +388,7 @@ impl Inside {
         let mut withdrawn = 0;
         for token in self.ledger.tokens() {
             if self.ledger.stage(token).is_some_and(|stage| stage != Stage::Published) {
-                self.answer(token, Err(BlockError::Revoked), &mut Sink { me: None, out: &mut nobody });
+                self.answer(token, Err(IoError::Revoked), &mut Sink { me: None, out: &mut nobody });
                 withdrawn += 1;
             }
         }
@@ -443,7 +465,7 @@ fn note_owner(to_wake: &mut Vec<Arc<HandleShared>>, owner: &Arc<HandleShared>) {
     }
 }
 
-fn guest_fault(error: CallError, export: &str) -> GuestFault {
+pub(super) fn guest_fault(error: CallError, export: &str) -> GuestFault {
     match error {
         CallError::Fault(fault) => fault,
         // `submit` and `complete` have no error in the contract, so a driver cannot answer one.

@@ -7,9 +7,7 @@ mod rig;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cofferdam_manager::{
-    Binding, BlockError, BlockOp, EventKind, LoadSpec, MapError, MappedUse, RegionError, Residual,
-};
+use cofferdam_manager::{Binding, EventKind, IoError, IoOp, LoadSpec, MapError, MappedUse, RegionError, Residual};
 use cofferdam_sim::{Drive, Effect, Rule};
 use rig::*;
 
@@ -23,13 +21,13 @@ fn data_arrives(binding: &Arc<Binding>, name: &str) {
     // Another process fills it at an odd place; the device takes it from there and puts it into another.
     let pattern: Vec<u8> = (0..65_536u32).map(|at| (at * 7 + 3) as u8).collect();
     outside.write(12_345, &pattern).unwrap();
-    assert_eq!(carry_out(&handle, BlockOp::Write, 8192, mapped.window(12_345, 65_536).unwrap()), Ok(()));
-    assert_eq!(carry_out(&handle, BlockOp::Read, 8192, mapped.window(MIB - 65_536, 65_536).unwrap()), Ok(()));
+    assert_eq!(carry_out(&handle, IoOp::Write, 8192, mapped.window(12_345, 65_536).unwrap()), Ok(()));
+    assert_eq!(carry_out(&handle, IoOp::Read, 8192, mapped.window(MIB - 65_536, 65_536).unwrap()), Ok(()));
     assert!(read(&outside, MIB - 65_536, 65_536) == pattern, "not what was written");
     assert!(seen(&mapped, MIB - 65_536, 65_536) == pattern);
     // A lease of the arena sees the same medium, from the same handle.
     let lease = handle.lease(65_536).unwrap();
-    submit(&handle, BlockOp::Read, 8192, lease);
+    submit(&handle, IoOp::Read, 8192, lease);
     let done = answer(&handle);
     let mut bytes = vec![0; 65_536];
     done.buffer.unwrap().read_at(0, &mut bytes).unwrap();
@@ -60,15 +58,15 @@ fn a_window_is_good_for_its_own_handle_alone() {
         if own_region {
             thief.map(PAGE).unwrap();
         }
-        for op in [BlockOp::Read, BlockOp::Write] {
+        for op in [IoOp::Read, IoOp::Write] {
             let stolen = secret.window(0, 512).unwrap();
-            assert_eq!(carry_out(&thief, op, 0, stolen), Err(BlockError::Invalid));
+            assert_eq!(carry_out(&thief, op, 0, stolen), Err(IoError::Invalid));
         }
     }
     assert_eq!(seen(&secret, 0, 6), b"secret");
-    assert_eq!(carry_out(&thief, BlockOp::Read, 0, thief.lease(512).unwrap()), Ok(()));
+    assert_eq!(carry_out(&thief, IoOp::Read, 0, thief.lease(512).unwrap()), Ok(()));
     assert_eq!(sim.contents(0, 6).unwrap(), [0; 6], "the secret is on the medium");
-    assert_eq!(carry_out(&victim, BlockOp::Write, 0, secret.window(0, 512).unwrap()), Ok(()));
+    assert_eq!(carry_out(&victim, IoOp::Write, 0, secret.window(0, 512).unwrap()), Ok(()));
     assert_eq!(sim.contents(0, 6).unwrap(), b"secret");
 }
 
@@ -86,7 +84,7 @@ fn requests_and_windows_out_of_bounds_are_refused_and_overlaps_are_the_clients_o
     assert!(mapped.fill(0, u64::MAX, 1).is_err());
     // A request that is longer than its window, one that is no whole sector, and one past the medium.
     for (length, offset) in [(8192, 0), (u32::MAX, 0), (513, 0), (512, u64::MAX - 511), (512, 1 << 40)] {
-        let mut given = request(BlockOp::Write, offset, mapped.window(4096, 4096).unwrap());
+        let mut given = request(IoOp::Write, offset, mapped.window(4096, 4096).unwrap());
         given.length = length;
         handle.submit(&mut vec![given]).unwrap();
         assert!(answer(&handle).result.is_err(), "{length} bytes at {offset}");
@@ -94,7 +92,7 @@ fn requests_and_windows_out_of_bounds_are_refused_and_overlaps_are_the_clients_o
     // The same bytes twice at once: each request gets its answer, and the medium has what was there.
     mapped.fill(0, 8192, 0x33).unwrap();
     let windows = [mapped.window(0, 4096).unwrap(), mapped.window(512, 4096).unwrap()];
-    let mut both = windows.into_iter().zip([0, 4096]).map(|(w, at)| request(BlockOp::Write, at, w)).collect();
+    let mut both = windows.into_iter().zip([0, 4096]).map(|(w, at)| request(IoOp::Write, at, w)).collect();
     handle.submit(&mut both).unwrap();
     let mut out = Vec::new();
     while out.len() < 2 {
@@ -168,7 +166,7 @@ fn a_revoked_region_is_empty_for_everybody_and_costs_the_host_nothing() {
     region.read_at(0, &mut again).unwrap();
     assert!(again == [0; 4096], "a region was used twice");
     assert_eq!(seen(&other, MIB - 4, 4), [0x77; 4], "the neighbour's is as it was");
-    assert_eq!(carry_out(&neighbour, BlockOp::Write, 0, other.window(0, 4096).unwrap()), Ok(()));
+    assert_eq!(carry_out(&neighbour, IoOp::Write, 0, other.window(0, 4096).unwrap()), Ok(()));
     drop(fd);
     drop(outside);
     // With the last foreign reference the file is gone: nothing of the host or the device held it.
@@ -184,7 +182,7 @@ fn a_region_stays_for_as_long_as_a_request_of_its_closed_handle_is_in_flight() {
     let mapped = handle.map(MIB).unwrap();
     let outside = Holder::new(&mapped);
     outside.write(0, &[0x11; 4096]);
-    submit(&handle, BlockOp::Write, 0, mapped.window(0, 4096).unwrap());
+    submit(&handle, IoOp::Write, 0, mapped.window(0, 4096).unwrap());
     assert!(sim.wait_until(PATIENCE, |stats| stats.gated == 1));
     let begun = Instant::now();
     drop(handle);
@@ -222,7 +220,7 @@ fn a_binding_that_leaves_takes_the_regions_of_clients_that_hold_on() {
         let outside = Holder::new(&mapped);
         let held = mapped.window(0, 8192).unwrap();
         let mut requests =
-            (0..32).map(|n| request(BlockOp::Write, n * 4096, mapped.window(n * 4096, 4096).unwrap())).collect();
+            (0..32).map(|n| request(IoOp::Write, n * 4096, mapped.window(n * 4096, 4096).unwrap())).collect();
         handle.submit(&mut requests).unwrap();
         let certificate = manager.unload_binding(&binding, &options(5000, force)).unwrap();
         assert!(certificate.residual.is_zero(), "{certificate:?}");
@@ -242,7 +240,7 @@ fn a_region_of_a_device_that_hangs_is_retired_with_the_rest_and_counted() {
     let (mapped, other) = (handle.map(MIB).unwrap(), idle.map(2 * MIB).unwrap());
     sim.hang(true);
     mapped.fill(0, 4096, 0x5a).unwrap();
-    submit(&handle, BlockOp::Write, 0, mapped.window(0, 4096).unwrap());
+    submit(&handle, IoOp::Write, 0, mapped.window(0, 4096).unwrap());
     let certificate = manager.unload_binding(&binding, &options(3000, true)).unwrap();
     let expected = 3 * MIB + (64 << 20);
     assert!((expected..expected + MIB).contains(&certificate.leaked.bytes), "{:?}", certificate.leaked);
@@ -290,7 +288,7 @@ fn what_a_backend_does_not_let_go_of_is_retired_shown_and_freed_when_it_is_silen
     assert_eq!(binding.mapped_use(), MappedUse { regions: 2, bytes: 3 * MIB, retired_bytes: MIB });
     assert!(matches!(three.map(PAGE), Err(MapError::Busy { .. })));
     process.go_on();
-    assert_eq!(carry_out(&two, BlockOp::Write, 0, second.window(0, 4096).unwrap()), Ok(()));
+    assert_eq!(carry_out(&two, IoOp::Write, 0, second.window(0, 4096).unwrap()), Ok(()));
     unload_clean(&manager, &binding);
     assert_eq!(outside.read(0, 4), [0; 4]);
 }
@@ -309,10 +307,10 @@ fn a_map_that_a_backend_does_not_answer_is_bounded_and_leaves_the_others_alone()
     assert_eq!(binding.mapped_use().regions, 1, "the backend has had the descriptor");
     process.go_on();
     until("the region that nobody got goes", || binding.mapped_use().regions == 0);
-    assert_eq!(carry_out(&other, BlockOp::Read, 0, other.lease(4096).unwrap()), Ok(()));
+    assert_eq!(carry_out(&other, IoOp::Read, 0, other.lease(4096).unwrap()), Ok(()));
     // It may try again.
     let mapped = handle.map(MIB).unwrap();
-    assert_eq!(carry_out(&handle, BlockOp::Read, 0, mapped.window(0, 4096).unwrap()), Ok(()));
+    assert_eq!(carry_out(&handle, IoOp::Read, 0, mapped.window(0, 4096).unwrap()), Ok(()));
     unload_clean(&manager, &binding);
 }
 
@@ -324,7 +322,7 @@ fn a_killed_backend_takes_no_region_with_it() {
     let handle = open(&binding);
     let mapped = handle.map(MIB).unwrap();
     process.stop();
-    submit(&handle, BlockOp::Read, 0, mapped.window(0, 4096).unwrap());
+    submit(&handle, IoOp::Read, 0, mapped.window(0, 4096).unwrap());
     process.child.kill().unwrap();
     until("the binding has left", || binding.certificate().is_some());
     let certificate = binding.certificate().unwrap();
@@ -352,7 +350,7 @@ fn a_thousand_maps_and_closes_grow_nothing() {
         };
         if round % 50 == 0 {
             mapped.fill(0, 4096, round as u8).unwrap();
-            assert_eq!(carry_out(&handle, BlockOp::Write, 0, mapped.window(0, 4096).unwrap()), Ok(()));
+            assert_eq!(carry_out(&handle, IoOp::Write, 0, mapped.window(0, 4096).unwrap()), Ok(()));
         }
         drop(handle);
         if round == 100 {

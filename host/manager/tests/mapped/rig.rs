@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use cofferdam_bus_vhost_user::VhostUser;
 use cofferdam_manager::{
-    Binding, BlockError, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, LoadSpec, Manager,
-    Mapped, MappedUse, Transport, UnloadOptions,
+    Binding, Buffer, Completion, Config, Handle, HandleSpec, IoError, IoOp, IoRequest, LoadSpec, Manager, Mapped,
+    MappedUse, Transport, UnloadOptions,
 };
 use cofferdam_sim::memory::{Memory, Region};
 use cofferdam_sim::{Drive, Effect, Options, Rule, Sim, Storage};
@@ -109,11 +109,11 @@ impl Drop for Process {
     }
 }
 
-pub fn request(op: BlockOp, offset: u64, buffer: Buffer) -> BlockRequest {
-    BlockRequest { user: offset, op, offset, length: buffer.len(), flags: Default::default(), buffer: Some(buffer) }
+pub fn request(op: IoOp, offset: u64, buffer: Buffer) -> IoRequest {
+    IoRequest { user: offset, op, offset, length: buffer.len(), flags: Default::default(), buffer: Some(buffer) }
 }
 
-pub fn submit(handle: &Handle, op: BlockOp, offset: u64, buffer: Buffer) {
+pub fn submit(handle: &Handle, op: IoOp, offset: u64, buffer: Buffer) {
     let mut requests = vec![request(op, offset, buffer)];
     handle.submit(&mut requests).unwrap();
     assert!(requests.is_empty());
@@ -129,7 +129,7 @@ pub fn answer(handle: &Handle) -> Completion {
     out.remove(0)
 }
 
-pub fn carry_out(handle: &Handle, op: BlockOp, offset: u64, buffer: Buffer) -> Result<(), BlockError> {
+pub fn carry_out(handle: &Handle, op: IoOp, offset: u64, buffer: Buffer) -> Result<(), IoError> {
     submit(handle, op, offset, buffer);
     answer(handle).result
 }

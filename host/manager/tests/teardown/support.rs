@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
-    Binding, BlockOp, BlockRequest, Certificate, Completion, Config, EventKind, GuestLimits, Handle, HandleSpec,
-    LoadSpec, Manager, Port, PortReport, UnloadError, UnloadOptions,
+    Binding, Certificate, Completion, Config, EventKind, GuestLimits, Handle, HandleSpec, IoOp, IoRequest, LoadSpec,
+    Manager, Port, PortReport, UnloadError, UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Options, Rule, Sim, Storage};
 
@@ -71,9 +71,9 @@ pub(crate) fn deadline(deadline: Duration) -> UnloadOptions {
 /// Starts a write of 4,096 bytes.
 pub(crate) fn start(handle: &Handle, offset: u64) {
     let buffer = handle.lease(4096).unwrap();
-    let request = BlockRequest {
+    let request = IoRequest {
         user: offset,
-        op: BlockOp::Write,
+        op: IoOp::Write,
         offset,
         length: 4096,
         flags: Default::default(),

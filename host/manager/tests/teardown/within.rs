@@ -3,7 +3,7 @@
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use cofferdam_manager::{BlockOp, HandleSpec, HandleState, RevokeError, SubmitError};
+use cofferdam_manager::{HandleSpec, HandleState, IoOp, RevokeError, SubmitError};
 
 use cofferdam_sim::{Effect, Rule, When};
 
@@ -233,9 +233,9 @@ fn a_revoke_from_inside_a_call_of_the_same_handle() {
     left_clean(&binding);
 }
 
-fn flush() -> cofferdam_manager::BlockRequest {
+fn flush() -> cofferdam_manager::IoRequest {
     let flags = Default::default();
-    cofferdam_manager::BlockRequest { user: 9, op: BlockOp::Flush, offset: 0, length: 0, flags, buffer: None }
+    cofferdam_manager::IoRequest { user: 9, op: IoOp::Flush, offset: 0, length: 0, flags, buffer: None }
 }
 
 /// A driver that gets stuck in its call while that call's own listener has asked for the unload: the interruption, not
@@ -261,7 +261,7 @@ fn a_driver_that_loops_does_not_keep_the_unload_that_waits_for_it() {
 /// As [`start`]; the driver's fault may end the binding before it is over.
 fn start_unchecked(handle: &cofferdam_manager::Handle) {
     let buffer = handle.lease(4096).unwrap();
-    let (flags, op) = (Default::default(), BlockOp::Write);
-    let request = cofferdam_manager::BlockRequest { user: 0, op, offset: 0, length: 4096, flags, buffer: Some(buffer) };
+    let (flags, op) = (Default::default(), IoOp::Write);
+    let request = cofferdam_manager::IoRequest { user: 0, op, offset: 0, length: 4096, flags, buffer: Some(buffer) };
     let _ = handle.submit(&mut vec![request]);
 }

@@ -7,9 +7,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 pub use cofferdam_manager::{
-    Binding, BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec,
-    HandleState, MapError, Mapped, Notify, OpenError, Patience, Port, PortReport, PortThreads, RegionError,
-    SubmitError,
+    Binding, BlockGeometry, Buffer, Completion, Handle, HandleSpec, HandleState, IoError, IoFlags, IoOp, IoRequest,
+    MapError, Mapped, Notify, OpenError, Patience, Port, PortReport, PortThreads, RegionError, SubmitError,
 };
 
 /// One client's right to operate; see [`Handle`] for what each call promises.
@@ -29,7 +28,7 @@ pub trait Disk: Send {
     ///
     /// # Errors
     /// As [`Handle::submit`].
-    fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError>;
+    fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError>;
     /// See [`Handle::poll`].
     fn poll(&self, arm: bool, out: &mut Vec<Completion>) -> usize;
     /// See [`Handle::device_fd`].
@@ -82,7 +81,7 @@ impl Disk for Handle {
         Handle::map(self, bytes)
     }
 
-    fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+    fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError> {
         Handle::submit(self, requests)
     }
 

@@ -10,9 +10,7 @@
 use cofferdam_client::ring::{LIVE, REVOKED, Rings, WAKE_ON_ROOM, WAKE_ON_SUBMIT, Word};
 use cofferdam_client::wire::{Complete, FLAG_MAY_UNMAP, Op, Status, Submit};
 
-use crate::service::{
-    BlockError, BlockFlags, BlockOp, BlockRequest, Completion, Disk, HandleState, Region, SubmitError,
-};
+use crate::service::{Completion, Disk, HandleState, IoError, IoFlags, IoOp, IoRequest, Region, SubmitError};
 
 /// Entries taken in one turn; one crossing carries as many (DESIGN section 5).
 const BATCH: u32 = 64;
@@ -41,7 +39,7 @@ pub(crate) struct Session<D: Disk> {
     /// What the client had taken when it was last looked at and found possible.
     complete_head: u32,
     /// Taken, and not admitted yet.
-    queue: Vec<BlockRequest>,
+    queue: Vec<IoRequest>,
     /// The lane is full: `queue` is to be tried again soon.
     pub(crate) full: bool,
     in_flight: u32,
@@ -177,23 +175,23 @@ impl<D: Disk> Session<D> {
     }
 
     /// From an entry, which is a copy, to a request: memory, operation and flags are checked here, the range on the medium by the lane.
-    fn judge(&self, entry: &Submit) -> Result<BlockRequest, Status> {
+    fn judge(&self, entry: &Submit) -> Result<IoRequest, Status> {
         if self.refused {
             return Err(Status::Shutdown);
         }
         let op = Op::from_wire(entry.op).ok_or(Status::Unsupported)?;
         let (op, flags_allowed) = match op {
-            Op::Read => (BlockOp::Read, 0),
-            Op::Write => (BlockOp::Write, 0),
-            Op::Flush => (BlockOp::Flush, 0),
-            Op::Discard => (BlockOp::Discard, 0),
-            Op::WriteZeroes => (BlockOp::WriteZeroes, FLAG_MAY_UNMAP),
-            Op::GetId => (BlockOp::GetId, 0),
+            Op::Read => (IoOp::Read, 0),
+            Op::Write => (IoOp::Write, 0),
+            Op::Flush => (IoOp::Flush, 0),
+            Op::Discard => (IoOp::Discard, 0),
+            Op::WriteZeroes => (IoOp::WriteZeroes, FLAG_MAY_UNMAP),
+            Op::GetId => (IoOp::GetId, 0),
         };
         if entry.flags & !flags_allowed != 0 {
             return Err(Status::Invalid);
         }
-        let buffer = if matches!(op, BlockOp::Read | BlockOp::Write | BlockOp::GetId) {
+        let buffer = if matches!(op, IoOp::Read | IoOp::Write | IoOp::GetId) {
             let window = self.region.window(entry.memory_offset, entry.length);
             Some(window.map_err(|error| match error {
                 crate::service::RegionError::Revoked => Status::Shutdown,
@@ -202,12 +200,12 @@ impl<D: Disk> Session<D> {
         } else {
             None
         };
-        Ok(BlockRequest {
+        Ok(IoRequest {
             user: entry.user,
             op,
             offset: entry.offset,
             length: entry.length,
-            flags: BlockFlags { may_unmap: entry.flags & FLAG_MAY_UNMAP != 0 },
+            flags: if entry.flags & FLAG_MAY_UNMAP != 0 { IoFlags::MAY_UNMAP } else { IoFlags::default() },
             buffer,
         })
     }
@@ -251,15 +249,15 @@ impl<D: Disk> Session<D> {
     }
 }
 
-fn status(result: Result<(), BlockError>) -> Status {
+fn status(result: Result<(), IoError>) -> Status {
     match result {
         Ok(()) => Status::Ok,
-        Err(BlockError::Io) => Status::Io,
-        Err(BlockError::Unsupported) => Status::Unsupported,
-        Err(BlockError::Invalid) => Status::Invalid,
-        Err(BlockError::NoSpace) => Status::NoSpace,
-        Err(BlockError::ReadOnly) => Status::ReadOnly,
-        Err(BlockError::DeviceFault) => Status::DeviceFault,
-        Err(BlockError::Revoked) => Status::Shutdown,
+        Err(IoError::Io) => Status::Io,
+        Err(IoError::Unsupported) => Status::Unsupported,
+        Err(IoError::Invalid) => Status::Invalid,
+        Err(IoError::NoSpace) => Status::NoSpace,
+        Err(IoError::ReadOnly) => Status::ReadOnly,
+        Err(IoError::DeviceFault) => Status::DeviceFault,
+        Err(IoError::Revoked) => Status::Shutdown,
     }
 }

@@ -48,12 +48,13 @@ pub(crate) fn welcome<S: Service>(
         peer: peer.to_owned(),
         lane: shared.next_lane.fetch_add(1, Ordering::Relaxed) % lanes,
         notify: Some(Arc::clone(notify)),
+        ..HandleSpec::default()
     };
     let disk = shared.service.open(spec).map_err(|error| {
         let reason = match error {
             OpenError::Revoked => Refusal::Revoked,
             OpenError::TooMany(_) => Refusal::Busy,
-            OpenError::Host(_) | OpenError::NoSuchLane { .. } => Refusal::Host,
+            OpenError::Host(_) | OpenError::NoSuchLane { .. } | OpenError::Taken(_) => Refusal::Host,
         };
         refused(reason, error.to_string())
     })?;

@@ -7,7 +7,7 @@ use crate::proto::{Errno, REQUEST_BYTES};
 use crate::reads::Start;
 use crate::reply::Head;
 use crate::request::{Action, MAX_DRAIN_BYTES, RawRequest};
-use crate::service::{BlockOp, Buffer, Disk};
+use crate::service::{Buffer, Disk, IoOp};
 use crate::session::{BATCH_REQUESTS, Kind, Session, Slot};
 use crate::wire::{BULK_BYTES, Got, READ_AHEAD_BYTES, Wire};
 
@@ -217,7 +217,7 @@ impl<D: Disk> Session<D> {
                 self.payload_moved = now;
                 self.rx = Rx::Payload(Incoming { slot: index, left_bytes: raw.length, lease: None });
             }
-            Kind::Flush => self.issue(index, 0, BlockOp::Flush, (0, 0), None),
+            Kind::Flush => self.issue(index, 0, IoOp::Flush, (0, 0), None),
             _ => self.issue_range(index),
         }
         Ok(())
@@ -312,7 +312,7 @@ impl<D: Disk> Session<D> {
             self.give_back(buffer);
             self.settle(now, index);
         } else {
-            self.issue(index, 0, BlockOp::Write, (from, piece), Some(buffer));
+            self.issue(index, 0, IoOp::Write, (from, piece), Some(buffer));
         }
     }
 

@@ -13,7 +13,7 @@ use std::time::Instant;
 use crate::proto::Errno;
 use crate::reply::Head;
 use crate::request::RawRequest;
-use crate::service::{BlockOp, Buffer, Disk, LeaseError};
+use crate::service::{Buffer, Disk, IoOp, LeaseError};
 use crate::session::{Kind, Session, Slot};
 
 /// A reply to a read must not be refused for being unfragmented up to here ("NBD_CMD_READ").
@@ -170,7 +170,7 @@ impl<D: Disk> Session<D> {
         while let Some(lease) = buffer {
             let from = offset + u64::from(piece) * u64::from(piece_bytes);
             let bytes = (next - from).min(u64::from(piece_bytes)) as u32;
-            self.issue(index, piece, BlockOp::Read, (from, bytes), Some(lease));
+            self.issue(index, piece, IoOp::Read, (from, bytes), Some(lease));
             buffer = self.slot(index).and_then(|slot| slot.others.get_mut(piece as usize).and_then(Option::take));
             piece += 1;
         }

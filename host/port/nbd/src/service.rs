@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 pub(crate) use cofferdam_manager::transfer;
 pub use cofferdam_manager::{
-    Binding, BlockError, BlockFlags, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, Handle, HandleSpec,
-    HandleState, LeaseError, Notify, OpenError, Patience, Port, PortReport, PortThreads, SubmitError,
+    Binding, BlockGeometry, Buffer, Completion, Handle, HandleSpec, HandleState, IoError, IoFlags, IoOp, IoRequest,
+    LeaseError, Notify, OpenError, Patience, Port, PortReport, PortThreads, SubmitError,
 };
 
 /// One client's right to operate; see [`Handle`] for what each call promises.
@@ -25,7 +25,7 @@ pub trait Disk: Send {
     ///
     /// # Errors
     /// As [`Handle::submit`].
-    fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError>;
+    fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError>;
     /// See [`Handle::poll`].
     fn poll(&self, arm: bool, out: &mut Vec<Completion>) -> usize;
     /// See [`Handle::device_fd`].
@@ -62,7 +62,7 @@ impl Disk for Handle {
         Handle::lease(self, bytes)
     }
 
-    fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+    fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError> {
         Handle::submit(self, requests)
     }
 
@@ -95,7 +95,7 @@ impl Service for Arc<Binding> {
     }
 
     fn geometry(&self) -> Option<BlockGeometry> {
-        Binding::geometry(self).map(|geometry| (*geometry).clone())
+        Binding::geometry(self)
     }
 
     fn open(&self, spec: HandleSpec) -> Result<Handle, OpenError> {

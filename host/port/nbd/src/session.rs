@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             judge            lease, issue           admitted           answered
-//! header ----> Action ----> Slot + BlockRequest* ----> device ----> settle ----> Outbox ----> client
+//! header ----> Action ----> Slot + IoRequest* ----> device ----> settle ----> Outbox ----> client
 //!        \-> error, or ESHUTDOWN when refusing                        |  FUA: one flush more, then settle again
 //!                                                                     \  a long read: next segment
 //! ```
@@ -21,9 +21,7 @@ use crate::outbox::Outbox;
 use crate::proto::Errno;
 use crate::reply::Head;
 use crate::request::Rules;
-use crate::service::{
-    BlockError, BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Disk, HandleState, SubmitError,
-};
+use crate::service::{Buffer, Completion, Disk, HandleState, IoError, IoFlags, IoOp, IoRequest, SubmitError};
 
 /// Pieces of one trim or write-zeroes that are under way at a time.
 const RANGE_PIECES: u32 = 4;
@@ -118,7 +116,7 @@ pub(crate) struct Session<D> {
     free: Vec<u32>,
     pub(crate) live: usize,
     /// Issued, and not admitted yet.
-    pub(crate) queue: Vec<BlockRequest>,
+    pub(crate) queue: Vec<IoRequest>,
     pub(crate) stuck: Stuck,
     /// Admitted, and not answered yet.
     pub(crate) in_flight: usize,
@@ -239,14 +237,16 @@ impl<D: Disk> Session<D> {
     }
 
     /// Queues one operation for slot `index`; `piece` tells the pieces of a read's segment apart.
-    pub(crate) fn issue(&mut self, index: u32, piece: u32, op: BlockOp, range: (u64, u32), buffer: Option<Buffer>) {
-        let mut flags = BlockFlags::default();
+    pub(crate) fn issue(&mut self, index: u32, piece: u32, op: IoOp, range: (u64, u32), buffer: Option<Buffer>) {
+        let mut flags = IoFlags::default();
         if let Some(slot) = self.slot(index) {
             slot.outstanding += 1;
-            flags.may_unmap = slot.kind == Kind::WriteZeroes { may_unmap: true };
+            if slot.kind == (Kind::WriteZeroes { may_unmap: true }) {
+                flags = IoFlags::MAY_UNMAP;
+            }
         }
         let user = u64::from(index) | u64::from(piece) << 32;
-        self.queue.push(BlockRequest { user, op, offset: range.0, length: range.1, flags, buffer });
+        self.queue.push(IoRequest { user, op, offset: range.0, length: range.1, flags, buffer });
     }
 
     /// Issues as much of a trim or write-zeroes as may be under way. Pieces end on the device's preferred alignment
@@ -272,7 +272,7 @@ impl<D: Disk> Session<D> {
                 to -= to % align;
             }
             slot.next = to;
-            let op = if slot.kind == Kind::Trim { BlockOp::Discard } else { BlockOp::WriteZeroes };
+            let op = if slot.kind == Kind::Trim { IoOp::Discard } else { IoOp::WriteZeroes };
             self.issue(index, 0, op, (from, (to - from) as u32), None);
         }
     }
@@ -305,7 +305,7 @@ impl<D: Disk> Session<D> {
             self.in_flight += 1;
             self.complete(
                 now,
-                Completion { user: request.user, result: Err(BlockError::Revoked), buffer: request.buffer },
+                Completion { user: request.user, result: Err(IoError::Revoked), bytes: 0, buffer: request.buffer },
             );
         }
     }
@@ -339,7 +339,7 @@ impl<D: Disk> Session<D> {
     /// Takes one answer of the device. Completions come from the manager, which answers each admitted request once; one
     /// that fits no slot is dropped.
     pub(crate) fn complete(&mut self, now: Instant, completion: Completion) {
-        let Completion { user, result, buffer } = completion;
+        let Completion { user, result, buffer, .. } = completion;
         self.in_flight = self.in_flight.saturating_sub(1);
         if self.in_flight == 0 {
             self.idle_at = now;
@@ -389,7 +389,7 @@ impl<D: Disk> Session<D> {
         // answered, so it covers them.
         if slot.fua && slot.error.is_none() {
             slot.fua = false;
-            self.issue(index, 0, BlockOp::Flush, (0, 0), None);
+            self.issue(index, 0, IoOp::Flush, (0, 0), None);
             return;
         }
         if let Some(slot) = self.remove(index) {
@@ -404,12 +404,12 @@ impl<D: Disk> Session<D> {
 }
 
 /// "Error values". What the protocol has no word for is an I/O error, except what the client could have known.
-fn errno(error: BlockError) -> Errno {
+fn errno(error: IoError) -> Errno {
     match error {
-        BlockError::Io | BlockError::DeviceFault => Errno::Io,
-        BlockError::Unsupported | BlockError::Invalid => Errno::Inval,
-        BlockError::NoSpace => Errno::NoSpc,
-        BlockError::ReadOnly => Errno::Perm,
-        BlockError::Revoked => Errno::Shutdown,
+        IoError::Io | IoError::DeviceFault => Errno::Io,
+        IoError::Unsupported | IoError::Invalid => Errno::Inval,
+        IoError::NoSpace => Errno::NoSpc,
+        IoError::ReadOnly => Errno::Perm,
+        IoError::Revoked => Errno::Shutdown,
     }
 }

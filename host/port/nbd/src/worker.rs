@@ -84,6 +84,7 @@ impl<S: Service> Worker<S> {
             peer: String::new(),
             lane,
             notify: Some(Arc::clone(&notify)),
+            ..HandleSpec::default()
         };
         let patience = Arc::new(Patience::new(shared.options.spin));
         Ok(Worker {

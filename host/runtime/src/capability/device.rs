@@ -42,8 +42,10 @@ pub trait DeviceCapability: Send {
     /// # Errors
     /// [`DeviceError`], which the guest receives.
     fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, DeviceError>;
-    /// How many queues may be planned, at least 1.
+    /// How many queues the device has, at least 1.
     fn max_queues(&mut self) -> u16;
+    /// How many data lanes may be planned, at least 1.
+    fn max_lanes(&mut self) -> u16;
     /// Largest ring of a queue in entries; 0 for a queue that does not exist.
     fn max_queue_size(&mut self, queue: u16) -> u16;
 }
@@ -109,6 +111,10 @@ impl virtio::HostDevice for LaneState {
 
     fn max_queues(&mut self, _: Resource<DeviceHandle>) -> wasmtime::Result<u16> {
         self.with_device(Import::MaxQueues, |device| device.max_queues())
+    }
+
+    fn max_lanes(&mut self, _: Resource<DeviceHandle>) -> wasmtime::Result<u16> {
+        self.with_device(Import::MaxLanes, |device| device.max_lanes())
     }
 
     fn max_queue_size(&mut self, _: Resource<DeviceHandle>, queue: u16) -> wasmtime::Result<u16> {

@@ -8,7 +8,7 @@ use crate::capability::device::{DeviceError, check_config_read, into_wit};
 use crate::state::LaneState;
 
 /// Longest request and longest response of a command in bytes (`wit/virtio.wit`).
-const MAX_COMMAND_BYTES: usize = 4096;
+const MAX_COMMAND_BYTES: usize = 64;
 
 /// A running device as its control lane may use it; `wit/virtio.wit` says what each method promises. The manager implements this over a transport and the control lane's queue.
 ///
@@ -19,7 +19,7 @@ pub trait LiveCapability: Send {
     /// # Errors
     /// [`DeviceError`], which the guest receives.
     fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, DeviceError>;
-    /// Sends `request` (1 to 4,096 bytes) on the queue for commands and waits for a response of at most `response_bytes` (0 to 4,096).
+    /// Sends `request` (1 to 64 bytes) on the queue for commands and waits for a response of at most `response_bytes` (0 to 64).
     ///
     /// # Errors
     /// [`DeviceError`], which the guest receives.

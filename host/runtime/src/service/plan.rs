@@ -109,7 +109,10 @@ impl Attachment {
                 posting,
             });
         }
-        let has = |set: usize| queues.iter().any(|queue| queue.owner == QueueOwner::Set(set as u16));
+        // Each set has a queue for requests: who else would speak first?
+        let has = |set: usize| {
+            queues.iter().any(|queue| queue.owner == QueueOwner::Set(set as u16) && queue.posting.is_none())
+        };
         let sets = queues.iter().filter_map(|queue| match queue.owner {
             QueueOwner::Set(set) => Some(usize::from(set)),
             QueueOwner::Control => None,
@@ -118,7 +121,7 @@ impl Attachment {
             None => return breach("no queue is a data lane's".to_owned()),
             // Each set has a queue of its own, so there are at most 64 to look for.
             Some(last) if last >= MAX_QUEUES || !(0..=last).all(has) => {
-                return breach(format!("sets up to {last} are named, and not all of them have a queue"));
+                return breach(format!("sets up to {last} are named, and not all of them have a queue for requests"));
             }
             Some(_) => {}
         }
@@ -191,8 +194,9 @@ mod tests {
         assert!(!check(vec![plan(0, set(u16::MAX), None)]));
         assert!(!check(vec![plan(0, set(0), None), plan(1, set(0), None)]), "two for requests");
         assert!(!check(vec![plan(0, control, None)]), "no lane");
+        assert!(!check(vec![plan(0, set(0), Some((64, 1, 0)))]), "nothing to send on");
         for posting in [(0, 1, 0), (65_537, 1, 0), (64, 0, 0), (64, 17, 0), (64, 1, 65)] {
-            assert!(!check(vec![plan(0, set(0), Some(posting))]), "{posting:?}");
+            assert!(!check(vec![plan(0, set(0), Some(posting)), plan(1, set(0), None)]), "{posting:?}");
         }
         assert!(!check(vec![plan(0, set(0), None), plan(1, control, Some((4097, 1, 0)))]));
     }

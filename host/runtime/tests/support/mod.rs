@@ -197,6 +197,10 @@ impl DeviceCapability for FakeDevice {
     fn read_config(&mut self, _: u32, length: u32) -> Result<Vec<u8>, DeviceError> {
         Ok(vec![0; length as usize])
     }
+    fn max_lanes(&mut self) -> u16 {
+        64
+    }
+
     fn max_queues(&mut self) -> u16 {
         1
     }

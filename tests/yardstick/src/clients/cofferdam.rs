@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, BlockFlags, BlockOp, BlockRequest, Buffer, Completion, Config, Handle, HandleSpec, LoadSpec, Manager,
-    UnloadOptions,
+    Binding, Buffer, Completion, Config, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, UnloadOptions,
 };
 use cofferdam_port_nbd::{NbdAddress, NbdOptions, NbdPort};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -108,11 +107,11 @@ impl Drop for Loaded {
 pub struct InProcess {
     handles: Vec<Handle>,
     mode: Mode,
-    op: BlockOp,
+    op: IoOp,
     bytes: u32,
     /// By tag, while no request has it.
     buffers: Vec<Option<Buffer>>,
-    requests: Vec<Vec<BlockRequest>>,
+    requests: Vec<Vec<IoRequest>>,
     completions: Vec<Completion>,
     capacity: u64,
     /// Last: it takes the device away.
@@ -143,7 +142,7 @@ impl InProcess {
         let capacity = handles[0].geometry().capacity_bytes;
         let requests = handles.iter().map(|_| Vec::with_capacity(1024)).collect();
         let (buffers, completions) = (Vec::new(), Vec::with_capacity(1024));
-        Ok(InProcess { handles, mode, op: BlockOp::Read, bytes: 0, buffers, requests, completions, capacity, loaded })
+        Ok(InProcess { handles, mode, op: IoOp::Read, bytes: 0, buffers, requests, completions, capacity, loaded })
     }
 
     /// Waits in the default mode, for at most so long.
@@ -185,7 +184,7 @@ impl Engine for InProcess {
     }
 
     fn prepare(&mut self, job: Job) -> Result<()> {
-        self.op = if job.op.reads() { BlockOp::Read } else { BlockOp::Write };
+        self.op = if job.op.reads() { IoOp::Read } else { IoOp::Write };
         self.bytes = job.op.bytes();
         self.buffers.clear();
         for tag in 0..job.depth as usize {
@@ -198,12 +197,12 @@ impl Engine for InProcess {
 
     fn submit(&mut self, requests: &[Io]) -> Result<()> {
         let InProcess { buffers, op, bytes, .. } = self;
-        let mut request = |io: &Io| BlockRequest {
+        let mut request = |io: &Io| IoRequest {
             user: u64::from(io.tag),
             op: *op,
             offset: io.offset,
             length: *bytes,
-            flags: BlockFlags::default(),
+            flags: IoFlags::default(),
             buffer: buffers[io.tag as usize].take(),
         };
         match &mut self.requests[..] {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use cofferdam_manager::native::{
-    Attachment, BlockDriver, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneSetup,
-    NativeDriver, QueuePlan,
+    Attachment, BlockProperties, CallError, DeviceCapability, DeviceError, DriverError, LaneDriver, LaneSetup,
+    NativeDriver, QueueOwner, QueuePlan,
 };
 use cofferdam_manager::{Binding, LoadSpec, Transport};
 use cofferdam_sdk::native::NativeLane;
-use cofferdam_sdk::{BlockDriver as _, VirtioDevice, VirtioError};
+use cofferdam_sdk::{QueueOwner as TheirOwner, VirtioDevice, VirtioDriver as _, VirtioError};
 use cofferdam_virtio_blk::VirtioBlk;
 
 use super::cofferdam::{Host, InProcess, connect as reach};
@@ -82,6 +82,10 @@ impl VirtioDevice for Window<'_> {
         self.0.borrow_mut().max_queues()
     }
 
+    fn max_lanes(&self) -> u16 {
+        self.0.borrow_mut().max_lanes()
+    }
+
     fn max_queue_size(&self, queue: u16) -> u16 {
         self.0.borrow_mut().max_queue_size(queue)
     }
@@ -95,6 +99,12 @@ impl NativeDriver for Native {
             index: plan.index,
             size: plan.size,
             ordinary_response: plan.ordinary_response,
+            owner: match plan.owner {
+                TheirOwner::Set(set) => QueueOwner::Set(set),
+                TheirOwner::Control => QueueOwner::Control,
+            },
+            // A disk has none that is posted.
+            posting: None,
         });
         let attachment = Attachment { features: made.features, queues: queues.collect(), state: made.state };
         let properties = BlockProperties {
@@ -113,7 +123,7 @@ impl NativeDriver for Native {
         Ok((attachment, properties))
     }
 
-    fn start(&mut self, setup: &LaneSetup) -> Result<Box<dyn BlockDriver>, CallError> {
+    fn start(&mut self, setup: &LaneSetup) -> Result<Box<dyn LaneDriver>, CallError> {
         let setup = cofferdam_sdk::LaneSetup {
             features: setup.features,
             state: setup.state.clone(),
@@ -125,7 +135,7 @@ impl NativeDriver for Native {
 
 struct Lane(NativeLane<VirtioBlk>);
 
-impl BlockDriver for Lane {
+impl LaneDriver for Lane {
     fn submit(&mut self, requests: &[u64], out: &mut Vec<u32>) -> Result<(), CallError> {
         self.0.submit(requests, out);
         Ok(())

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use cofferdam_device::words::{self, MAX_BATCH};
-use cofferdam_device::{BlockOp, Direction, DmaArena, Expected, Payload};
+use cofferdam_device::{DmaArena, Expected, Payload};
 
 use super::{Inside, note_owner};
-use crate::block::{BlockError, BlockRequest, Completion, has_payload};
 use crate::handle::HandleShared;
 use crate::lane::Stop;
+use crate::request::{Completion, IoError, IoRequest};
 
 impl Inside {
     /// Admits up to 64 requests from the front of `requests` and enters them in the ledger; what is invalid is answered at once. Returns how many were taken, and why no more.
@@ -16,7 +16,7 @@ impl Inside {
         &mut self,
         arena: &DmaArena,
         owner: &Arc<HandleShared>,
-        requests: &mut [BlockRequest],
+        requests: &mut [IoRequest],
     ) -> (usize, Option<Stop>) {
         self.scratch.requests.clear();
         self.scratch.expected.clear();
@@ -36,23 +36,25 @@ impl Inside {
         owner.count_in(count as u32);
         let holder = self.ledger.hold(owner, guards);
         for request in &mut requests[..count] {
-            let BlockRequest { op, offset, length, flags, .. } = *request;
+            let IoRequest { op, offset, length, flags, .. } = *request;
             let buffer = request.buffer.as_ref();
             let foreign = buffer.is_some_and(|buffer| !arena.owns(buffer) && !owner.owns_window(buffer));
-            let checked = self.geometry.check(op, offset, length, buffer);
-            if let Err(error) = if foreign { Err(BlockError::Invalid) } else { checked } {
-                owner.deliver(Completion { user: request.user, result: Err(error), buffer: request.buffer.take() });
+            let checked = self.offer.check(self.set, op, flags, offset, length, buffer);
+            if let Err(error) = if foreign { Err(IoError::Invalid) } else { checked } {
+                owner.deliver(Completion {
+                    user: request.user,
+                    result: Err(error),
+                    bytes: 0,
+                    buffer: request.buffer.take(),
+                });
                 self.ledger.over(holder);
                 note_owner(&mut self.scratch.to_wake, owner);
                 continue;
             }
-            let payload = buffer.filter(|_| has_payload(op)).map(|buffer| {
-                let direction = if op == BlockOp::Write { Direction::Out } else { Direction::In };
-                Payload { iova: buffer.iova(), length, direction }
-            });
+            let payload =
+                buffer.zip(op.payload()).map(|(buffer, direction)| Payload { iova: buffer.iova(), length, direction });
             let token = self.ledger.insert(request, holder, owner.id, since);
-            let flags = if flags.may_unmap { words::FLAG_UNMAP } else { 0 };
-            words::push_request(&mut self.scratch.requests, token, op, flags, offset, u64::from(length));
+            words::push_request(&mut self.scratch.requests, token, op, flags.0, offset, u64::from(length));
             self.scratch.expected.push(Expected { token, payload });
         }
         // What was invalid has taken no room, and then there may be some left.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use cofferdam_client::ring::{LIVE, Word};
 use cofferdam_client::wire::{ENTRIES_MAX, Op, Status, Submit, TAG_REVOKED};
 use cofferdam_client::{Client, Error};
-use cofferdam_port_data::service::{BlockError, PortReport};
+use cofferdam_port_data::service::{IoError, PortReport};
 
 use crate::mock::*;
 use crate::raw::Guest;
@@ -52,7 +52,7 @@ fn after_revocation_what_was_admitted_is_answered_and_what_is_new_is_not() {
 
 #[test]
 fn the_library_answers_everything_once_and_then_says_revoked() {
-    for answer in [None, Some(BlockError::Revoked)] {
+    for answer in [None, Some(IoError::Revoked)] {
         let served = Served::ordinary();
         let mut client = served.connect();
         let kept = client.slot(4096).unwrap();

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use cofferdam_client::{Client, Completion as Answer, Error, Op, Options, Request, Slot};
 use cofferdam_device::{DmaRegion, WindowedRegion};
 use cofferdam_port_data::service::{
-    BlockError, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, HandleSpec, HandleState, MapError, Notify,
-    OpenError, Port, PortReport, RegionError, SubmitError,
+    BlockGeometry, Buffer, Completion, HandleSpec, HandleState, IoError, IoOp, IoRequest, MapError, Notify, OpenError,
+    Port, PortReport, RegionError, SubmitError,
 };
 use cofferdam_port_data::{DataAddress, DataOptions, DataPort, Disk, Region, Service};
 use rustix::event::{EventfdFlags, eventfd};
@@ -49,7 +49,7 @@ pub(crate) struct State {
     pub(crate) medium: Mutex<Vec<u8>>,
     geometry: BlockGeometry,
     device: OwnedFd,
-    late: Mutex<VecDeque<(Answers, BlockRequest)>>,
+    late: Mutex<VecDeque<(Answers, IoRequest)>>,
     /// Requests admitted so far.
     pub(crate) asked: AtomicU64,
     /// Admitted requests wait for [`Mock::release`].
@@ -124,7 +124,7 @@ impl Mock {
     }
 
     /// Answers all late requests, as the device does or with `error`.
-    pub(crate) fn release(&self, error: Option<BlockError>) {
+    pub(crate) fn release(&self, error: Option<IoError>) {
         loop {
             let Some((answers, request)) = lock(&self.0.late).pop_front() else { break };
             self.0.serve(&answers, request, error);
@@ -139,7 +139,7 @@ impl Mock {
 
     pub(crate) fn assert_all_returned(&self) {
         eventually("all handles closed", || self.0.handles.load(Ordering::SeqCst) == 0);
-        self.release(Some(BlockError::Revoked));
+        self.release(Some(IoError::Revoked));
         assert_eq!(self.in_flight(), 0);
         self.prune();
         assert!(lock(&self.0.regions).is_empty(), "somebody holds a region");
@@ -156,39 +156,39 @@ impl State {
     }
 
     /// The lane's check, as the manager does it.
-    fn check(&self, request: &BlockRequest) -> Result<(), BlockError> {
-        let BlockRequest { op, offset, length, .. } = request;
+    fn check(&self, request: &IoRequest) -> Result<(), IoError> {
+        let IoRequest { op, offset, length, .. } = request;
         let g = &self.geometry;
         let longest = match op {
-            BlockOp::Read | BlockOp::Write => g.max_transfer_bytes,
-            BlockOp::WriteZeroes => g.max_write_zeroes_bytes,
-            BlockOp::Discard => return Err(BlockError::Unsupported),
-            BlockOp::Flush => return if (*offset, *length) == (0, 0) { Ok(()) } else { Err(BlockError::Invalid) },
-            BlockOp::GetId => return if (*offset, *length) == (0, 20) { Ok(()) } else { Err(BlockError::Invalid) },
+            IoOp::Read | IoOp::Write => g.max_transfer_bytes,
+            IoOp::WriteZeroes => g.max_write_zeroes_bytes,
+            IoOp::Discard | IoOp::Fill | IoOp::Send | IoOp::Transmit => return Err(IoError::Unsupported),
+            IoOp::Flush => return if (*offset, *length) == (0, 0) { Ok(()) } else { Err(IoError::Invalid) },
+            IoOp::GetId => return if (*offset, *length) == (0, 20) { Ok(()) } else { Err(IoError::Invalid) },
         };
         let inside = offset.checked_add(u64::from(*length)).is_some_and(|end| end <= g.capacity_bytes);
         let aligned = offset.is_multiple_of(512) && length.is_multiple_of(512);
-        if *length == 0 || *length > longest || !inside || !aligned { Err(BlockError::Invalid) } else { Ok(()) }
+        if *length == 0 || *length > longest || !inside || !aligned { Err(IoError::Invalid) } else { Ok(()) }
     }
 
-    fn serve(&self, answers: &Answers, request: BlockRequest, error: Option<BlockError>) {
+    fn serve(&self, answers: &Answers, request: IoRequest, error: Option<IoError>) {
         let result = error.map_or_else(|| self.check(&request), Err);
-        let BlockRequest { user, op, offset, length, buffer, .. } = request;
+        let IoRequest { user, op, offset, length, buffer, .. } = request;
         if result.is_ok() {
             let mut medium = lock(&self.medium);
             let range = offset as usize..offset as usize + length as usize;
             // A region may be gone by now; then there is nothing to move.
             match (op, &buffer) {
-                (BlockOp::Read, Some(buffer)) => drop(buffer.write_at(0, &medium[range])),
-                (BlockOp::Write, Some(buffer)) => drop(buffer.read_at(0, &mut medium[range])),
-                (BlockOp::GetId, Some(buffer)) => drop(buffer.write_at(0, b"twenty bytes of name")),
-                (BlockOp::WriteZeroes, None) => medium[range].fill(0),
-                (BlockOp::Flush, None) => {}
+                (IoOp::Read, Some(buffer)) => drop(buffer.write_at(0, &medium[range])),
+                (IoOp::Write, Some(buffer)) => drop(buffer.read_at(0, &mut medium[range])),
+                (IoOp::GetId, Some(buffer)) => drop(buffer.write_at(0, b"twenty bytes of name")),
+                (IoOp::WriteZeroes, None) => medium[range].fill(0),
+                (IoOp::Flush, None) => {}
                 other => panic!("no such request: {other:?}"),
             }
         }
         self.in_flight.fetch_sub(1, Ordering::SeqCst);
-        lock(answers).push(Completion { user, result, buffer });
+        lock(answers).push(Completion { user, result, bytes: 0, buffer });
     }
 }
 
@@ -261,7 +261,7 @@ impl Disk for MockDisk {
         Ok(MockRegion(WindowedRegion::new(region)))
     }
 
-    fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+    fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError> {
         match self.state() {
             HandleState::Revoked => return Err(SubmitError::Revoked),
             HandleState::Held => return Err(SubmitError::Held),

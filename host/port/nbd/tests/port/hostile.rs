@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use cofferdam_port_nbd::NbdOptions;
-use cofferdam_port_nbd::service::BlockOp;
+use cofferdam_port_nbd::service::IoOp;
 use proptest::prelude::*;
 
 use crate::client::*;
@@ -47,7 +47,7 @@ fn refused_requests_leave_the_stream_in_step() {
         assert_eq!(large.call(READ, 0, 0, 33 << 20).error, too_long);
         assert_eq!(large.write(0, 0, &vec![1; 33 << 20]), EINVAL, "an oversized write is read to its end");
         assert_eq!(large.call(READ, 0, 0, 512).error, 0);
-        assert!(served.mock.asked().iter().all(|asked| asked.op == BlockOp::Read));
+        assert!(served.mock.asked().iter().all(|asked| asked.op == IoOp::Read));
         large.send(WRITE, 0, 0, u32::MAX);
         large.assert_closed();
         assert_eq!(client.call(READ, 0, 0, 512).error, 0);
@@ -107,7 +107,7 @@ fn what_was_asked_before_a_goodbye_is_done_though_nobody_waits_for_it() {
     client.send_write(FUA, 0, &[0x42; 4096]);
     client.send(DISC, 0, 0, 0);
     drop(client);
-    for op in [BlockOp::Write, BlockOp::Flush] {
+    for op in [IoOp::Write, IoOp::Flush] {
         eventually("it is with the device", || served.mock.asked().last().is_some_and(|asked| asked.op == op));
         served.mock.release(1);
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::{DmaArena, DmaRegion};
 use cofferdam_port_nbd::service::{
-    BlockError, BlockGeometry, BlockOp, BlockRequest, Buffer, Completion, HandleSpec, HandleState, LeaseError, Notify,
+    BlockGeometry, Buffer, Completion, HandleSpec, HandleState, IoError, IoOp, IoRequest, LeaseError, Notify,
     OpenError, Port, PortReport, SubmitError,
 };
 use cofferdam_port_nbd::{Disk, NbdAddress, NbdOptions, NbdPort, Service};
@@ -43,7 +43,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What was asked of the device, in order of admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Asked {
-    pub(crate) op: BlockOp,
+    pub(crate) op: IoOp,
     pub(crate) offset: u64,
     pub(crate) length: u32,
     pub(crate) may_unmap: bool,
@@ -56,7 +56,7 @@ pub(crate) struct State {
     lanes: Vec<Lane>,
     pub(crate) asked: Mutex<Vec<Asked>>,
     /// Answers for the next requests; after them, success.
-    pub(crate) answers: Mutex<VecDeque<Result<(), BlockError>>>,
+    pub(crate) answers: Mutex<VecDeque<Result<(), IoError>>>,
     /// Admitted requests wait for [`Mock::release`].
     pub(crate) slow: AtomicBool,
     pub(crate) held: AtomicBool,
@@ -80,7 +80,7 @@ pub(crate) type Hook = Box<dyn FnMut() + Send>;
 
 struct Lane {
     device: OwnedFd,
-    late: Mutex<VecDeque<(Arc<Answers>, BlockRequest)>>,
+    late: Mutex<VecDeque<(Arc<Answers>, IoRequest)>>,
 }
 
 #[derive(Default)]
@@ -167,7 +167,7 @@ impl Mock {
         self.signal();
     }
 
-    pub(crate) fn fail_next(&self, answers: impl IntoIterator<Item = Result<(), BlockError>>) {
+    pub(crate) fn fail_next(&self, answers: impl IntoIterator<Item = Result<(), IoError>>) {
         lock(&self.0.answers).extend(answers);
     }
 
@@ -205,7 +205,7 @@ impl Mock {
             for _ in 0..late.len() {
                 let Some((answers, request)) = late.pop_front() else { break };
                 if answers.revoked.load(Ordering::SeqCst) {
-                    self.0.serve(&answers, request, Some(BlockError::Revoked));
+                    self.0.serve(&answers, request, Some(IoError::Revoked));
                 } else {
                     late.push_back((answers, request));
                 }
@@ -218,7 +218,7 @@ impl Mock {
     pub(crate) fn fail_late(&self) {
         for lane in &self.0.lanes {
             for (answers, request) in lock(&lane.late).drain(..) {
-                self.0.serve(&answers, request, Some(BlockError::Revoked));
+                self.0.serve(&answers, request, Some(IoError::Revoked));
             }
             lane.ring();
         }
@@ -243,30 +243,30 @@ impl Lane {
 }
 
 impl State {
-    fn serve(&self, answers: &Answers, request: BlockRequest, force: Option<BlockError>) {
-        let BlockRequest { user, op, offset, length, buffer, .. } = request;
+    fn serve(&self, answers: &Answers, request: IoRequest, force: Option<IoError>) {
+        let IoRequest { user, op, offset, length, buffer, .. } = request;
         let result = force.map_or_else(|| lock(&self.answers).pop_front().unwrap_or(Ok(())), Err);
         let mut medium = lock(&self.medium);
         let range = offset as usize..offset as usize + length as usize;
         match (op, &buffer) {
             _ if result.is_err() => {}
-            (BlockOp::Read, Some(buffer)) => buffer.write_at(0, &medium[range]).expect("the lease fits"),
-            (BlockOp::Write, Some(buffer)) => buffer.read_at(0, &mut medium[range]).expect("the lease fits"),
-            (BlockOp::WriteZeroes, None) => medium[range].fill(0),
-            (BlockOp::Discard, None) => medium[range].fill(0xdd),
-            (BlockOp::Flush, None) => assert_eq!((offset, length), (0, 0)),
+            (IoOp::Read, Some(buffer)) => buffer.write_at(0, &medium[range]).expect("the lease fits"),
+            (IoOp::Write, Some(buffer)) => buffer.read_at(0, &mut medium[range]).expect("the lease fits"),
+            (IoOp::WriteZeroes, None) => medium[range].fill(0),
+            (IoOp::Discard, None) => medium[range].fill(0xdd),
+            (IoOp::Flush, None) => assert_eq!((offset, length), (0, 0)),
             other => panic!("no such request: {other:?}"),
         }
         drop(medium);
         self.in_flight.fetch_sub(1, Ordering::SeqCst);
-        lock(&answers.ready).push(Completion { user, result, buffer });
+        lock(&answers.ready).push(Completion { user, result, bytes: 0, buffer });
     }
 
-    fn check(&self, request: &BlockRequest) {
+    fn check(&self, request: &IoRequest) {
         let longest = match request.op {
-            BlockOp::Read | BlockOp::Write => self.geometry.max_transfer_bytes,
-            BlockOp::Discard => self.geometry.max_discard_bytes,
-            BlockOp::WriteZeroes => self.geometry.max_write_zeroes_bytes,
+            IoOp::Read | IoOp::Write => self.geometry.max_transfer_bytes,
+            IoOp::Discard => self.geometry.max_discard_bytes,
+            IoOp::WriteZeroes => self.geometry.max_write_zeroes_bytes,
             _ => 0,
         };
         assert!(request.length <= longest, "{request:?}");
@@ -332,7 +332,7 @@ impl Disk for MockDisk {
         })
     }
 
-    fn submit(&self, requests: &mut Vec<BlockRequest>) -> Result<(), SubmitError> {
+    fn submit(&self, requests: &mut Vec<IoRequest>) -> Result<(), SubmitError> {
         if let Some(hook) = &mut *lock(&self.state.hook) {
             hook();
         }
@@ -350,8 +350,13 @@ impl Disk for MockDisk {
             // Whoever sees it in flight finds it decided and in its place: under the lock until it is there.
             let late = self.state.slow.load(Ordering::SeqCst).then(|| lock(&lane.late));
             self.state.in_flight.fetch_add(1, Ordering::SeqCst);
-            let BlockRequest { op, offset, length, flags, .. } = request;
-            lock(&self.state.asked).push(Asked { op, offset, length, may_unmap: flags.may_unmap });
+            let IoRequest { op, offset, length, flags, .. } = request;
+            lock(&self.state.asked).push(Asked {
+                op,
+                offset,
+                length,
+                may_unmap: flags == cofferdam_manager::IoFlags::MAY_UNMAP,
+            });
             match late {
                 Some(mut late) => late.push_back((Arc::clone(&self.answers), request)),
                 None => self.state.serve(&self.answers, request, None),

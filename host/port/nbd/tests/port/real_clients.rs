@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use cofferdam_port_nbd::NbdOptions;
-use cofferdam_port_nbd::service::BlockOp;
+use cofferdam_port_nbd::service::IoOp;
 
 use crate::mock::{Mock, Served, eventually, geometry};
 
@@ -86,7 +86,7 @@ fn nbdcopy_takes_an_image_in_and_out() {
     let (source, copy_name) = (source.display().to_string(), copy.display().to_string());
     run("libnbd-bin", "nbdcopy", &["--connections=4", "--requests=32", "--flush", &source, &uri(&served.path)]);
     assert!(*served.mock.0.medium.lock().expect("not poisoned") == image, "the medium is the image");
-    assert!(served.mock.asked().iter().any(|asked| asked.op == BlockOp::Flush));
+    assert!(served.mock.asked().iter().any(|asked| asked.op == IoOp::Flush));
     run("libnbd-bin", "nbdcopy", &["--connections=4", "--requests=32", &uri(&served.path), &copy_name]);
     assert!(std::fs::read(&copy).expect("read") == image, "the copy is the image");
     served.finish();
@@ -114,7 +114,7 @@ fn qemu_io_writes_with_fua_zeroes_discards_and_reads_back() {
     let output = run("qemu-utils", "qemu-io", &arguments);
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(!text.contains("failed") && !text.contains("error"), "{text}");
-    assert!(served.mock.asked().iter().any(|asked| asked.op == BlockOp::Discard));
+    assert!(served.mock.asked().iter().any(|asked| asked.op == IoOp::Discard));
     served.finish();
 }
 

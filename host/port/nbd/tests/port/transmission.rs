@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::atomic::Ordering;
 
 use cofferdam_port_nbd::NbdOptions;
-use cofferdam_port_nbd::service::{BlockError, BlockOp};
+use cofferdam_port_nbd::service::{IoError, IoOp};
 use proptest::prelude::*;
 
 use crate::client::*;
@@ -44,23 +44,23 @@ fn long_requests_are_split_at_the_devices_limits_and_answered_once() {
     assert_eq!(client.write(0, 1024, &vec![1; 100 << 10]), 0);
     assert_eq!(client.call(TRIM, 0, 512, 130 << 10).error, 0);
     assert_eq!(client.call(WRITE_ZEROES, 0, 0, 100 << 10).error, 0);
-    let asked = |op, offset, length| Asked { op, offset, length, may_unmap: op == BlockOp::WriteZeroes };
+    let asked = |op, offset, length| Asked { op, offset, length, may_unmap: op == IoOp::WriteZeroes };
     let k = 1024;
     assert_eq!(
         served.mock.asked(),
         [
-            asked(BlockOp::Read, k, 64 << 10),
-            asked(BlockOp::Read, 65 * k, 64 << 10),
-            asked(BlockOp::Read, 129 * k, 64 << 10),
-            asked(BlockOp::Read, 193 * k, 8 << 10),
-            asked(BlockOp::Write, k, 64 << 10),
-            asked(BlockOp::Write, 65 * k, 36 << 10),
+            asked(IoOp::Read, k, 64 << 10),
+            asked(IoOp::Read, 65 * k, 64 << 10),
+            asked(IoOp::Read, 129 * k, 64 << 10),
+            asked(IoOp::Read, 193 * k, 8 << 10),
+            asked(IoOp::Write, k, 64 << 10),
+            asked(IoOp::Write, 65 * k, 36 << 10),
             // Pieces end on multiples of the discard alignment.
-            asked(BlockOp::Discard, 512, (64 << 10) - 512),
-            asked(BlockOp::Discard, 64 * k, 64 << 10),
-            asked(BlockOp::Discard, 128 * k, (2 << 10) + 512),
-            asked(BlockOp::WriteZeroes, 0, 64 << 10),
-            asked(BlockOp::WriteZeroes, 64 * k, 36 << 10),
+            asked(IoOp::Discard, 512, (64 << 10) - 512),
+            asked(IoOp::Discard, 64 * k, 64 << 10),
+            asked(IoOp::Discard, 128 * k, (2 << 10) + 512),
+            asked(IoOp::WriteZeroes, 0, 64 << 10),
+            asked(IoOp::WriteZeroes, 64 * k, 36 << 10),
         ]
     );
     served.finish();
@@ -88,7 +88,7 @@ fn a_fua_write_is_answered_after_a_flush_that_followed_it() {
     assert_eq!(served.mock.asked().len(), 2, "no flush while a write is under way");
     served.mock.release(1);
     eventually("the flush follows", || served.mock.in_flight() == 1);
-    assert_eq!(served.mock.asked()[2].op, BlockOp::Flush);
+    assert_eq!(served.mock.asked()[2].op, IoOp::Flush);
     client.stream.set_nonblocking(true).expect("non-blocking");
     let error = client.reply(0, 0).expect_err("not durable, so not answered");
     assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
@@ -98,7 +98,7 @@ fn a_fua_write_is_answered_after_a_flush_that_followed_it() {
     served.mock.set(|s| &s.slow, false);
     for kind in [TRIM, WRITE_ZEROES] {
         assert_eq!(client.call(kind, FUA, 0, 512).error, 0);
-        assert_eq!(served.mock.asked().last().map(|asked| asked.op), Some(BlockOp::Flush));
+        assert_eq!(served.mock.asked().last().map(|asked| asked.op), Some(IoOp::Flush));
     }
     let before = served.mock.asked().len();
     assert_eq!(client.call(READ, FUA, 0, 512).error, 0, "allowed and without effect");
@@ -110,9 +110,9 @@ fn a_fua_write_is_answered_after_a_flush_that_followed_it() {
 fn a_failed_fua_write_is_not_flushed() {
     let served = Served::ordinary();
     let mut client = Client::new(&served, false);
-    served.mock.fail_next([Err(BlockError::Io)]);
+    served.mock.fail_next([Err(IoError::Io)]);
     assert_eq!(client.write(FUA, 0, &[1; 512]), EIO);
-    served.mock.fail_next([Ok(()), Err(BlockError::Io)]);
+    served.mock.fail_next([Ok(()), Err(IoError::Io)]);
     assert_eq!(client.write(FUA, 0, &[1; 512]), EIO, "the flush failed");
     assert_eq!(served.mock.asked().len(), 3);
     served.finish();
@@ -124,12 +124,12 @@ fn errors_of_the_device_have_their_number() {
         let served = Served::ordinary();
         let mut client = Client::new(&served, structured);
         for (error, number) in [
-            (BlockError::Io, EIO),
-            (BlockError::DeviceFault, EIO),
-            (BlockError::Unsupported, EINVAL),
-            (BlockError::NoSpace, 28),
-            (BlockError::ReadOnly, 1),
-            (BlockError::Revoked, ESHUTDOWN),
+            (IoError::Io, EIO),
+            (IoError::DeviceFault, EIO),
+            (IoError::Unsupported, EINVAL),
+            (IoError::NoSpace, 28),
+            (IoError::ReadOnly, 1),
+            (IoError::Revoked, ESHUTDOWN),
         ] {
             served.mock.fail_next([Err(error)]);
             assert_eq!(client.call(READ, 0, 0, 512).error, number);
@@ -163,7 +163,7 @@ fn a_late_error_in_a_segmented_read_is_a_chunk_or_the_end_of_the_connection() {
     for structured in [false, true] {
         let served = Served::new(Mock::ordinary(), options.clone());
         let mut client = Client::new(&served, structured);
-        served.mock.fail_next([Ok(()), Ok(()), Ok(()), Err(BlockError::Io)]);
+        served.mock.fail_next([Ok(()), Ok(()), Ok(()), Err(IoError::Io)]);
         if structured {
             assert_eq!(client.call(READ, 0, 0, 1 << 20).error, EIO);
             assert_eq!(client.call(READ, 0, 0, 512).error, 0);

@@ -1,0 +1,287 @@
+//! The control lane while the device runs: configuration changes that the device announces (virtio 1.2, section 4.1.5.4), and queues of the control lane's own.
+//!
+//! ```text
+//! watch: the device said something -> pending -> (no call under way, and the last one began REST ago) -> a thread of its own
+//! thread: [crossing: config-changed] -> [crossing: control.events]* -> [crossing: get-properties] -> checked as at load -> lanes -> handles from now on
+//! ```
+//!
+//! A device can announce changes and send control messages as fast as it likes: at most one call is under way and one pending, and calls begin at least [`REST`] apart. The watch itself never calls
+//! (L8). The ladder closes this before it drains, and drains what is inside.
+//!
+//! Requests of every handle, however old, are checked against what the device can do now; a handle goes on telling what it could do when the handle was opened.
+
+mod queues;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use cofferdam_device::transport::Transport;
+use cofferdam_runtime::{CallError, Instance};
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::binding::Binding;
+use crate::control::queues::LiveWindow;
+pub(crate) use crate::control::queues::{ControlQueues, SharedQueues};
+use crate::device::DeviceWindow;
+use crate::error::{ControlError, LaneFault};
+use crate::events::EventKind;
+use crate::offer::Offer;
+use crate::ports::Within;
+
+/// Least time between the beginnings of two calls: a device that does nothing but announce changes costs ten in a second.
+const REST: Duration = Duration::from_millis(100);
+/// Bytes of a driver's refusal that the log keeps.
+const REFUSAL_BYTES: usize = 1024;
+/// Calls of `control.events` in one go: what a device sends beyond that waits for the next.
+const EVENT_CALLS: usize = 4;
+
+/// The control lane of a driver once it is loaded, and what it needs to be asked again.
+pub(crate) struct Control {
+    pub(crate) instance: Instance,
+    pub(crate) transport: Weak<Mutex<Box<dyn Transport>>>,
+    pub(crate) lane_limit: u16,
+    pub(crate) ring_limit: u16,
+    /// What it negotiated, which it cannot do again.
+    pub(crate) negotiated: Arc<Mutex<Option<u64>>>,
+    pub(crate) arena_bytes: u64,
+    pub(crate) max_lease_bytes: u32,
+    /// Queues of its own.
+    pub(crate) queues: Option<SharedQueues>,
+}
+
+impl Control {
+    fn live_window(&self) -> Option<Box<LiveWindow>> {
+        let queues = self.queues.as_ref()?;
+        Some(Box::new(LiveWindow::new(self.transport.clone(), Arc::clone(queues))))
+    }
+
+    /// Tells the driver that the device runs, and asks it what the device can do now.
+    pub(crate) fn live(&mut self) -> Result<Offer, CallError> {
+        if let Some(window) = self.live_window() {
+            self.instance.live(window)?;
+        }
+        self.offer()
+    }
+
+    fn offer(&mut self) -> Result<Offer, CallError> {
+        let properties = self.instance.properties()?;
+        Ok(Offer::from_properties(properties, self.arena_bytes, self.max_lease_bytes))
+    }
+
+    /// Tells the driver what the device said, and asks it what the device can do now. `None`: the device is on its way out.
+    fn ask(&mut self, changed: bool) -> Option<Result<Offer, CallError>> {
+        let transport = self.transport.upgrade()?;
+        let window = DeviceWindow::new(transport, self.lane_limit, self.ring_limit, Arc::clone(&self.negotiated));
+        let told = if changed { self.instance.config_changed(Box::new(window)) } else { Ok(()) };
+        Some(told.and_then(|()| self.events()).and_then(|()| self.offer()))
+    }
+
+    /// Hands over what the device put into the control lane's posted queue.
+    fn events(&mut self) -> Result<(), CallError> {
+        for _ in 0..EVENT_CALLS {
+            let Some(queues) = &self.queues else { return Ok(()) };
+            let words = queues.lock().take_events();
+            if words.is_empty() {
+                return Ok(());
+            }
+            let Some(window) = self.live_window() else { return Ok(()) };
+            self.instance.events(window, words)?;
+        }
+        // There may be more: the watch is woken again.
+        if let Some(queues) = &self.queues {
+            queues.lock().look_again();
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Turn {
+    /// The device has said something that no call has begun for.
+    pending: bool,
+    /// Among it that its configuration changed.
+    changed: bool,
+    /// A thread is at it.
+    inside: bool,
+    /// When the last call began.
+    since: Option<Instant>,
+    /// The binding leaves: nobody goes in any more.
+    closed: bool,
+}
+
+/// A binding's part in it.
+#[derive(Default)]
+pub(crate) struct ControlLane {
+    turn: Mutex<Turn>,
+    /// Its queues, apart from the driver that a call may hold.
+    queues: Mutex<Option<SharedQueues>>,
+    /// `None` before it serves, for a driver without a service, and after the code was dropped. Held while the driver is called.
+    control: Mutex<Option<Control>>,
+}
+
+/// A thread's stay.
+struct Inside<'a>(&'a ControlLane);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.turn.lock().inside = false;
+    }
+}
+
+impl ControlLane {
+    /// The binding serves: `control` can be asked from now on.
+    pub(crate) fn open(&self, control: Control) {
+        self.queues.lock().clone_from(&control.queues);
+        *self.control.lock() = Some(control);
+    }
+
+    /// The ladder's: nobody goes in any more. Idempotent.
+    pub(crate) fn close(&self) {
+        let mut turn = self.turn.lock();
+        (turn.closed, turn.pending) = (true, false);
+    }
+
+    /// Whether a thread is at it still.
+    pub(crate) fn is_inside(&self) -> bool {
+        self.turn.lock().inside
+    }
+
+    /// Notes what was announced; whether a thread is to be started now. `Err`: not yet, look again soon.
+    fn announce(&self, changed: bool) -> Result<bool, ()> {
+        let queues = self.queues.lock().clone();
+        // Whoever has them waits for the device, and will be asked again.
+        let called = match queues.as_ref().map(|queues| queues.try_lock()) {
+            None => Some(false),
+            Some(None) => None,
+            Some(Some(mut queues)) => Some(queues.was_called()),
+        };
+        let mut turn = self.turn.lock();
+        turn.changed |= changed;
+        turn.pending |= (changed || called == Some(true)) && !turn.closed;
+        if called.is_none() && !turn.closed && !turn.pending {
+            return Err(());
+        }
+        if !turn.pending {
+            return Ok(false);
+        }
+        if turn.inside || turn.since.is_some_and(|since| since.elapsed() < REST) {
+            return Err(());
+        }
+        (turn.pending, turn.inside, turn.since) = (false, true, Some(Instant::now()));
+        Ok(true)
+    }
+
+    /// Lets go of the queues' memory and notification channels.
+    pub(crate) fn drop_rings(&self, until: Instant) {
+        let Some(queues) = self.queues.lock().take() else { return };
+        match queues.try_lock_until(until) {
+            Some(mut queues) => queues.end(),
+            None => tracing::error!("the control lane still waits for its device"),
+        }
+    }
+
+    /// A descriptor that is readable when the device used a buffer of the control lane's posted queue.
+    pub(crate) fn event_fd(&self) -> Option<std::os::fd::OwnedFd> {
+        let queues = self.queues.lock();
+        let queues = queues.as_ref()?.lock();
+        queues.event_fd().and_then(|fd: BorrowedFd<'_>| fd.as_fd().try_clone_to_owned().ok())
+    }
+
+    /// Takes the control lane out, for the ladder to drop or to keep; `Err` if a call has not left it by `until`.
+    pub(crate) fn take_control(&self, until: Instant) -> Result<Option<Instance>, ()> {
+        let control: Option<MutexGuard<'_, _>> = self.control.try_lock_until(until);
+        Ok(control.ok_or(())?.take().map(|control| control.instance))
+    }
+}
+
+impl Binding {
+    /// The watch's: passes on what the device `announced`, and what is pending. Whether nothing is left to be passed on later.
+    pub(crate) fn pass_config_change(self: &Arc<Self>, announced: bool) -> bool {
+        match self.control.announce(announced) {
+            Ok(false) => true,
+            Err(()) => false,
+            Ok(true) => {
+                let binding = Arc::clone(self);
+                let tell = move || {
+                    let _within = Within::enter();
+                    let _inside = Inside(&binding.control);
+                    binding.tell_config_change();
+                };
+                if let Err(error) = std::thread::Builder::new().name("cofferdam-config".into()).spawn(tell) {
+                    drop(Inside(&self.control));
+                    tracing::error!(binding = self.name(), %error, "no thread to tell the driver on");
+                }
+                true
+            }
+        }
+    }
+
+    fn tell_config_change(&self) {
+        let changed = std::mem::take(&mut self.control.turn.lock().changed);
+        let asked = self.control.control.lock().as_mut().and_then(|control| control.ask(changed));
+        if let Some(asked) = asked {
+            self.take_offer(asked);
+        }
+    }
+
+    /// A client opened or closed a port of streams on this side, and the device is told. Waits for calls of the control lane that are under way, as long as they may take.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn set_open(&self, port: u32, open: bool) -> Result<(), ControlError> {
+        if self.phase() != cofferdam_lifecycle::Phase::Serving {
+            return Err(ControlError::Revoked);
+        }
+        let asked = {
+            let mut control = self.control.control.lock();
+            let control = control.as_mut().ok_or(ControlError::Revoked)?;
+            let window = control.live_window().ok_or(ControlError::NoQueues)?;
+            control.instance.set_open(window, port, open).and_then(|()| control.offer())
+        };
+        match asked {
+            Err(CallError::Driver(error)) => Err(ControlError::Refused(error.to_string())),
+            asked => {
+                let is_fault = asked.is_err();
+                self.take_offer(asked);
+                if is_fault { Err(ControlError::Revoked) } else { Ok(()) }
+            }
+        }
+    }
+
+    /// What the device can do from now on, by its driver.
+    fn take_offer(&self, asked: Result<Offer, CallError>) {
+        let Some(serving) = self.serving.get() else { return };
+        let Some(current) = &serving.offer else { return };
+        match asked {
+            Ok(offer) => {
+                let offer = Arc::new(offer);
+                let before = Arc::clone(&current.lock());
+                let changes = before.changes(&offer);
+                if changes.is_empty() {
+                    tracing::debug!(binding = self.name(), "a configuration change that the driver makes nothing of");
+                    return;
+                }
+                // Handles that are opened from here on; then what is refused from whomever.
+                *current.lock() = Arc::clone(&offer);
+                serving.lanes.iter().for_each(|lane| lane.set_offer(&offer));
+                self.offer_changed();
+                tracing::info!(binding = self.name(), ?changes, "configuration changed");
+                self.record(EventKind::ConfigChanged { changes, refused: None });
+            }
+            // What the device can do stays as it was known; a device that is gone is noticed elsewhere.
+            Err(CallError::Driver(error)) => {
+                let mut refused = error.to_string();
+                refused.truncate(refused.floor_char_boundary(REFUSAL_BYTES));
+                tracing::warn!(binding = self.name(), refused, "the driver refuses a configuration change");
+                self.record(EventKind::ConfigChanged { changes: Vec::new(), refused: Some(refused) });
+            }
+            Err(CallError::Fault(fault)) => {
+                self.set_fault(LaneFault::Guest(fault));
+                if let Some(lane) = serving.lanes.first() {
+                    lane.wake_watch();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! A queue that a lane keeps filled with buffers of the binding (DESIGN section 3, posted buffers).
+//!
+//! ```text
+//! pool -> ring -> (device) -> used -> [crossing: driver.received] -> checked -> arrivals, which a client holds -> pool
+//!                                                                   \-> what no arrival names -> pool
+//! ```
+//!
+//! The buffers are leased once and stay the binding's: a client that holds arrivals holds so many buffers from the device, and nothing else. A client that does not take them leaves the
+//! device without buffers, which is the flow control. A drain does not wait for what is posted; once the device is silent the buffers are given back, whoever holds arrivals.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use cofferdam_device::arrivals::{Arrivals, Given, Head, MAX_PIECES, Piece};
+use cofferdam_device::words::{self, MAX_BATCH, SegmentWords};
+use cofferdam_device::{
+    Buffer, ChainBatch, ChainBuf, ChainError, DeviceFault, Direction, Doorbell, Expected, Outcome, Payload, SplitQueue,
+};
+use cofferdam_runtime::{GuestFault, LaneDriver};
+use parking_lot::{Mutex, RwLock};
+
+use super::inside::{Inside, guest_fault};
+use crate::arrival::Arrival;
+use crate::error::LaneFault;
+
+/// The buffers of one posted queue, numbered from 0.
+pub(crate) struct Pool {
+    /// Read while a client looks into one; emptied when the device is silent.
+    buffers: RwLock<Vec<Buffer>>,
+    /// Pieces of each buffer that clients hold.
+    held: Box<[AtomicU32]>,
+    /// Buffers that may be posted again.
+    back: Mutex<Vec<u16>>,
+}
+
+impl Pool {
+    fn new(buffers: Vec<Buffer>) -> Pool {
+        let held = buffers.iter().map(|_| AtomicU32::new(0)).collect();
+        let back = Mutex::new((0..buffers.len() as u16).collect());
+        Pool { buffers: RwLock::new(buffers), held, back }
+    }
+
+    /// Calls with the buffers; there are none any more once the binding's device is silent.
+    pub(crate) fn with<R>(&self, call: impl FnOnce(&[Buffer]) -> R) -> R {
+        call(&self.buffers.read())
+    }
+
+    /// A client has let go of a piece.
+    pub(crate) fn release(&self, pieces: &[Piece]) {
+        let mut back = None;
+        for piece in pieces {
+            let Some(held) = self.held.get(usize::from(piece.buffer)) else { continue };
+            if held.fetch_sub(1, Ordering::AcqRel) == 1 {
+                back.get_or_insert_with(|| self.back.lock()).push(piece.buffer);
+            }
+        }
+    }
+
+    /// Nothing is posted any more: the buffers go back to the arena, or stay where they are for good if the device may still write there.
+    pub(crate) fn end(&self, silent: bool) {
+        let buffers = std::mem::take(&mut *self.buffers.write());
+        if !silent {
+            buffers.into_iter().for_each(Buffer::retire);
+        }
+    }
+}
+
+/// What one look found.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Found {
+    /// Buffers that the device had used.
+    pub(super) used: usize,
+    /// Of them, those that the driver made nothing of.
+    pub(super) dropped: u64,
+}
+
+/// The queue.
+pub(crate) struct Posted {
+    ring: SplitQueue,
+    doorbell: Box<dyn Doorbell>,
+    pool: Arc<Pool>,
+    /// What each buffer is on the ring: always the same.
+    chains: Vec<ChainBuf>,
+    head_bytes: u8,
+    /// The beginning of an arrival that goes on.
+    begun: Option<(Head, Vec<Piece>)>,
+    /// The device broke the ring's rules.
+    broken: bool,
+    given: Vec<Given>,
+    words: Vec<u32>,
+    answer: Vec<u32>,
+    arrivals: Arrivals,
+}
+
+impl Posted {
+    /// A queue that is filled with `buffers`, all of them on the ring when this returns, and not published.
+    ///
+    /// # Errors
+    /// A buffer that the ring does not take.
+    pub(crate) fn new(
+        mut ring: SplitQueue,
+        doorbell: Box<dyn Doorbell>,
+        buffers: Vec<Buffer>,
+        head_bytes: u8,
+    ) -> Result<Posted, ChainError> {
+        let index = ring.config().index;
+        let chains: Result<Vec<_>, _> =
+            buffers.iter().enumerate().map(|(number, buffer)| posted_chain(number as u32, index, buffer)).collect();
+        // The device tells of the first buffer that it uses; nothing is on the ring yet.
+        let _ = ring.arm();
+        let mut posted = Posted {
+            pool: Arc::new(Pool::new(buffers)),
+            chains: chains?,
+            head_bytes,
+            begun: None,
+            broken: false,
+            given: Vec::new(),
+            words: Vec::new(),
+            answer: Vec::new(),
+            arrivals: Arrivals::default(),
+            doorbell,
+            ring,
+        };
+        posted.post();
+        posted.ring.publish();
+        Ok(posted)
+    }
+
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The device runs: it is told that there are buffers.
+    pub(crate) fn kick(&self) {
+        self.doorbell.ring();
+    }
+
+    /// Puts what came back on the ring; how many.
+    fn post(&mut self) -> usize {
+        let mut back = self.pool.back.lock();
+        let mut posted = 0;
+        while let Some(number) = back.pop() {
+            let added = self.chains.get(usize::from(number)).map(|chain| self.ring.add(&chain.chain()));
+            if let Some(Err(_)) = added {
+                // A ring that is broken, or has no room for a moment.
+                back.push(number);
+                break;
+            }
+            posted += 1;
+        }
+        posted
+    }
+
+    /// Takes up to 64 used buffers off the ring and writes down for the driver what is in them.
+    fn take(&mut self) -> Result<(), DeviceFault> {
+        self.given.clear();
+        self.words.clear();
+        let head_bytes = usize::from(self.head_bytes);
+        self.pool.with(|buffers| {
+            while self.given.len() < MAX_BATCH {
+                let Some(used) = self.ring.pop()? else { break };
+                let number = used.token as u16;
+                self.given.push(Given { buffer: number, written: used.written });
+                self.words.extend([used.token, used.written]);
+                let mut head = [0; 64];
+                let there = head_bytes.min(used.written as usize);
+                if let Some(buffer) = buffers.get(usize::from(number)) {
+                    // Inside the buffer, as the ring has checked.
+                    let _ = buffer.read_at(0, &mut head[..there]);
+                }
+                self.words.extend(
+                    head[..head_bytes.next_multiple_of(4)].as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)),
+                );
+            }
+            Ok(())
+        })
+    }
+
+    /// Makes arrivals of what the driver said; takes back what it said nothing of, and counts that.
+    fn deliver(&mut self, out: &mut Vec<Arrival>) -> u64 {
+        let pool = &self.pool;
+        let arrivals = std::mem::take(&mut self.arrivals);
+        let is_named = |buffer| arrivals.iter().any(|(_, pieces)| pieces.iter().any(|piece| piece.buffer == buffer));
+        self.given.retain(|given| !is_named(given.buffer));
+        for (head, pieces) in arrivals.iter() {
+            for piece in pieces {
+                pool.held[usize::from(piece.buffer)].fetch_add(1, Ordering::Relaxed);
+            }
+            let (head, pieces) = match self.begun.take() {
+                None => (head, pieces.to_vec()),
+                Some((begun, mut before)) => {
+                    before.extend_from_slice(pieces);
+                    (Head { goes_on: head.goes_on, ..begun }, before)
+                }
+            };
+            if pieces.len() > MAX_PIECES {
+                pool.release(&pieces);
+            } else if head.goes_on {
+                self.begun = Some((head, pieces));
+            } else {
+                out.push(Arrival::new(Arc::clone(pool), head, pieces));
+            }
+        }
+        self.arrivals = arrivals;
+        pool.back.lock().extend(self.given.iter().map(|given| given.buffer));
+        self.given.len() as u64
+    }
+}
+
+impl Inside {
+    /// One look at the posted queue.
+    pub(super) fn receive(&mut self, out: &mut Vec<Arrival>) -> (Found, Option<LaneFault>) {
+        let withdrawn = self.withdrawn.load(Ordering::Acquire);
+        let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !withdrawn) else {
+            return (Found::default(), None);
+        };
+        let taken = posted.take();
+        let fault = taken.err().map(|fault| {
+            posted.broken = true;
+            LaneFault::Device(fault)
+        });
+        let used = posted.given.len();
+        if used == 0 {
+            self.repost();
+            return (Found::default(), fault);
+        }
+        let driver = self.driver.as_mut().filter(|_| !self.driver_fault);
+        // L5: without a driver nobody can say what it means.
+        let called = driver.map_or(Ok(()), |driver: &mut Box<dyn LaneDriver>| {
+            driver.received(&posted.words, &mut posted.answer).map_err(|error| guest_fault(error, "received"))
+        });
+        let checked = called.as_ref().map_err(Clone::clone).and_then(|()| {
+            let parsed = posted.arrivals.parse(&posted.answer, &posted.given);
+            parsed.map_err(|error| GuestFault::layout(format!("received: {error}")))
+        });
+        let dropped = posted.deliver(out);
+        posted.answer.clear();
+        posted.arrivals.clear();
+        self.note_interruption(&called);
+        let fault = fault.or(checked.err().map(|fault| {
+            self.driver_fault = true;
+            LaneFault::Guest(fault)
+        }));
+        self.repost();
+        (Found { used, dropped }, fault)
+    }
+
+    /// Gives the device back what clients have let go of, and what was dropped.
+    pub(super) fn repost(&mut self) {
+        let withdrawn = self.withdrawn.load(Ordering::Acquire);
+        let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !withdrawn) else { return };
+        if posted.post() > 0 && posted.ring.publish() {
+            posted.doorbell.ring();
+        }
+    }
+
+    /// Asks the device to tell of the next buffer that it uses; true if one is there already.
+    pub(super) fn arm_posted(&mut self) -> bool {
+        self.posted.as_mut().is_some_and(|posted| !posted.broken && posted.ring.arm())
+    }
+}
+
+/// One buffer as the device sees it.
+pub(crate) fn posted_chain(number: u32, queue: u16, buffer: &Buffer) -> Result<ChainBuf, ChainError> {
+    let mut words = Vec::new();
+    words::push_chain(&mut words, number, queue, &[SegmentWords::PayloadIn { offset: 0, length: buffer.len() }]);
+    let payload = Payload { iova: buffer.iova(), length: buffer.len(), direction: Direction::In };
+    let mut batch = ChainBatch::new();
+    batch.parse(&words, &[Expected { token: number, payload: Some(payload) }], &[queue])?;
+    match batch.get(0) {
+        Some(Outcome::Chain(chain)) => Ok(chain.to_buf()),
+        _ => Err(ChainError::TooManyRequests(0)),
+    }
+}
