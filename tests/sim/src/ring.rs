@@ -98,8 +98,19 @@ pub enum Violation {
         /// Length of the longest.
         longest_bytes: u32,
     },
-    /// Not even a request header, or no status byte (section 5.2.6).
-    #[error("chain at {head} is no block request: {readable_bytes} bytes to read, {writable_bytes} to write")]
+    /// A posted buffer is shorter than the class asks for (section 5.1.6.3.1). It is used all the same, and the queue goes on.
+    #[error("buffer at {head} of {writable_bytes} bytes, less than {least_bytes}")]
+    Buffer {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Bytes that the device may write.
+        writable_bytes: u64,
+        /// Bytes that it should have been.
+        least_bytes: u64,
+    },
+    /// Not what its queue is for: not even a header, no byte to write an answer to, or bytes in a direction that the class
+    /// does not have there.
+    #[error("chain at {head} is no request: {readable_bytes} bytes to read, {writable_bytes} to write")]
     NotARequest {
         /// First descriptor of the chain.
         head: u16,
@@ -235,6 +246,11 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// Puts the `count` chains that were taken last back, to be taken again.
+    pub fn put_back(&mut self, count: u16) {
+        self.next_available = self.next_available.wrapping_sub(count);
+    }
+
     /// Goes through the chain at `head` and calls `each` with every checked segment and whether the device writes it.
     #[inline]
     fn walk(&self, head: u16, mut each: impl FnMut(Segment, bool)) -> Result<(), Violation> {
@@ -317,10 +333,14 @@ impl Ring {
         Ok(chain)
     }
 
-    /// Answers up to `limit` available chains with status 0, without a look at header or payload, and makes the answers
-    /// visible in one go. Returns how many there were. A chain of exactly 21 writable bytes is a get-id (no payload of
-    /// whole sectors has that length) and gets `id`.
-    pub fn answer_all(&mut self, limit: u16, id: &[u8; 20]) -> Result<u16, Violation> {
+    /// Takes up to `limit` chains, answers each with the length that `each` makes of it, and makes the answers visible in one
+    /// go. Returns how many there were.
+    #[inline]
+    fn each(
+        &mut self,
+        limit: u16,
+        mut each: impl FnMut(&Self, u16) -> Result<u32, Violation>,
+    ) -> Result<u16, Violation> {
         let mut count = 0;
         let outcome = loop {
             if count == limit {
@@ -331,34 +351,65 @@ impl Ring {
                 Ok(None) => break Ok(()),
                 Err(violation) => break Err(violation),
             };
+            match each(self, head) {
+                Ok(written) => self.put(u32::from(head), written),
+                Err(violation) => break Err(violation),
+            }
+            count += 1;
+        };
+        self.publish();
+        outcome.map(|()| count)
+    }
+
+    /// Answers up to `limit` available chains with status 0, without a look at header or payload, and makes the answers
+    /// visible in one go. Returns how many there were. A chain of exactly 21 writable bytes is a get-id (no payload of
+    /// whole sectors has that length) and gets `id`.
+    pub fn answer_all(&mut self, limit: u16, id: &[u8; 20]) -> Result<u16, Violation> {
+        self.each(limit, |ring, head| {
             let mut total = 0u64;
             let mut last = None;
             let mut first = None;
-            if let Err(violation) = self.walk(head, |segment, writable| {
+            ring.walk(head, |segment, writable| {
                 if writable && segment.bytes > 0 {
                     total += u64::from(segment.bytes);
                     first = first.or(Some(segment));
                     last = Some(segment);
                 }
-            }) {
-                break Err(violation);
-            }
+            })?;
             let Some(last) = last else {
-                break Err(Violation::NotARequest { head, readable_bytes: 0, writable_bytes: 0 });
+                return Err(Violation::NotARequest { head, readable_bytes: 0, writable_bytes: 0 });
             };
             if total == 21
                 && let Some(first) = first
             {
                 let bytes = (first.bytes as usize).min(id.len());
-                let _ = self.memory.write(first.address, &id[..bytes]);
+                let _ = ring.memory.write(first.address, &id[..bytes]);
             }
             // The walk checked the segment, so this cannot miss.
-            let _ = self.memory.write(last.address + u64::from(last.bytes) - 1, &[0]);
-            self.put(u32::from(head), total as u32);
-            count += 1;
-        };
-        self.publish();
-        outcome.map(|()| count)
+            let _ = ring.memory.write(last.address + u64::from(last.bytes) - 1, &[0]);
+            Ok(total as u32)
+        })
+    }
+
+    /// Takes up to `limit` chains and gives them back unread.
+    pub fn swallow_all(&mut self, limit: u16) -> Result<u16, Violation> {
+        self.each(limit, |ring, head| ring.walk(head, |_, _| {}).map(|()| 0))
+    }
+
+    /// Puts `bytes` into each of up to `limit` chains, or as much of them as fits.
+    pub fn fill_all(&mut self, limit: u16, bytes: &[u8]) -> Result<u16, Violation> {
+        self.each(limit, |ring, head| {
+            let mut rest = bytes;
+            ring.walk(head, |segment, writable| {
+                if writable && !rest.is_empty() {
+                    let (now, later) = rest.split_at((segment.bytes as usize).min(rest.len()));
+                    // The walk checked the segment, so this cannot miss.
+                    let _ = ring.memory.write(segment.address, now);
+                    rest = later;
+                }
+            })?;
+            Ok((bytes.len() - rest.len()) as u32)
+        })
     }
 
     /// Writes the next used element. The driver does not see it before [`Ring::publish`].
@@ -400,16 +451,17 @@ impl Ring {
         }
     }
 
-    /// Asks the driver for a notification with the next chain. True: something is there already, so do not sleep.
+    /// Asks the driver for a notification with the next chain beyond those that were seen (all of which were taken, or put
+    /// back for want of more). True: something is there already, so do not sleep.
     pub fn arm(&mut self) -> bool {
         if self.event_idx {
-            self.used.u16(4 + 8 * usize::from(self.size)).store(self.next_available, Relaxed);
+            self.used.u16(4 + 8 * usize::from(self.size)).store(self.seen_available, Relaxed);
         } else {
             self.used.u16(0).store(0, Relaxed);
         }
         // Pairs with the driver's fence between its new index and its look at what the device wants.
         fence(SeqCst);
-        self.has_available()
+        self.available.u16(2).load(Acquire) != self.seen_available
     }
 
     /// Whether there is a chain to take.
