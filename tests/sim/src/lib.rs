@@ -37,14 +37,14 @@ pub mod script;
 
 mod block;
 mod config;
-mod console;
+pub mod console;
 mod device;
 mod edu;
 mod entropy;
 mod kinds;
 mod machine;
 mod model;
-mod net;
+pub mod net;
 mod server;
 mod session;
 mod transport;
@@ -53,15 +53,13 @@ pub use block::profile::{Profile, RangeLimits};
 pub use block::store::{self, PowerCut, Storage};
 pub use block::{JournalEntry, Options, Sim};
 pub use config::ConfigLie;
+pub use console::{ConsoleProfile, PortProfile, SimConsole};
 pub use device::{Behaviour, Quiescence, SimDevice, SimError, Stats};
 pub use edu::SimEdu;
 pub use entropy::{EntropyProfile, SimRng};
 pub use kinds::{Lie, Op};
 pub use model::Rings;
-pub use net::{
-    CHECKSUM_VALID, Command, ControlState, Frame, HEADER_BYTES, NEEDS_CHECKSUM, NetHeader, NetProfile, NetStats,
-    SimNet, Transmit,
-};
+pub use net::{Frame, NetHeader, NetProfile, SimNet, Transmit};
 pub use script::{Effect, Rule, RuleError, When};
 pub use server::{OnDeath, ServeError, Server, Stopper};
 pub use transport::{Drive, SimTransport};
