@@ -45,8 +45,10 @@ mod kinds;
 mod machine;
 mod model;
 pub mod net;
+mod program;
 mod server;
 mod session;
+mod signals;
 mod transport;
 
 pub use block::profile::{Profile, RangeLimits};
@@ -60,6 +62,7 @@ pub use entropy::{EntropyProfile, SimRng};
 pub use kinds::{Lie, Op};
 pub use model::Rings;
 pub use net::{Frame, NetHeader, NetProfile, SimNet, Transmit};
+pub use program::Program;
 pub use script::{Effect, Rule, RuleError, When};
 pub use server::{OnDeath, ServeError, Server, Stopper};
 pub use transport::{Drive, SimTransport};
