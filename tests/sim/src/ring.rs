@@ -4,11 +4,16 @@
 //! What the driver wrote is checked, and a breach of the specification is a [`Violation`]: a queue that met one stops, as a
 //! real device's would, and the sim keeps the record for the test that looks at it.
 
+mod batch;
+mod violation;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 
 use crate::memory::{Area, Memory, Segment};
+
+pub use violation::Violation;
 
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
@@ -18,108 +23,6 @@ const USED_F_NO_NOTIFY: u16 = 1;
 
 /// Largest ring of a split virtqueue (virtio 1.2, section 2.7).
 pub const MAX_QUEUE_SIZE: u16 = 32_768;
-
-/// What a driver did that the specification does not allow.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Violation {
-    /// Ring size of zero, above [`MAX_QUEUE_SIZE`], or not a power of two (section 2.7).
-    #[error("ring size {0} is not a power of two up to {MAX_QUEUE_SIZE}")]
-    RingSize(u16),
-    /// A part of the ring is outside the memory or unaligned (section 2.7).
-    #[error("{part} at {address:#x} is outside the memory or unaligned")]
-    RingAddress {
-        /// Which of the three parts.
-        part: &'static str,
-        /// Its I/O address.
-        address: u64,
-    },
-    /// The available index moved by more than the ring holds (section 2.7.13.2).
-    #[error("available index moved from {from} to {to} in a ring of {size}")]
-    AvailableIndex {
-        /// Where the device was.
-        from: u16,
-        /// What the driver wrote.
-        to: u16,
-        /// Entries in the ring.
-        size: u16,
-    },
-    /// A descriptor index is not below the table's length.
-    #[error("descriptor {index} in a table of {size}")]
-    DescriptorIndex {
-        /// The index.
-        index: u16,
-        /// Entries in the table.
-        size: u32,
-    },
-    /// A chain is longer than its table, so it is a loop (section 2.7.5).
-    #[error("chain at {head} is a loop")]
-    Loop {
-        /// First descriptor of the chain.
-        head: u16,
-    },
-    /// A buffer is outside the memory.
-    #[error("chain at {head} names {bytes} bytes at {address:#x}, which is outside the memory")]
-    Address {
-        /// First descriptor of the chain.
-        head: u16,
-        /// I/O address.
-        address: u64,
-        /// Length in bytes.
-        bytes: u32,
-    },
-    /// A device-readable descriptor follows a device-writable one (section 2.7.4.2).
-    #[error("chain at {head} has a readable descriptor after a writable one")]
-    Order {
-        /// First descriptor of the chain.
-        head: u16,
-    },
-    /// An indirect table that was not negotiated, is nested, has flags that it must not have, or a bad length (section 2.7.5.3).
-    #[error("chain at {head}: indirect table {why}")]
-    Indirect {
-        /// First descriptor of the chain.
-        head: u16,
-        /// What is wrong with it.
-        why: &'static str,
-    },
-    /// The same chain was made available again before it was used.
-    #[error("chain at {head} is made available again while in flight")]
-    InFlight {
-        /// First descriptor of the chain.
-        head: u16,
-    },
-    /// More data segments, or a longer one, than the device said it can take (section 5.2.6.1). The request is carried out all
-    /// the same, and the queue goes on.
-    #[error("chain at {head}: {segments} data segments, the longest of {longest_bytes} bytes, is over the limits")]
-    Limits {
-        /// First descriptor of the chain.
-        head: u16,
-        /// Data segments.
-        segments: usize,
-        /// Length of the longest.
-        longest_bytes: u32,
-    },
-    /// A posted buffer is shorter than the class asks for (section 5.1.6.3.1). It is used all the same, and the queue goes on.
-    #[error("buffer at {head} of {writable_bytes} bytes, less than {least_bytes}")]
-    Buffer {
-        /// First descriptor of the chain.
-        head: u16,
-        /// Bytes that the device may write.
-        writable_bytes: u64,
-        /// Bytes that it should have been.
-        least_bytes: u64,
-    },
-    /// Not what its queue is for: not even a header, no byte to write an answer to, or bytes in a direction that the class
-    /// does not have there.
-    #[error("chain at {head} is no request: {readable_bytes} bytes to read, {writable_bytes} to write")]
-    NotARequest {
-        /// First descriptor of the chain.
-        head: u16,
-        /// Bytes that the device may read.
-        readable_bytes: u64,
-        /// Bytes that the device may write.
-        writable_bytes: u64,
-    },
-}
 
 /// How a driver set a ring up.
 #[derive(Clone, Copy, Debug)]
@@ -331,85 +234,6 @@ impl Ring {
             }
         })?;
         Ok(chain)
-    }
-
-    /// Takes up to `limit` chains, answers each with the length that `each` makes of it, and makes the answers visible in one
-    /// go. Returns how many there were.
-    #[inline]
-    fn each(
-        &mut self,
-        limit: u16,
-        mut each: impl FnMut(&Self, u16) -> Result<u32, Violation>,
-    ) -> Result<u16, Violation> {
-        let mut count = 0;
-        let outcome = loop {
-            if count == limit {
-                break Ok(());
-            }
-            let head = match self.take() {
-                Ok(Some(head)) => head,
-                Ok(None) => break Ok(()),
-                Err(violation) => break Err(violation),
-            };
-            match each(self, head) {
-                Ok(written) => self.put(u32::from(head), written),
-                Err(violation) => break Err(violation),
-            }
-            count += 1;
-        };
-        self.publish();
-        outcome.map(|()| count)
-    }
-
-    /// Answers up to `limit` available chains with status 0, without a look at header or payload, and makes the answers
-    /// visible in one go. Returns how many there were. A chain of exactly 21 writable bytes is a get-id (no payload of
-    /// whole sectors has that length) and gets `id`.
-    pub fn answer_all(&mut self, limit: u16, id: &[u8; 20]) -> Result<u16, Violation> {
-        self.each(limit, |ring, head| {
-            let mut total = 0u64;
-            let mut last = None;
-            let mut first = None;
-            ring.walk(head, |segment, writable| {
-                if writable && segment.bytes > 0 {
-                    total += u64::from(segment.bytes);
-                    first = first.or(Some(segment));
-                    last = Some(segment);
-                }
-            })?;
-            let Some(last) = last else {
-                return Err(Violation::NotARequest { head, readable_bytes: 0, writable_bytes: 0 });
-            };
-            if total == 21
-                && let Some(first) = first
-            {
-                let bytes = (first.bytes as usize).min(id.len());
-                let _ = ring.memory.write(first.address, &id[..bytes]);
-            }
-            // The walk checked the segment, so this cannot miss.
-            let _ = ring.memory.write(last.address + u64::from(last.bytes) - 1, &[0]);
-            Ok(total as u32)
-        })
-    }
-
-    /// Takes up to `limit` chains and gives them back unread.
-    pub fn swallow_all(&mut self, limit: u16) -> Result<u16, Violation> {
-        self.each(limit, |ring, head| ring.walk(head, |_, _| {}).map(|()| 0))
-    }
-
-    /// Puts `bytes` into each of up to `limit` chains, or as much of them as fits.
-    pub fn fill_all(&mut self, limit: u16, bytes: &[u8]) -> Result<u16, Violation> {
-        self.each(limit, |ring, head| {
-            let mut rest = bytes;
-            ring.walk(head, |segment, writable| {
-                if writable && !rest.is_empty() {
-                    let (now, later) = rest.split_at((segment.bytes as usize).min(rest.len()));
-                    // The walk checked the segment, so this cannot miss.
-                    let _ = ring.memory.write(segment.address, now);
-                    rest = later;
-                }
-            })?;
-            Ok((bytes.len() - rest.len()) as u32)
-        })
     }
 
     /// Writes the next used element. The driver does not see it before [`Ring::publish`].

@@ -5,3 +5,4 @@ mod entropy;
 mod net;
 mod rig;
 mod socket;
+mod speed;
