@@ -1,9 +1,11 @@
 //! The net device.
 
-use cofferdam_device::DeviceFault;
+use std::time::Instant;
+
+use cofferdam_device::{DeviceFault, Silence};
 use cofferdam_sim::net::{ControlState, HEADER_BYTES, NEEDS_CHECKSUM};
 use cofferdam_sim::ring::Violation;
-use cofferdam_sim::{Drive, Frame, NetHeader, NetProfile, SimNet, Transmit};
+use cofferdam_sim::{Behaviour, Drive, Frame, NetHeader, NetProfile, Quiescence, SimNet, Transmit};
 
 use crate::rig::{LIMIT, Rig, behaviour};
 
@@ -244,4 +246,22 @@ fn every_lie_about_a_received_frame_is_told() {
     assert_eq!(one("length-zero"), Ok((0, received(1))));
     assert_eq!(one("length-one"), Ok((1, received(1))));
     assert!(matches!(one("length-long"), Err(DeviceFault::Overrun { .. })));
+}
+
+#[test]
+fn posted_buffers_do_not_keep_a_draining_device_from_silence_and_nothing_is_put_into_them_after_it() {
+    let behaviour = Behaviour { quiescence: Quiescence::Drains, ..behaviour(&[]) };
+    let sim = SimNet::new(NetProfile::default(), behaviour).unwrap();
+    let mut rig = Rig::new(sim.transport(Drive::Threads).unwrap(), 0);
+    rig.post(0, 0, 2048);
+    let deadline = Instant::now() + LIMIT;
+    assert_eq!(rig.transport.quiesce(1, deadline), Silence::Confirmed);
+    assert!(sim.inject(Frame::plain(b"late")));
+    assert_eq!(rig.data(0, 0, 8), [0xee; 8]);
+    assert_eq!((rig.pop(0), sim.net_stats().received), (Ok(None), 0));
+    // A new driver finds the frame waiting, and what the old one set forgotten.
+    rig.transport.release();
+    let mut rig = Rig::new(sim.transport(Drive::Threads).unwrap(), 0);
+    rig.post(0, 0, 2048);
+    assert_eq!(rig.receive(0).1, framed(received(1), b"late"));
 }
