@@ -136,9 +136,20 @@ impl Memory {
     /// Copies bytes out; `None` when they are not wholly inside one region.
     pub fn read(&self, address: u64, into: &mut [u8]) -> Option<()> {
         let from = self.find(address, into.len() as u64)?;
-        for (index, byte) in into.iter_mut().enumerate() {
-            // SAFETY: `find` checked that `into.len()` bytes from `from` are inside a live mapping; volatile, because the
-            // driver may write them at the same time.
+        let (head, words) = split(from, into.len());
+        for (index, byte) in into[..head].iter_mut().enumerate() {
+            // SAFETY: `find` checked that `into.len()` bytes from `from` are inside a live mapping, `head` is not more;
+            // volatile, because the driver may write them at the same time.
+            *byte = unsafe { from.add(index).read_volatile() };
+        }
+        for index in 0..words {
+            let at = head + 8 * index;
+            // SAFETY: as above for the eight bytes at `at`, which `split` has aligned.
+            let word = unsafe { from.add(at).cast::<u64>().read_volatile() };
+            into[at..at + 8].copy_from_slice(&word.to_ne_bytes());
+        }
+        for (index, byte) in into.iter_mut().enumerate().skip(head + 8 * words) {
+            // SAFETY: as for the head.
             *byte = unsafe { from.add(index).read_volatile() };
         }
         Some(())
@@ -148,8 +159,17 @@ impl Memory {
     #[inline]
     pub fn write(&self, address: u64, bytes: &[u8]) -> Option<()> {
         let to = self.find(address, bytes.len() as u64)?;
-        for (index, byte) in bytes.iter().enumerate() {
+        let (head, words) = split(to, bytes.len());
+        for (index, byte) in bytes[..head].iter().enumerate() {
             // SAFETY: as in `read`, for writing; the mapping is writable.
+            unsafe { to.add(index).write_volatile(*byte) };
+        }
+        for (index, word) in bytes[head..head + 8 * words].as_chunks::<8>().0.iter().enumerate() {
+            // SAFETY: as in `read`, for writing.
+            unsafe { to.add(head + 8 * index).cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
+        }
+        for (index, byte) in bytes.iter().enumerate().skip(head + 8 * words) {
+            // SAFETY: as for the head.
             unsafe { to.add(index).write_volatile(*byte) };
         }
         Some(())
@@ -246,6 +266,14 @@ impl Memory {
             }
         }
     }
+}
+
+/// Cuts `bytes` bytes at `place` into single ones up to an address of whole words, and whole words after them: how many of
+/// each. What is left over is less than a word.
+#[inline]
+fn split(place: *mut u8, bytes: usize) -> (usize, usize) {
+    let head = place.addr().wrapping_neg() % 8;
+    if head >= bytes { (bytes, 0) } else { (head, (bytes - head) / 8) }
 }
 
 /// The memory table of a vhost-user front end.

@@ -4,11 +4,16 @@
 //! What the driver wrote is checked, and a breach of the specification is a [`Violation`]: a queue that met one stops, as a
 //! real device's would, and the sim keeps the record for the test that looks at it.
 
+mod batch;
+mod violation;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 
 use crate::memory::{Area, Memory, Segment};
+
+pub use violation::Violation;
 
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
@@ -18,97 +23,6 @@ const USED_F_NO_NOTIFY: u16 = 1;
 
 /// Largest ring of a split virtqueue (virtio 1.2, section 2.7).
 pub const MAX_QUEUE_SIZE: u16 = 32_768;
-
-/// What a driver did that the specification does not allow.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Violation {
-    /// Ring size of zero, above [`MAX_QUEUE_SIZE`], or not a power of two (section 2.7).
-    #[error("ring size {0} is not a power of two up to {MAX_QUEUE_SIZE}")]
-    RingSize(u16),
-    /// A part of the ring is outside the memory or unaligned (section 2.7).
-    #[error("{part} at {address:#x} is outside the memory or unaligned")]
-    RingAddress {
-        /// Which of the three parts.
-        part: &'static str,
-        /// Its I/O address.
-        address: u64,
-    },
-    /// The available index moved by more than the ring holds (section 2.7.13.2).
-    #[error("available index moved from {from} to {to} in a ring of {size}")]
-    AvailableIndex {
-        /// Where the device was.
-        from: u16,
-        /// What the driver wrote.
-        to: u16,
-        /// Entries in the ring.
-        size: u16,
-    },
-    /// A descriptor index is not below the table's length.
-    #[error("descriptor {index} in a table of {size}")]
-    DescriptorIndex {
-        /// The index.
-        index: u16,
-        /// Entries in the table.
-        size: u32,
-    },
-    /// A chain is longer than its table, so it is a loop (section 2.7.5).
-    #[error("chain at {head} is a loop")]
-    Loop {
-        /// First descriptor of the chain.
-        head: u16,
-    },
-    /// A buffer is outside the memory.
-    #[error("chain at {head} names {bytes} bytes at {address:#x}, which is outside the memory")]
-    Address {
-        /// First descriptor of the chain.
-        head: u16,
-        /// I/O address.
-        address: u64,
-        /// Length in bytes.
-        bytes: u32,
-    },
-    /// A device-readable descriptor follows a device-writable one (section 2.7.4.2).
-    #[error("chain at {head} has a readable descriptor after a writable one")]
-    Order {
-        /// First descriptor of the chain.
-        head: u16,
-    },
-    /// An indirect table that was not negotiated, is nested, has flags that it must not have, or a bad length (section 2.7.5.3).
-    #[error("chain at {head}: indirect table {why}")]
-    Indirect {
-        /// First descriptor of the chain.
-        head: u16,
-        /// What is wrong with it.
-        why: &'static str,
-    },
-    /// The same chain was made available again before it was used.
-    #[error("chain at {head} is made available again while in flight")]
-    InFlight {
-        /// First descriptor of the chain.
-        head: u16,
-    },
-    /// More data segments, or a longer one, than the device said it can take (section 5.2.6.1). The request is carried out all
-    /// the same, and the queue goes on.
-    #[error("chain at {head}: {segments} data segments, the longest of {longest_bytes} bytes, is over the limits")]
-    Limits {
-        /// First descriptor of the chain.
-        head: u16,
-        /// Data segments.
-        segments: usize,
-        /// Length of the longest.
-        longest_bytes: u32,
-    },
-    /// Not even a request header, or no status byte (section 5.2.6).
-    #[error("chain at {head} is no block request: {readable_bytes} bytes to read, {writable_bytes} to write")]
-    NotARequest {
-        /// First descriptor of the chain.
-        head: u16,
-        /// Bytes that the device may read.
-        readable_bytes: u64,
-        /// Bytes that the device may write.
-        writable_bytes: u64,
-    },
-}
 
 /// How a driver set a ring up.
 #[derive(Clone, Copy, Debug)]
@@ -235,6 +149,11 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// Puts the `count` chains that were taken last back, to be taken again.
+    pub fn put_back(&mut self, count: u16) {
+        self.next_available = self.next_available.wrapping_sub(count);
+    }
+
     /// Goes through the chain at `head` and calls `each` with every checked segment and whether the device writes it.
     #[inline]
     fn walk(&self, head: u16, mut each: impl FnMut(Segment, bool)) -> Result<(), Violation> {
@@ -317,50 +236,6 @@ impl Ring {
         Ok(chain)
     }
 
-    /// Answers up to `limit` available chains with status 0, without a look at header or payload, and makes the answers
-    /// visible in one go. Returns how many there were. A chain of exactly 21 writable bytes is a get-id (no payload of
-    /// whole sectors has that length) and gets `id`.
-    pub fn answer_all(&mut self, limit: u16, id: &[u8; 20]) -> Result<u16, Violation> {
-        let mut count = 0;
-        let outcome = loop {
-            if count == limit {
-                break Ok(());
-            }
-            let head = match self.take() {
-                Ok(Some(head)) => head,
-                Ok(None) => break Ok(()),
-                Err(violation) => break Err(violation),
-            };
-            let mut total = 0u64;
-            let mut last = None;
-            let mut first = None;
-            if let Err(violation) = self.walk(head, |segment, writable| {
-                if writable && segment.bytes > 0 {
-                    total += u64::from(segment.bytes);
-                    first = first.or(Some(segment));
-                    last = Some(segment);
-                }
-            }) {
-                break Err(violation);
-            }
-            let Some(last) = last else {
-                break Err(Violation::NotARequest { head, readable_bytes: 0, writable_bytes: 0 });
-            };
-            if total == 21
-                && let Some(first) = first
-            {
-                let bytes = (first.bytes as usize).min(id.len());
-                let _ = self.memory.write(first.address, &id[..bytes]);
-            }
-            // The walk checked the segment, so this cannot miss.
-            let _ = self.memory.write(last.address + u64::from(last.bytes) - 1, &[0]);
-            self.put(u32::from(head), total as u32);
-            count += 1;
-        };
-        self.publish();
-        outcome.map(|()| count)
-    }
-
     /// Writes the next used element. The driver does not see it before [`Ring::publish`].
     #[inline]
     pub fn put(&mut self, id: u32, written: u32) {
@@ -400,16 +275,17 @@ impl Ring {
         }
     }
 
-    /// Asks the driver for a notification with the next chain. True: something is there already, so do not sleep.
+    /// Asks the driver for a notification with the next chain beyond those that were seen (all of which were taken, or put
+    /// back for want of more). True: something is there already, so do not sleep.
     pub fn arm(&mut self) -> bool {
         if self.event_idx {
-            self.used.u16(4 + 8 * usize::from(self.size)).store(self.next_available, Relaxed);
+            self.used.u16(4 + 8 * usize::from(self.size)).store(self.seen_available, Relaxed);
         } else {
             self.used.u16(0).store(0, Relaxed);
         }
         // Pairs with the driver's fence between its new index and its look at what the device wants.
         fence(SeqCst);
-        self.has_available()
+        self.available.u16(2).load(Acquire) != self.seen_available
     }
 
     /// Whether there is a chain to take.

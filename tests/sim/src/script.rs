@@ -5,15 +5,15 @@
 //! | effect | what happens to the request |
 //! | --- | --- |
 //! | `slow:N` or `slow:A..B` | is executed and answered N ticks later, or A to B-1, drawn from the seed |
-//! | `gate` | waits until a test opens the gate ([`crate::Sim::open_gate`]) |
+//! | `gate` | waits until a test opens the gate ([`crate::SimDevice::open_gate`]) |
 //! | `reorder` | is answered in a drawn order with whatever else is ready then |
-//! | `fail:io` or `fail:unsupported` | is answered with that status and has no effect |
-//! | `hang` | from it on the queues stand still, until [`crate::Sim::release`] |
+//! | `fail:io` or `fail:unsupported` | is answered with that status (a net command: VIRTIO_NET_ERR) and has no effect |
+//! | `hang` | from it on the queues stand still, until [`crate::SimDevice::release`] |
 //! | `freeze` | the same, and configuration and control messages get no answer either |
-//! | `lie:NAME` | see [`Lie`] |
+//! | `lie:NAME` | see [`crate::Lie`] |
 //! | `die` | the device is gone before it is executed |
 //! | `power-cut` | the same, and what was not flushed is lost but for a drawn part |
-//! | `config:NAME` | see [`ConfigLie`]; a rule about configuration takes no `@WHEN` |
+//! | `config:NAME` | see [`crate::ConfigLie`]; a rule about configuration takes no `@WHEN` |
 //!
 //! | when | which of the matching requests, counted from 1 |
 //! | --- | --- |
@@ -37,8 +37,8 @@ use std::str::FromStr;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
 
-use crate::profile::ConfigLie;
-use crate::request::Op;
+use crate::config::ConfigLie;
+use crate::kinds::{Lie, Op};
 use crate::rng::Rng;
 
 /// A rule that cannot be read.
@@ -78,71 +78,6 @@ fn name_of<T: PartialEq>(value: &T, known: &[(&'static str, T)]) -> &'static str
 
 fn number<T: FromStr + PartialOrd>(what: &'static str, text: &str, least: T) -> Result<T, RuleError> {
     text.parse().ok().filter(|value| *value >= least).ok_or_else(|| RuleError::Number { what, text: text.to_owned() })
-}
-
-/// A lie about one request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lie {
-    /// The used element names an id that the ring does not have. The request itself is never answered.
-    UsedIdUnknown,
-    /// The used element names a descriptor that heads no chain in flight. The request itself is never answered.
-    UsedIdIdle,
-    /// The request is answered twice.
-    UsedIdTwice,
-    /// The used length is more than the chain can take.
-    LengthLong,
-    /// The used length is 0, whatever was written.
-    LengthZero,
-    /// The used index is shown further along than elements were written, by more than the ring holds.
-    UsedIndexJump,
-    /// The used index is shown one back.
-    UsedIndexBack,
-    /// The status byte is left as it was.
-    StatusUnwritten,
-    /// The status byte is none that the specification knows.
-    StatusUnknown,
-    /// One bit of what was read is turned over.
-    PayloadFlipped,
-    /// A read is answered well and the payload left as it was.
-    PayloadUnwritten,
-    /// A write is answered well and forgotten.
-    WriteForgotten,
-    /// A flush is answered well and forgotten: what it should have made safe still dies in a power cut.
-    FlushForgotten,
-    /// The request is executed and never answered.
-    AnswerForgotten,
-    /// The answer comes without the notification that the driver asked for.
-    NotificationLost,
-    /// A notification comes although the driver wants none, before the answer.
-    NotificationSpurious,
-    /// The request's own first descriptor is overwritten before the answer (a driver must not read its own table back).
-    DescriptorScribbled,
-    /// The available ring's entry is overwritten before the answer.
-    AvailableScribbled,
-}
-
-impl Lie {
-    /// Every lie and its name in a fault specification.
-    pub const NAMES: &'static [(&'static str, Self)] = &[
-        ("used-id-unknown", Self::UsedIdUnknown),
-        ("used-id-idle", Self::UsedIdIdle),
-        ("used-id-twice", Self::UsedIdTwice),
-        ("length-long", Self::LengthLong),
-        ("length-zero", Self::LengthZero),
-        ("used-index-jump", Self::UsedIndexJump),
-        ("used-index-back", Self::UsedIndexBack),
-        ("status-unwritten", Self::StatusUnwritten),
-        ("status-unknown", Self::StatusUnknown),
-        ("payload-flipped", Self::PayloadFlipped),
-        ("payload-unwritten", Self::PayloadUnwritten),
-        ("write-forgotten", Self::WriteForgotten),
-        ("flush-forgotten", Self::FlushForgotten),
-        ("answer-forgotten", Self::AnswerForgotten),
-        ("notification-lost", Self::NotificationLost),
-        ("notification-spurious", Self::NotificationSpurious),
-        ("descriptor-scribbled", Self::DescriptorScribbled),
-        ("available-scribbled", Self::AvailableScribbled),
-    ];
 }
 
 /// What a rule does.

@@ -23,10 +23,10 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
+use crate::device::{SimDevice, SimError};
 use crate::memory::{Memory, of_guest_memory};
 use crate::ring::RingSetup;
 use crate::session::{Event, Session};
-use crate::sim::{Sim, SimError};
 
 type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -116,7 +116,7 @@ impl Stop {
     }
 }
 
-impl Sim {
+impl SimDevice {
     /// Listens on `path` and serves one front end after another on a thread of its own. The socket exists, and connections
     /// queue up, when this returns. A socket file that nobody listens on is taken over.
     pub fn serve(&self, path: &Path, on_death: OnDeath) -> Result<Server, ServeError> {
@@ -201,7 +201,7 @@ fn wait_for_connection(listener: &Listener, stop: &Stop) -> bool {
     }
 }
 
-fn serve(sim: &Sim, mut listener: Listener, on_death: OnDeath, stop: &Arc<Stop>) -> Result<(), ServeError> {
+fn serve(sim: &SimDevice, mut listener: Listener, on_death: OnDeath, stop: &Arc<Stop>) -> Result<(), ServeError> {
     let library = |error: vhost_user_backend::Error| ServeError::Library(error.to_string());
     while wait_for_connection(&listener, stop) {
         let session = sim.claim(false)?;
@@ -209,7 +209,7 @@ fn serve(sim: &Sim, mut listener: Listener, on_death: OnDeath, stop: &Arc<Stop>)
             session: Arc::clone(&session),
             stop: Arc::clone(stop),
             memory: Mutex::default(),
-            vrings: Mutex::new(vec![None; usize::from(sim.machine().profile.queues)]),
+            vrings: Mutex::new(vec![None; usize::from(sim.machine().queues)]),
             exits: Mutex::default(),
         });
         let atomic = GuestMemoryAtomic::new(GuestMemoryMmap::new());
@@ -245,8 +245,8 @@ fn serve(sim: &Sim, mut listener: Listener, on_death: OnDeath, stop: &Arc<Stop>)
 }
 
 /// The library's number for a worker's wake event: 0 to `queues` are taken.
-fn wake_id(sim: &Sim) -> u64 {
-    u64::from(sim.machine().profile.queues) + 1
+fn wake_id(sim: &SimDevice) -> u64 {
+    u64::from(sim.machine().queues) + 1
 }
 
 /// One connection, as the library calls it.
@@ -311,11 +311,11 @@ impl VhostUserBackend for Backend {
     type Vring = VringRwLock;
 
     fn num_queues(&self) -> usize {
-        usize::from(self.session.machine().profile.queues)
+        usize::from(self.session.machine().queues)
     }
 
     fn max_queue_size(&self) -> usize {
-        usize::from(self.session.machine().profile.queue_size)
+        usize::from(self.session.machine().model.queue_size())
     }
 
     fn features(&self) -> u64 {

@@ -9,20 +9,20 @@ use std::time::Instant;
 use cofferdam_device::transport::{Doorbell, QueueEvents, QueueSetup, Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::device::{Quiescence, SimDevice};
+use crate::machine::Machine;
 use crate::memory::{Memory, Region};
 use crate::ring::RingSetup;
 use crate::session::{Event, Session, sleep};
-use crate::sim::{Machine, Quiescence, Sim};
 
 /// Who turns the device's crank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drive {
     /// A thread per queue, woken by its doorbell.
     Threads,
-    /// [`Sim::step`] alone; doorbells are counted and otherwise not heard. For tests that must run the same each time.
+    /// [`SimDevice::step`] alone; doorbells are counted and otherwise not heard. For tests that must run the same each time.
     Stepped,
 }
 
@@ -33,9 +33,9 @@ struct Line {
     call: Arc<Event>,
 }
 
-/// A claim on a [`Sim`]. Dropped without [`Transport::release`], it releases.
+/// A claim on a [`SimDevice`]. Dropped without [`Transport::release`], it releases.
 pub struct SimTransport {
-    sim: Sim,
+    device: SimDevice,
     address: String,
     session: Arc<Session>,
     /// The host's regions, given back by `release`; the device has its own mappings of them.
@@ -66,10 +66,10 @@ fn io_error(what: &str) -> impl FnOnce(std::io::Error) -> TransportError {
 }
 
 impl SimTransport {
-    pub(crate) fn new(sim: Sim, session: Arc<Session>) -> Self {
+    pub(crate) fn new(device: SimDevice, session: Arc<Session>) -> Self {
         Self {
-            address: format!("sim:{:#x}", sim.seed()),
-            sim,
+            address: format!("sim:{:#x}", device.seed()),
+            device,
             session,
             regions: Vec::new(),
             memory: Arc::default(),
@@ -81,8 +81,8 @@ impl SimTransport {
     }
 
     /// The device behind it.
-    pub fn sim(&self) -> &Sim {
-        &self.sim
+    pub fn device(&self) -> &SimDevice {
+        &self.device
     }
 
     fn machine(&self) -> &Arc<Machine> {
@@ -132,7 +132,7 @@ impl Transport for SimTransport {
     }
 
     fn device_type(&self) -> Option<u32> {
-        Some(VIRTIO_ID_BLOCK)
+        Some(self.machine().model.device_type())
     }
 
     fn offered_features(&self) -> u64 {
@@ -160,11 +160,11 @@ impl Transport for SimTransport {
     }
 
     fn max_queues(&self) -> u16 {
-        self.machine().profile.queues
+        self.machine().queues
     }
 
     fn max_queue_size(&self, _index: u16) -> u16 {
-        self.machine().profile.queue_size
+        self.machine().model.queue_size()
     }
 
     fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {

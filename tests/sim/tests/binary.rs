@@ -22,7 +22,10 @@ impl Drop for Process {
 impl Process {
     /// Starts the binary and waits for its line.
     fn start(path: &Path, arguments: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam-sim-blk"));
+        Self::of(&mut Command::new(env!("CARGO_BIN_EXE_cofferdam-sim-blk")), path, arguments)
+    }
+
+    fn of(command: &mut Command, path: &Path, arguments: &[&str]) -> Self {
         let mut child = command.arg("--socket").arg(path).args(arguments).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -89,5 +92,26 @@ fn the_binary_refuses_what_it_cannot_do_with_a_message() {
         assert_eq!(found, Some(code), "{arguments:?}: {text}");
         assert!(text.contains(message), "{arguments:?}: {text}");
         assert!(!path.exists());
+    }
+}
+
+#[test]
+fn the_binary_of_the_other_classes_serves_each() {
+    use cofferdam_device::Transport as _;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sim.sock");
+    for (class, arguments, queues, config) in [
+        ("rng", &[][..], 1, &[][..]),
+        ("net", &["--pairs", "2", "--mtu", "9000"], 5, &[1, 0, 2, 0, 0x28, 0x23]),
+        ("console", &["--columns", "132", "--rows", "43", "--port", "log"], 6, &[132, 0, 43, 0, 2, 0, 0, 0]),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam-sim"));
+        let mut process = Process::of(command.arg(class), &path, arguments);
+        let mut transport = connect(&path);
+        assert_eq!(transport.max_queues(), queues, "{class}");
+        let mut found = vec![0; config.len()];
+        transport.read_config(if class == "net" { 6 } else { 0 }, &mut found).unwrap();
+        assert_eq!(found, config, "{class}");
+        assert_eq!(process.terminate(), Some(0));
     }
 }

@@ -3,15 +3,12 @@
 //! Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start or go on, 2 for a wrong command line, 3 when a scripted
 //! fault made the device die.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::Parser;
-use cofferdam_sim::{OnDeath, Options, Profile, Rule, Sim, Storage};
+use cofferdam_sim::{Options, Profile, Program, Rule, Sim, Storage};
 
 const AFTER_HELP: &str = "\
 One line is printed when connections are taken: `ready SOCKET`. One front end is served after another.
@@ -109,14 +106,8 @@ fn bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text} is too large"))
 }
 
-enum Ending {
-    Signal,
-    Server,
-}
-
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    // Blocked before any thread exists, so that every thread inherits it and only the waiting one takes the signal.
-    let signals = signals::block().context("block SIGTERM and SIGINT")?;
+    let program = Program::begin()?;
     let storage = match (arguments.medium.file, arguments.medium.memory, arguments.medium.null) {
         (Some(path), _, _) => Storage::File(path),
         (_, _, Some(bytes)) => Storage::Null(bytes),
@@ -136,32 +127,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         spin: if arguments.poll { Duration::MAX } else { Duration::from_micros(arguments.spin_us) },
         ..Options::default()
     })?;
-    let server = sim.serve(&arguments.socket, OnDeath::End)?;
-    println!("ready {}", arguments.socket.display());
-    std::io::stdout().flush().context("write to standard output")?;
-
-    let (ended, endings) = mpsc::channel();
-    let from_signal = ended.clone();
-    std::thread::spawn(move || {
-        signals.wait();
-        let _ = from_signal.send(Ending::Signal);
-    });
-    let (give, take) = mpsc::channel();
-    let stopper = server.stopper();
-    std::thread::spawn(move || {
-        let _ = give.send(server.wait());
-        let _ = ended.send(Ending::Server);
-    });
-    let ending = endings.recv().context("both threads are gone")?;
-    stopper.stop();
-    take.recv().context("the server's thread is gone")??;
-    Ok(match ending {
-        Ending::Signal => ExitCode::SUCCESS,
-        Ending::Server => {
-            eprintln!("cofferdam-sim-blk: the device died of a scripted fault (seed {})", sim.seed());
-            ExitCode::from(3)
-        }
-    })
+    program.serve(&sim, &arguments.socket, "cofferdam-sim-blk")
 }
 
 fn main() -> ExitCode {
@@ -170,36 +136,6 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("cofferdam-sim-blk: {error:#}");
             ExitCode::FAILURE
-        }
-    }
-}
-
-/// Waiting for a signal as for anything else.
-mod signals {
-    #![allow(unsafe_code, reason = "sigset_t and sigwait are only to be had from libc")]
-
-    /// SIGTERM and SIGINT, blocked in this process.
-    pub(crate) struct Blocked(libc::sigset_t);
-
-    /// Blocks both in the calling thread and in those that it starts from now on.
-    pub(crate) fn block() -> std::io::Result<Blocked> {
-        // SAFETY: `set` is initialised by `sigemptyset` before it is used, and every pointer is to a live local.
-        let (failed, set) = unsafe {
-            let mut set = std::mem::zeroed();
-            libc::sigemptyset(&mut set);
-            libc::sigaddset(&mut set, libc::SIGTERM);
-            libc::sigaddset(&mut set, libc::SIGINT);
-            (libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()), set)
-        };
-        if failed == 0 { Ok(Blocked(set)) } else { Err(std::io::Error::from_raw_os_error(failed)) }
-    }
-
-    impl Blocked {
-        /// Sleeps until one of them comes.
-        pub(crate) fn wait(&self) {
-            let mut signal = 0;
-            // SAFETY: the set was initialised by `block`; `signal` is a live local.
-            while unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {}
         }
     }
 }

@@ -4,10 +4,10 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::{Pending, Progress, Queue, Session};
-use crate::request::{OK, Request, Target};
-use crate::ring::{Ring, Violation};
+use crate::kinds::Lie;
+use crate::model::{Accepted, Context, Delivery, Role, Work};
+use crate::ring::{Chain, Ring, Violation};
 use crate::rng::Rng;
-use crate::script::Lie;
 
 /// Requests that the quick path answers before it makes the answers visible.
 const QUICK_BATCH: u16 = 64;
@@ -22,9 +22,9 @@ impl Session {
         if self.is_over() || machine.is_hung() || queue.broken {
             return progress;
         }
-        if machine.is_quick() && queue.pending.is_empty() && !queue.stopped {
+        if machine.is_quick() && queue.pending.is_empty() && !queue.stopped && machine.model.is_quick(index) {
             if let Some(ring) = &mut queue.ring {
-                match ring.answer_all(QUICK_BATCH, &machine.profile.id) {
+                match machine.model.answer_quick(index, ring, QUICK_BATCH) {
                     Ok(count) => {
                         progress.done = u64::from(count);
                         progress.answered = progress.done;
@@ -77,19 +77,16 @@ impl Session {
 
     /// Takes what is available. `Some`: the device dies here, with a power cut or without.
     fn take(&self, queue: &mut Queue, progress: &mut Progress) -> Result<Option<bool>, Violation> {
-        let Queue { index, ring: Some(ring), pending, in_flight, .. } = queue else { return Ok(None) };
+        let Queue { index, role, ring: Some(ring), pending, in_flight, .. } = queue else { return Ok(None) };
         let machine = &*self.machine;
         let counters = &machine.counters;
-        while let Some(head) = ring.take()? {
-            let chain = ring.chain(head)?;
-            if std::mem::replace(&mut in_flight[usize::from(head)], true) {
-                return Err(Violation::InFlight { head });
-            }
-            let request = Request::read(ring.memory(), chain)?;
-            if let Err(violation) = request.check_limits(&machine.profile) {
-                machine.violation(violation);
-            }
-            let fate = machine.script().judge(*index, request.op);
+        loop {
+            let work = match role {
+                Role::Serves => self.request(*index, ring, in_flight, &mut progress.idle)?,
+                Role::Delivers => self.delivery(*index, ring, in_flight, &mut progress.idle)?,
+            };
+            let Some(work) = work else { break };
+            let fate = machine.script().judge(*index, work.op);
             counters.taken.fetch_add(1, Ordering::SeqCst);
             if fate.die || fate.power_cut {
                 return Ok(Some(fate.power_cut));
@@ -99,13 +96,70 @@ impl Session {
             counters.gated.fetch_add(u64::from(fate.gated), Ordering::SeqCst);
             let (hang, freeze) = (fate.hang, fate.freeze);
             let due = if fate.ticks == 0 { 0 } else { self.now() + fate.ticks };
-            pending.push(Pending { request, fate, due });
+            pending.push(Pending { work, fate, due });
             if hang || freeze {
                 machine.hang(freeze);
                 break;
             }
         }
         Ok(None)
+    }
+
+    /// The next request of the driver, if the class wants one now.
+    fn request(
+        &self,
+        queue: u16,
+        ring: &mut Ring,
+        in_flight: &mut [bool],
+        idle: &mut bool,
+    ) -> Result<Option<Work>, Violation> {
+        let machine = &*self.machine;
+        if !machine.model.accepts(queue) {
+            *idle = true;
+            return Ok(None);
+        }
+        let Some(chain) = take_chain(ring, in_flight)? else { return Ok(None) };
+        let Accepted { op, tag, remark } = machine.model.accept(queue, ring.memory(), &chain)?;
+        if let Some(violation) = remark {
+            machine.violation(violation);
+        }
+        Ok(Some(Work { queue, chain, more: Vec::new(), op, tag, data: Vec::new() }))
+    }
+
+    /// The next delivery to the driver, if there is one and enough buffers are posted for it. Buffers that do not suffice stay
+    /// on the ring.
+    fn delivery(
+        &self,
+        queue: u16,
+        ring: &mut Ring,
+        in_flight: &mut [bool],
+        idle: &mut bool,
+    ) -> Result<Option<Work>, Violation> {
+        let machine = &*self.machine;
+        let mut chains: Vec<Chain> = Vec::new();
+        loop {
+            match machine.model.deliver(queue, &chains) {
+                Delivery::More => {
+                    if let Some(chain) = take_chain(ring, in_flight)? {
+                        chains.push(chain);
+                        continue;
+                    }
+                }
+                Delivery::Ready { op, data, remark } if !chains.is_empty() => {
+                    if let Some(violation) = remark {
+                        machine.violation(violation);
+                    }
+                    let chain = chains.remove(0);
+                    return Ok(Some(Work { queue, chain, more: chains, op, tag: 0, data }));
+                }
+                Delivery::Ready { .. } | Delivery::Nothing => *idle = true,
+            }
+            for chain in &chains {
+                in_flight[usize::from(chain.head)] = false;
+            }
+            ring.put_back(chains.len() as u16);
+            return Ok(None);
+        }
     }
 
     /// Executes and answers what is due.
@@ -138,17 +192,24 @@ impl Session {
         }
         let mut shown = 0;
         let mut quiet = true;
+        let mut wake = 0;
         for one in &ready {
             progress.done += 1;
             counters.waiting.fetch_sub(1, Ordering::SeqCst);
             if one.fate.lies(Lie::NotificationSpurious) {
                 progress.signals += 1;
             }
-            let features = self.features();
-            let target = Target { memory: ring.memory(), store: &machine.store, profile: &machine.profile, features };
-            let (status, payload) = one.request.execute(&target, &one.fate);
-            self.machine.record(self.number, queue.index, &one.request, status);
-            let answers = put_answer(ring, one, status, payload, in_flight, rng);
+            let mut context = Context {
+                memory: ring.memory(),
+                features: self.features(),
+                fate: &one.fate,
+                rng,
+                session: self.number,
+                wake: 0,
+            };
+            let written = machine.model.serve(&one.work, &mut context);
+            wake |= context.wake;
+            let answers = put_answers(ring, one, written, in_flight, rng);
             if answers == 0 {
                 self.forgotten.fetch_add(1, Ordering::SeqCst);
             }
@@ -169,22 +230,45 @@ impl Session {
         if ring.wants_signal() && !quiet {
             progress.signals += 1;
         }
+        if wake != 0 {
+            self.wake_queues(wake);
+        }
     }
 }
 
-/// Puts the used element of one executed request, with the lies that go there. Returns how many were put.
-fn put_answer(ring: &mut Ring, one: &Pending, status: u8, payload: u64, in_flight: &mut [bool], rng: &mut Rng) -> u64 {
-    let Pending { request, fate, .. } = one;
-    let chain = &request.chain;
+/// Takes one chain off the ring and checks it.
+fn take_chain(ring: &mut Ring, in_flight: &mut [bool]) -> Result<Option<Chain>, Violation> {
+    let Some(head) = ring.take()? else { return Ok(None) };
+    let chain = ring.chain(head)?;
+    if std::mem::replace(&mut in_flight[usize::from(head)], true) {
+        return Err(Violation::InFlight { head });
+    }
+    Ok(Some(chain))
+}
+
+/// Puts the used elements of work that was done, of which `written` bytes lie over its chains in order. Returns how many
+/// were put.
+fn put_answers(ring: &mut Ring, one: &Pending, written: u64, in_flight: &mut [bool], rng: &mut Rng) -> u64 {
+    let mut left = written;
+    one.work.chains().fold(0, |answers, chain| {
+        let here = left.min(chain.writable_bytes);
+        left -= here;
+        answers + put_answer(ring, one, chain, here, in_flight, rng)
+    })
+}
+
+/// Puts the used element of one chain, with the lies that go there. Returns how many were put.
+fn put_answer(
+    ring: &mut Ring,
+    one: &Pending,
+    chain: &Chain,
+    honest: u64,
+    in_flight: &mut [bool],
+    rng: &mut Rng,
+) -> u64 {
+    let fate = &one.fate;
     let head = u32::from(chain.head);
     let size = u32::from(ring.size());
-    if !fate.lies(Lie::StatusUnwritten) {
-        let status = if fate.lies(Lie::StatusUnknown) { 3 + rng.below(250) as u8 } else { status };
-        // The status is the last writable byte (section 5.2.6); empty segments may follow it.
-        if let Some(last) = chain.writable.iter().rev().find(|segment| segment.bytes > 0) {
-            let _ = ring.memory().write(last.address + u64::from(last.bytes) - 1, &[status]);
-        }
-    }
     if fate.lies(Lie::DescriptorScribbled) {
         ring.scribble_descriptor(chain.head, [rng.next_u64(), rng.next_u64()]);
     }
@@ -194,13 +278,12 @@ fn put_answer(ring: &mut Ring, one: &Pending, status: u8, payload: u64, in_fligh
     if fate.lies(Lie::AnswerForgotten) {
         return 0;
     }
-    // Bytes from the start of the writable part that were written: with the status at its end, all of it on success, and a
-    // failed request promises nothing about what comes before.
-    let honest = if status == OK { payload + 1 } else { 1 };
     let written = if fate.lies(Lie::LengthLong) {
         (chain.writable_bytes + 1 + rng.below(1 << 16)).min(u64::from(u32::MAX)) as u32
     } else if fate.lies(Lie::LengthZero) {
         0
+    } else if fate.lies(Lie::LengthOne) {
+        1
     } else {
         honest as u32
     };

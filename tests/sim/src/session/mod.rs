@@ -18,12 +18,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::machine::Machine;
 use crate::memory::Memory;
-use crate::request::Request;
+use crate::model::{Role, Work};
 use crate::ring::{Ring, RingSetup, Violation};
 use crate::rng::Rng;
 use crate::script::Fate;
-use crate::sim::Machine;
 
 /// How long a queue's thread sleeps for one tick.
 const TICK: Duration = Duration::from_millis(1);
@@ -32,7 +32,7 @@ const TICK: Duration = Duration::from_millis(1);
 const LOOKS_PER_YIELD: u32 = 256;
 
 struct Pending {
-    request: Request,
+    work: Work,
     fate: Fate,
     /// The tick from which it may be executed.
     due: u64,
@@ -41,6 +41,7 @@ struct Pending {
 /// One virtqueue of a session.
 pub(crate) struct Queue {
     index: u16,
+    role: Role,
     ring: Option<Ring>,
     /// The driver stopped the ring: nothing new is taken, what was taken is still executed and answered.
     stopped: bool,
@@ -62,6 +63,8 @@ pub(crate) struct Progress {
     pub(crate) signals: u32,
     /// Something waits for a later tick.
     ticking: bool,
+    /// What is available is left there until the class has use for it: no doorbell is needed before its wake.
+    idle: bool,
 }
 
 /// See the module.
@@ -96,6 +99,7 @@ impl Session {
             let rng = Rng::part(machine.seed, 2 + u64::from(index) + 100_000 * number);
             Mutex::new(Queue {
                 index,
+                role: Role::Serves,
                 ring: None,
                 stopped: false,
                 broken: false,
@@ -105,9 +109,9 @@ impl Session {
             })
         };
         Ok(Self {
-            queues: (0..machine.profile.queues).map(queue).collect(),
-            wakes: (0..machine.profile.queues).map(|_| Event::new()).collect::<Result<_, _>>()?,
-            calls: (0..machine.profile.queues).map(|_| Mutex::default()).collect(),
+            queues: (0..machine.queues).map(queue).collect(),
+            wakes: (0..machine.queues).map(|_| Event::new()).collect::<Result<_, _>>()?,
+            calls: (0..machine.queues).map(|_| Mutex::default()).collect(),
             number,
             features: AtomicU64::new(0),
             event: Event::new()?,
@@ -132,6 +136,7 @@ impl Session {
 
     pub(crate) fn set_features(&self, features: u64) {
         self.features.store(features, Ordering::SeqCst);
+        self.machine.model.negotiated(features);
     }
 
     pub(crate) fn features(&self) -> u64 {
@@ -194,12 +199,21 @@ impl Session {
         self.wakes.iter().for_each(Event::signal);
     }
 
+    /// The same for some queues, a bit each.
+    pub(crate) fn wake_queues(&self, queues: u64) {
+        for (index, wake) in self.wakes.iter().enumerate() {
+            if queues & 1 << index != 0 {
+                wake.signal();
+            }
+        }
+    }
+
     fn queue(&self, index: u16) -> MutexGuard<'_, Queue> {
         self.queues[usize::from(index)].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn drop_pending(&self) {
-        for index in 0..self.machine.profile.queues {
+        for index in 0..self.machine.queues {
             // A queue that is being looked at drops its own, see `look`.
             if let Ok(mut queue) = self.queues[usize::from(index)].try_lock() {
                 self.forget(&mut queue);
@@ -221,6 +235,7 @@ impl Session {
         self.forget(&mut queue);
         queue.ring = None;
         queue.broken = false;
+        queue.role = self.machine.model.role(index);
         match Ring::new(Arc::clone(memory), setup) {
             Ok(ring) => {
                 queue.in_flight = vec![false; usize::from(setup.size)];
@@ -238,7 +253,7 @@ impl Session {
     /// The driver has added or removed memory. When this returns, no queue reaches what was removed; a request that was taken and
     /// names it fails.
     pub(crate) fn set_memory(&self, memory: &Arc<Memory>) {
-        for index in 0..self.machine.profile.queues {
+        for index in 0..self.machine.queues {
             if let Some(ring) = &mut self.queue(index).ring {
                 ring.set_memory(Arc::clone(memory));
             }
@@ -273,7 +288,7 @@ impl Session {
         }
         self.steps.fetch_add(1, Ordering::SeqCst);
         let mut answered = 0;
-        for index in 0..self.machine.profile.queues {
+        for index in 0..self.machine.queues {
             let progress = self.look(index);
             answered += progress.answered;
             if let Some(call) = &*self.call(index) {
@@ -298,7 +313,7 @@ impl Session {
 
     /// The driver has gone: its descriptors are closed, whoever else still knows the session.
     pub(crate) fn forget_calls(&self) {
-        for index in 0..self.machine.profile.queues {
+        for index in 0..self.machine.queues {
             *self.call(index) = None;
         }
     }
@@ -316,11 +331,12 @@ impl Session {
         }
     }
 
-    /// Whether nothing is available and nothing in flight.
+    /// Whether no request is available and nothing in flight. Posted buffers that nothing is put into are not requests.
     pub(crate) fn is_drained(&self) -> bool {
-        (0..self.machine.profile.queues).all(|index| {
+        (0..self.machine.queues).all(|index| {
             let queue = self.queue(index);
-            queue.pending.is_empty() && (queue.stopped || queue.ring.as_ref().is_none_or(|ring| !ring.has_available()))
+            let settled = queue.stopped || queue.role == Role::Delivers;
+            queue.pending.is_empty() && (settled || queue.ring.as_ref().is_none_or(|ring| !ring.has_available()))
         })
     }
 
@@ -356,7 +372,7 @@ impl Session {
                 }
                 continue;
             }
-            if self.arm(index) {
+            if self.arm(index, progress.idle) {
                 continue;
             }
             if !progress.ticking {
@@ -375,13 +391,17 @@ impl Session {
         queue.ring.is_some() && !queue.stopped && !queue.broken && !self.machine.is_hung()
     }
 
-    /// Asks for a doorbell. True: something came meanwhile.
-    fn arm(&self, index: u16) -> bool {
+    /// Asks for a doorbell, or, if `idle`, for none. True: something came meanwhile.
+    fn arm(&self, index: u16, idle: bool) -> bool {
         let mut queue = self.queue(index);
         let standing = queue.stopped || queue.broken || self.machine.is_hung();
         let _power = self.machine.power.read().unwrap_or_else(PoisonError::into_inner);
         match &mut queue.ring {
             Some(ring) if !standing && !self.is_over() => {
+                if idle {
+                    ring.disarm();
+                    return false;
+                }
                 let more = ring.arm();
                 if more {
                     ring.disarm();

@@ -6,11 +6,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use super::profile::{Profile, RangeLimits, SECTOR_BYTES};
+use super::store::Store;
+use crate::kinds::{Lie, Op};
 use crate::memory::{Memory, Segment};
-use crate::profile::{Profile, RangeLimits, SECTOR_BYTES};
+use crate::model::{gather, slice};
 use crate::ring::{Chain, Violation};
-use crate::script::{Fate, Lie};
-use crate::store::Store;
+use crate::script::Fate;
 
 pub(crate) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IO_ERROR: u8 = VIRTIO_BLK_S_IOERR as u8;
@@ -20,38 +22,6 @@ const UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 const HEADER_BYTES: u64 = 16;
 /// Bytes of one range of a discard or write-zeroes request: sector, number of sectors, flags.
 const RANGE_BYTES: u64 = 16;
-
-/// The kinds of request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// VIRTIO_BLK_T_IN.
-    Read,
-    /// VIRTIO_BLK_T_OUT.
-    Write,
-    /// VIRTIO_BLK_T_FLUSH.
-    Flush,
-    /// VIRTIO_BLK_T_GET_ID.
-    GetId,
-    /// VIRTIO_BLK_T_DISCARD.
-    Discard,
-    /// VIRTIO_BLK_T_WRITE_ZEROES.
-    WriteZeroes,
-    /// Any other type; answered as unsupported.
-    Unknown,
-}
-
-impl Op {
-    /// Every kind and its name in a fault specification.
-    pub const NAMES: &'static [(&'static str, Self)] = &[
-        ("read", Self::Read),
-        ("write", Self::Write),
-        ("flush", Self::Flush),
-        ("get-id", Self::GetId),
-        ("discard", Self::Discard),
-        ("write-zeroes", Self::WriteZeroes),
-        ("unknown", Self::Unknown),
-    ];
-}
 
 /// What a request is carried out on.
 pub(crate) struct Target<'a> {
@@ -75,44 +45,16 @@ impl Target<'_> {
 
 /// A chain with a header that was read once.
 #[derive(Clone, Debug)]
-pub(crate) struct Request {
-    pub(crate) chain: Chain,
+pub(crate) struct Request<'a> {
+    pub(crate) chain: &'a Chain,
     pub(crate) op: Op,
     pub(crate) sector: u64,
 }
 
-/// The segments of `segments` without the first `skip` bytes and cut to `take`. Where one segment ends means nothing
-/// (section 2.7.4): header, payload and status may be split in any way.
-fn slice(segments: &[Segment], mut skip: u64, mut take: u64) -> Vec<Segment> {
-    let mut out = Vec::with_capacity(segments.len());
-    for segment in segments {
-        let bytes = u64::from(segment.bytes);
-        let skipped = skip.min(bytes);
-        skip -= skipped;
-        let taken = (bytes - skipped).min(take);
-        take -= taken;
-        if taken > 0 {
-            out.push(Segment { address: segment.address + skipped, bytes: taken as u32 });
-        }
-    }
-    out
-}
-
-/// Copies the bytes of segments that were checked already; `into` is as long as they are together.
-fn gather(memory: &Memory, segments: &[Segment], into: &mut [u8]) {
-    let mut rest = into;
-    for segment in segments {
-        let (now, later) = rest.split_at_mut((segment.bytes as usize).min(rest.len()));
-        // A chain's segments were checked when it was taken, and regions do not change under a ring.
-        let _ = memory.read(segment.address, now);
-        rest = later;
-    }
-}
-
-impl Request {
-    pub(crate) fn read(memory: &Memory, chain: Chain) -> Result<Self, Violation> {
+impl<'a> Request<'a> {
+    pub(crate) fn read(memory: &Memory, chain: &'a Chain) -> Result<Self, Violation> {
         if chain.readable_bytes < HEADER_BYTES || chain.writable_bytes == 0 {
-            let Chain { head, readable_bytes, writable_bytes, .. } = chain;
+            let Chain { head, readable_bytes, writable_bytes, .. } = *chain;
             return Err(Violation::NotARequest { head, readable_bytes, writable_bytes });
         }
         let mut header = [0; HEADER_BYTES as usize];
@@ -181,7 +123,7 @@ impl Request {
             Op::WriteZeroes if target.has(VIRTIO_BLK_F_WRITE_ZEROES) => {
                 self.execute_ranges(target, target.profile.write_zeroes, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
             }
-            Op::Discard | Op::WriteZeroes | Op::Unknown => Err(UNSUPPORTED),
+            _ => Err(UNSUPPORTED),
         };
         (outcome.err().unwrap_or(OK), 0)
     }

@@ -1,7 +1,4 @@
-//! What the device offers: feature bits and configuration space (virtio 1.2, sections 5.2.3 and 5.2.4), and the lies that it
-//! can tell in them.
-
-use std::str::FromStr;
+//! What the device offers: feature bits and configuration space (virtio 1.2, sections 5.2.3 and 5.2.4).
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -10,14 +7,11 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::rng::Rng;
-use crate::script::{RuleError, by_name};
-
 /// The unit of `capacity` and of request offsets, whatever the block size (section 5.2.4).
-pub const SECTOR_BYTES: u64 = 512;
+pub(crate) const SECTOR_BYTES: u64 = 512;
 
 /// Length of the configuration space in bytes (`struct virtio_blk_config` up to and with `unused1`).
-pub const CONFIG_BYTES: usize = 60;
+pub(crate) const CONFIG_BYTES: usize = 60;
 
 /// Limits of discard or of write-zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,108 +135,5 @@ impl Profile {
         put(52, &zeroes.max_segments.to_le_bytes());
         put(56, &[u8::from(self.write_zeroes_may_unmap)]);
         bytes
-    }
-}
-
-/// A lie in configuration space, told at every read while it is scripted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConfigLie {
-    /// A medium of no sectors.
-    CapacityZero,
-    /// A capacity of 2^64 - 1 sectors, which is over 2^64 in bytes.
-    CapacityHuge,
-    /// Another capacity at each read.
-    CapacityChanging,
-    /// `blk_size` 0.
-    BlockSizeZero,
-    /// `blk_size` 1000.
-    BlockSizeOdd,
-    /// `blk_size` 2^31.
-    BlockSizeHuge,
-    /// `seg_max` 0.
-    SegMaxZero,
-    /// `seg_max` 2^32 - 1.
-    SegMaxHuge,
-    /// `size_max` 0, as qemu-storage-daemon offers it.
-    SizeMaxZero,
-    /// `size_max` 1.
-    SizeMaxTiny,
-    /// `num_queues` 0.
-    QueuesZero,
-    /// `num_queues` 65535.
-    QueuesHuge,
-    /// Limits of discard and write-zeroes all 0.
-    RangesZero,
-    /// Physical block of 2^255 logical ones.
-    TopologyHuge,
-    /// Only the capacity can be read; every read beyond fails.
-    Short,
-    /// Random bytes, other ones at each read.
-    Garbage,
-}
-
-impl ConfigLie {
-    /// Every lie and its name in a fault specification.
-    pub const NAMES: &'static [(&'static str, Self)] = &[
-        ("capacity-zero", Self::CapacityZero),
-        ("capacity-huge", Self::CapacityHuge),
-        ("capacity-changing", Self::CapacityChanging),
-        ("block-size-zero", Self::BlockSizeZero),
-        ("block-size-odd", Self::BlockSizeOdd),
-        ("block-size-huge", Self::BlockSizeHuge),
-        ("seg-max-zero", Self::SegMaxZero),
-        ("seg-max-huge", Self::SegMaxHuge),
-        ("size-max-zero", Self::SizeMaxZero),
-        ("size-max-tiny", Self::SizeMaxTiny),
-        ("queues-zero", Self::QueuesZero),
-        ("queues-huge", Self::QueuesHuge),
-        ("ranges-zero", Self::RangesZero),
-        ("topology-huge", Self::TopologyHuge),
-        ("short", Self::Short),
-        ("garbage", Self::Garbage),
-    ];
-
-    /// Puts the lie into `config`; the answer is how many bytes of it can be read.
-    pub(crate) fn tell(self, config: &mut [u8; CONFIG_BYTES], rng: &mut Rng) -> usize {
-        let mut put = |at: usize, field: &[u8]| config[at..at + field.len()].copy_from_slice(field);
-        match self {
-            Self::CapacityZero => put(0, &0u64.to_le_bytes()),
-            Self::CapacityHuge => put(0, &u64::MAX.to_le_bytes()),
-            Self::CapacityChanging => put(0, &(1 + rng.below(1 << 32)).to_le_bytes()),
-            Self::BlockSizeZero => put(20, &0u32.to_le_bytes()),
-            Self::BlockSizeOdd => put(20, &1000u32.to_le_bytes()),
-            Self::BlockSizeHuge => put(20, &(1u32 << 31).to_le_bytes()),
-            Self::SegMaxZero => put(12, &0u32.to_le_bytes()),
-            Self::SegMaxHuge => put(12, &u32::MAX.to_le_bytes()),
-            Self::SizeMaxZero => put(8, &0u32.to_le_bytes()),
-            Self::SizeMaxTiny => put(8, &1u32.to_le_bytes()),
-            Self::QueuesZero => put(34, &0u16.to_le_bytes()),
-            Self::QueuesHuge => put(34, &u16::MAX.to_le_bytes()),
-            Self::RangesZero => put(36, &[0; 20]),
-            Self::TopologyHuge => put(24, &[255]),
-            Self::Short => return 8,
-            Self::Garbage => config.iter_mut().for_each(|byte| *byte = rng.next_u64() as u8),
-        }
-        CONFIG_BYTES
-    }
-
-    /// The feature bit without which a driver must not look at the field that lies; offered as long as the lie is told.
-    pub(crate) fn feature(self) -> u64 {
-        let bit = match self {
-            Self::BlockSizeZero | Self::BlockSizeOdd | Self::BlockSizeHuge => VIRTIO_BLK_F_BLK_SIZE,
-            Self::SegMaxZero | Self::SegMaxHuge => VIRTIO_BLK_F_SEG_MAX,
-            Self::SizeMaxZero | Self::SizeMaxTiny => VIRTIO_BLK_F_SIZE_MAX,
-            Self::QueuesZero | Self::QueuesHuge => VIRTIO_BLK_F_MQ,
-            Self::TopologyHuge => VIRTIO_BLK_F_TOPOLOGY,
-            _ => return 0,
-        };
-        1 << bit
-    }
-}
-
-impl FromStr for ConfigLie {
-    type Err = RuleError;
-    fn from_str(text: &str) -> Result<Self, RuleError> {
-        by_name("configuration lie", text, Self::NAMES)
     }
 }
