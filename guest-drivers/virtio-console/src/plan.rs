@@ -31,8 +31,8 @@ const MAX_LINES_ABOUT_IGNORED: u32 = 8;
 pub struct VirtioConsole {
     features: u64,
     ports: Ports,
-    /// Messages that were ignored; stops counting at its largest value.
-    ignored: u32,
+    /// Lines that may still be logged about messages that are ignored.
+    lines_left: u32,
 }
 
 impl VirtioDriver for VirtioConsole {
@@ -88,7 +88,11 @@ impl VirtioDriver for VirtioConsole {
             match self.ports.take(&bytes) {
                 Ok(Some(answer)) => send(device, answer)?,
                 Ok(None) => {}
-                Err(Ignored(why)) => self.ignore(&bytes, why),
+                Err(Ignored(why)) => {
+                    if let Some(line) = self.about_ignored(&bytes, why) {
+                        log::warn(&line);
+                    }
+                }
             }
         }
         Ok(())
@@ -126,20 +130,16 @@ impl VirtioConsole {
             Ports::none(served, config.max_ports)
         };
         let attachment = Attachment { features, queues, state: Vec::new() };
-        Ok((Self { features, ports, ignored: 0 }, attachment))
+        Ok((Self { features, ports, lines_left: MAX_LINES_ABOUT_IGNORED }, attachment))
     }
 
-    /// Says so, a few times: the device can send such messages without end.
+    /// The line about a message that is ignored, for the first few: the device can send such messages without end.
     #[cold]
-    fn ignore(&mut self, bytes: &[u8], why: &str) {
-        self.ignored = self.ignored.saturating_add(1);
-        if self.ignored <= MAX_LINES_ABOUT_IGNORED {
-            let head = Message::decode(bytes).map(|(message, _)| message);
-            log::warn(&format!("a control message is ignored, {why}: {} bytes, {head:?} (5.3.6.2)", bytes.len()));
-        }
-        if self.ignored == MAX_LINES_ABOUT_IGNORED {
-            log::warn("further control messages are ignored without a word");
-        }
+    fn about_ignored(&mut self, bytes: &[u8], why: &str) -> Option<String> {
+        self.lines_left = self.lines_left.checked_sub(1)?;
+        let head = Message::decode(bytes).map(|(message, _)| message);
+        let last = if self.lines_left == 0 { "; further ones are not told" } else { "" };
+        Some(format!("a control message is ignored, {why}: {} bytes, {head:?} (5.3.6.2){last}", bytes.len()))
     }
 }
 
@@ -215,4 +215,32 @@ fn send(device: &mut dyn LiveDevice, message: Message) -> Result<(), DriverError
 
 fn not_mine(why: &str) -> DriverError {
     DriverError::NotMine(format!("this does not look like virtio-console: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_nonsense_is_told_in_a_few_short_lines() {
+        let mut driver = VirtioConsole { features: 0, ports: Ports::none(1, 1), lines_left: MAX_LINES_ABOUT_IGNORED };
+        let floods =
+            [vec![0; 7], Message { id: u32::MAX, event: u16::MAX, value: u16::MAX }.encode().to_vec(), vec![0xff; 256]];
+        let mut lines = Vec::new();
+        for bytes in floods.iter().cycle().take(100) {
+            let Ignored(why) = driver.ports.take(bytes).unwrap_err();
+            lines.extend(driver.about_ignored(bytes, why));
+        }
+        assert_eq!(lines.len(), MAX_LINES_ABOUT_IGNORED as usize);
+        assert!(lines.iter().all(|line| line.len() < 256), "{lines:?}");
+        let says_so: Vec<_> = lines.iter().map(|line| line.ends_with("further ones are not told")).collect();
+        assert_eq!(says_so.iter().position(|says| *says), Some(lines.len() - 1));
+    }
+
+    #[test]
+    fn the_queues_of_a_port_are_those_of_the_specification_as_far_as_indices_go() {
+        assert_eq!([0, 1, 2, 30].map(port_queues), [Some((0, 1)), Some((4, 5)), Some((6, 7)), Some((62, 63))]);
+        assert_eq!(port_queues(32_766), Some((65_534, 65_535)));
+        assert_eq!([32_767, u32::MAX / 2, u32::MAX].map(port_queues), [None; 3]);
+    }
 }
