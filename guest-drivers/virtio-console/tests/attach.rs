@@ -154,12 +154,3 @@ fn a_size_that_changes_is_read_again_without_multiport() {
     device.lost = true;
     assert!(matches!(driver.config_changed(&mut device), Err(DriverError::Device(_))));
 }
-
-#[test]
-fn with_multiport_configuration_space_is_not_believed_to_change() {
-    let mut device = device(feature::SIZE | feature::MULTIPORT, 64, 2);
-    let (mut driver, _) = VirtioConsole::attach(&mut device).unwrap();
-    device.lost = true;
-    driver.config_changed(&mut device).unwrap();
-    assert_eq!(driver.properties().ports, []);
-}

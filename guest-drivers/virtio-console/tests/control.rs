@@ -175,6 +175,18 @@ fn a_size_is_shown_of_a_console_alone_and_zero_is_unknown() {
 }
 
 #[test]
+fn configuration_space_changes_no_size_that_came_by_message() {
+    let mut console = Console::new();
+    let adds =
+        [message(0, DEVICE_ADD, 1, &[]), message(0, CONSOLE_PORT, 1, &[]), message(0, RESIZE, 0, &[80, 0, 25, 0])];
+    console.events(&adds);
+    // Nor is it read, so a device that is gone does not matter.
+    console.live.device.lost = true;
+    console.driver.config_changed(&mut console.live.device).unwrap();
+    assert_eq!(console.ports()[0].size, Some((80, 25)));
+}
+
+#[test]
 fn the_device_is_told_when_a_port_is_opened_or_closed_here() {
     let mut console = Console::new();
     console.events(&[message(1, DEVICE_ADD, 1, &[])]);
