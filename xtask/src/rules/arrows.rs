@@ -34,6 +34,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("cofferdam-sdk", &[]),
     ("cofferdam-virtio-blk", &["cofferdam-sdk"]),
+    ("cofferdam-virtio-console", &["cofferdam-sdk"]),
+    ("cofferdam-virtio-rng", &["cofferdam-sdk"]),
     // Outside both, but it has to build before them and while they do not.
     ("xtask", &[]),
 ];
