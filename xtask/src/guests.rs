@@ -16,7 +16,11 @@ use std::time::Instant;
 use wit_component::{ComponentEncoder, DecodedWasm};
 
 /// The drivers that are shipped: package, and name of the component.
-const DRIVERS: &[(&str, &str)] = &[("cofferdam-virtio-blk", "virtio-blk"), ("cofferdam-virtio-rng", "virtio-rng")];
+const DRIVERS: &[(&str, &str)] = &[
+    ("cofferdam-virtio-blk", "virtio-blk"),
+    ("cofferdam-virtio-net", "virtio-net"),
+    ("cofferdam-virtio-rng", "virtio-rng"),
+];
 
 /// Drivers of QEMU's edu, for tests alone: name of the component, feature of the crate.
 const EDU: &[(&str, Option<&str>)] =

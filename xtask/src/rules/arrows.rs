@@ -34,6 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("cofferdam-sdk", &[]),
     ("cofferdam-virtio-blk", &["cofferdam-sdk"]),
+    ("cofferdam-virtio-net", &["cofferdam-sdk"]),
     // Outside both, but it has to build before them and while they do not.
     ("xtask", &[]),
 ];
