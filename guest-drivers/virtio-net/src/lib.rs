@@ -43,8 +43,6 @@ pub mod feature {
     pub const CSUM: u64 = 1;
     /// May hand over packets whose checksum is not complete.
     pub const GUEST_CSUM: u64 = 1 << 1;
-    /// Offloads can be changed later. Never accepted.
-    pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
     /// `mtu` is there.
     pub const MTU: u64 = 1 << 3;
     /// `mac` is there.
@@ -71,8 +69,6 @@ pub mod feature {
     pub const STATUS: u64 = 1 << 16;
     /// There is a control queue.
     pub const CTRL_VQ: u64 = 1 << 17;
-    /// Announcements can be asked for. Never accepted.
-    pub const GUEST_ANNOUNCE: u64 = 1 << 21;
     /// `max_virtqueue_pairs` is there.
     pub const MQ: u64 = 1 << 22;
 

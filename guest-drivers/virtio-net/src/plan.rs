@@ -144,11 +144,20 @@ pub(crate) fn choose_features(offered: u64) -> u64 {
     features
 }
 
-/// Bits that another bit requires, and those that require it (section 5.1.3.1).
+/// Bits that this driver accepts only with another, which stands first (section 5.1.3.1).
 const DEPENDENTS: [(u64, u64); 3] = [
+    (feature::CSUM, feature::HOST_TSO),
+    (feature::GUEST_CSUM, feature::GUEST_TSO),
+    (feature::CTRL_VQ, feature::MQ),
+];
+
+/// Bits that tell another kind of device where they come without the first. Those that require CTRL_VQ are not among them: a backend of vhost-user may leave the control queue
+/// to its front end.
+const TOLD_BY: [(u64, u64); 4] = [
     (feature::CSUM, feature::HOST_TSO | feature::HOST_UFO),
     (feature::GUEST_CSUM, feature::GUEST_TSO | feature::GUEST_UFO),
-    (feature::CTRL_VQ, feature::CTRL_GUEST_OFFLOADS | feature::GUEST_ANNOUNCE | feature::MQ),
+    (feature::GUEST_TSO, feature::GUEST_ECN),
+    (feature::HOST_TSO, feature::HOST_ECN),
 ];
 
 /// Why an offer is not that of a network device, if it is not: for transports that do not tell what a device is. Most bits mean something else elsewhere, but a network
@@ -158,9 +167,7 @@ fn strange_offer(offered: u64) -> Option<String> {
     if strange != 0 {
         return Some(format!("it offers features {strange:#x}"));
     }
-    let ecn =
-        [(feature::GUEST_TSO, feature::GUEST_ECN), (feature::HOST_TSO, feature::HOST_ECN)].into_iter().chain(DEPENDENTS);
-    for (needed, dependents) in ecn {
+    for (needed, dependents) in TOLD_BY {
         if offered & needed == 0 && offered & dependents != 0 {
             return Some(format!("it offers {:#x} and not {needed:#x}, which that requires", offered & dependents));
         }
@@ -256,7 +263,7 @@ fn posting(features: u64, mtu: u16, entries: u16) -> Result<Posting, DriverError
     let buffer_bytes = one.max(least).next_multiple_of(BUFFER_UNIT_BYTES);
     if buffer_bytes > MAX_BUFFER_BYTES {
         return Err(DriverError::Unsupported(format!(
-            "packets of {packet} bytes in {entries} buffers without VIRTIO_NET_F_MRG_RXBUF or too few of them"
+            "packets of {packet} bytes in a receive queue of {entries} entries: a buffer would have {buffer_bytes} bytes"
         )));
     }
     let buffers = u32::from(entries).min(POSTED_BYTES / buffer_bytes) as u16;
