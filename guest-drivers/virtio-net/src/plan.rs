@@ -145,11 +145,8 @@ pub(crate) fn choose_features(offered: u64) -> u64 {
 }
 
 /// Bits that this driver accepts only with another, which stands first (section 5.1.3.1).
-const DEPENDENTS: [(u64, u64); 3] = [
-    (feature::CSUM, feature::HOST_TSO),
-    (feature::GUEST_CSUM, feature::GUEST_TSO),
-    (feature::CTRL_VQ, feature::MQ),
-];
+const DEPENDENTS: [(u64, u64); 3] =
+    [(feature::CSUM, feature::HOST_TSO), (feature::GUEST_CSUM, feature::GUEST_TSO), (feature::CTRL_VQ, feature::MQ)];
 
 /// Bits that tell another kind of device where they come without the first. Those that require CTRL_VQ are not among them: a backend of vhost-user may leave the control queue
 /// to its front end.
@@ -196,7 +193,9 @@ pub(crate) fn max_packet_bytes(features: u64, mtu: u16) -> u32 {
 
 /// As many pairs as device, operator and this driver allow, and the control queue. How many pairs there are.
 fn plan_queues(
-    device: &dyn VirtioDevice, features: u64, config: &Config,
+    device: &dyn VirtioDevice,
+    features: u64,
+    config: &Config,
 ) -> Result<(Vec<QueuePlan>, u16), DriverError> {
     let control = control_queue(device, features, config);
     let mut wanted = config.pairs.min(MAX_PAIRS).min(device.max_queues() / 2);

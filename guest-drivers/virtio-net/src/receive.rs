@@ -18,9 +18,7 @@
 //! The last is how an arrival ends of which nothing is left to name: an arrival has at least one byte. Its client gets a packet that the device has spoiled, and the next
 //! packet is whole.
 
-use cofferdam_sdk::net::{
-    FLAG_NEEDS_CHECKSUM, FLAG_VALID_CHECKSUM, SEGMENT_TCP4, SEGMENT_TCP6, SEGMENTATION_SHIFT,
-};
+use cofferdam_sdk::net::{FLAG_NEEDS_CHECKSUM, FLAG_VALID_CHECKSUM, SEGMENT_TCP4, SEGMENT_TCP6, SEGMENTATION_SHIFT};
 use cofferdam_sdk::words::ReceivedBuffer;
 use cofferdam_sdk::{Arrivals, Offloads, Piece};
 

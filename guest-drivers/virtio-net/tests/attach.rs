@@ -34,10 +34,8 @@ fn a_device_without_features_is_one_pair_of_plain_ethernet() {
     };
     assert_eq!(properties, expected);
     let posting = Posting { buffer_bytes: 2048, buffers: 256, head_bytes: 12 };
-    let queues = [
-        QueuePlan::posted(0, 256, QueueOwner::Set(0), posting),
-        QueuePlan::requests(1, 256, Some(Vec::new()), 0),
-    ];
+    let queues =
+        [QueuePlan::posted(0, 256, QueueOwner::Set(0), posting), QueuePlan::requests(1, 256, Some(Vec::new()), 0)];
     assert_eq!((attachment.features, &attachment.queues[..]), (0, &queues[..]));
 }
 
@@ -53,14 +51,8 @@ fn every_field_of_configuration_space_is_read_where_its_feature_says() {
         receive_tcp4: true,
         receive_tcp6: true,
     };
-    let expected = NetProperties {
-        mac: Some(MAC),
-        mtu: 9000,
-        link_up: true,
-        pairs: 1,
-        max_packet_bytes: 65_550,
-        offloads: every,
-    };
+    let expected =
+        NetProperties { mac: Some(MAC), mtu: 9000, link_up: true, pairs: 1, max_packet_bytes: 65_550, offloads: every };
     assert_eq!(properties, expected);
     let owners: Vec<_> = attachment.queues.iter().map(|queue| (queue.index, queue.owner)).collect();
     let pair = |n| [(2 * n, QueueOwner::Set(n)), (2 * n + 1, QueueOwner::Set(n))];
