@@ -45,6 +45,9 @@ fn next(buffer: u16, written: u32) -> UsedBuffer {
     UsedBuffer { buffer, written, head: vec![0xa5; HEADER_BYTES as usize] }
 }
 
+/// A packet of one call: flags, argument, and buffer, offset and length of each piece.
+type Only = (u8, u64, Vec<(u32, u32, u32)>);
+
 /// What clients see: whole packets, over any number of calls.
 struct Client {
     lane: NativeLane<VirtioNet>,
@@ -98,8 +101,8 @@ impl Client {
         whole
     }
 
-    /// The one packet of one call, by flags, argument and pieces.
-    fn only(&mut self, used: &[UsedBuffer]) -> Option<(u8, u64, Vec<(u32, u32, u32)>)> {
+    /// The one packet of one call.
+    fn only(&mut self, used: &[UsedBuffer]) -> Option<Only> {
         let mut packets = self.packets(0, used);
         assert!(packets.len() <= 1 && self.open.is_none());
         let packet = packets.pop()?;
