@@ -4,8 +4,8 @@ mod common;
 
 use cofferdam_sdk::mock::{MockDevice, MockLive};
 use cofferdam_sdk::{
-    Attachment, DriverError, LaneSetup, NetProperties, Offloads, Posting, QueueOwner, QueuePlan, VirtioDriver,
-    VirtioError,
+    Attachment, DriverError, LaneSetup, NetProperties, Offloads, Posting, QueueOwner, QueuePlan, VirtioDevice,
+    VirtioDriver, VirtioError,
 };
 use cofferdam_virtio_net::{VirtioNet, feature};
 use common::{MAC, device, everything};
@@ -189,6 +189,39 @@ fn as_many_pairs_are_planned_as_device_operator_and_driver_allow() {
     assert_eq!(attach(without_pairs).unwrap().1.queues[2].index, 2);
     let one = MockDevice { max_queues: 1, ..everything() };
     assert!(matches!(attach(one), Err(DriverError::Host(_))));
+}
+
+/// A device with more queues than the operator allows.
+struct Roomy(MockDevice);
+
+impl VirtioDevice for Roomy {
+    fn device_type(&self) -> Option<u32> {
+        self.0.device_type()
+    }
+    fn offered_features(&self) -> u64 {
+        self.0.offered_features()
+    }
+    fn negotiate(&mut self, features: u64) -> Result<(), VirtioError> {
+        self.0.negotiate(features)
+    }
+    fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, VirtioError> {
+        VirtioDevice::read_config(&mut self.0, offset, length)
+    }
+    fn max_queues(&self) -> u16 {
+        self.0.max_queues()
+    }
+    fn max_queue_size(&self, _: u16) -> u16 {
+        self.0.max_queue_size
+    }
+}
+
+#[test]
+fn a_queue_that_exists_and_is_not_allowed_is_not_planned() {
+    for allowed in 2..9 {
+        let mut device = Roomy(MockDevice { max_queues: allowed, ..everything() });
+        let (_, attachment) = VirtioNet::attach(&mut device).unwrap();
+        assert!(attachment.queues.iter().all(|queue| queue.index < allowed), "{allowed}");
+    }
 }
 
 #[test]
