@@ -19,6 +19,7 @@ use wit_component::{ComponentEncoder, DecodedWasm};
 const DRIVERS: &[(&str, &str)] = &[
     ("cofferdam-virtio-blk", "virtio-blk"),
     ("cofferdam-virtio-console", "virtio-console"),
+    ("cofferdam-virtio-net", "virtio-net"),
     ("cofferdam-virtio-rng", "virtio-rng"),
 ];
 

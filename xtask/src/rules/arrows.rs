@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cofferdam-virtio-blk", &["cofferdam-sdk"]),
     ("cofferdam-virtio-console", &["cofferdam-sdk"]),
     ("cofferdam-virtio-rng", &["cofferdam-sdk"]),
+    ("cofferdam-virtio-net", &["cofferdam-sdk"]),
     // Outside both, but it has to build before them and while they do not.
     ("xtask", &[]),
 ];

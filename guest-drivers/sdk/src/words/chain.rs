@@ -117,10 +117,14 @@ impl Chain<'_> {
         }
         let Some(head) = self.segment(KIND_HEADER_OUT, bytes.len() as u32) else { return };
         match bytes.as_chunks().0 {
-            // The commonest length, written at once.
+            // The commonest lengths, virtio-blk's and virtio-net's, written at once.
             [a, b, c, d] if bytes.len() == 16 => {
                 let [a, b, c, d] = [a, b, c, d].map(|word| u32::from_le_bytes(*word));
                 self.words.extend_from_slice(&[head, a, b, c, d]);
+            }
+            [a, b, c] if bytes.len() == 12 => {
+                let [a, b, c] = [a, b, c].map(|word| u32::from_le_bytes(*word));
+                self.words.extend_from_slice(&[head, a, b, c]);
             }
             _ => {
                 self.words.push(head);
