@@ -161,7 +161,7 @@ pub(crate) fn port_queues(port: u32) -> Option<(u16, u16)> {
 /// The queues of as many ports as device and operator allow, two each: port n is set n.
 fn port_plans(device: &dyn VirtioDevice, of_the_device: u32) -> Result<Vec<QueuePlan>, DriverError> {
     let mut plans = Vec::new();
-    for port in 0..of_the_device.min(MAX_PORTS) {
+    for port in 0..of_the_device.min(MAX_PORTS).min(device.max_lanes().into()) {
         let sizes = port_queues(port).and_then(|(receive, transmit)| {
             let size = |queue: u16| queue_size(device, queue, PORT_QUEUE_SIZE).map(|size| (queue, size));
             size(receive).zip(size(transmit))

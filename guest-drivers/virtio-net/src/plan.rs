@@ -198,7 +198,7 @@ fn plan_queues(
     config: &Config,
 ) -> Result<(Vec<QueuePlan>, u16), DriverError> {
     let control = control_queue(device, features, config);
-    let mut wanted = config.pairs.min(MAX_PAIRS).min(device.max_queues() / 2);
+    let mut wanted = config.pairs.min(MAX_PAIRS).min(device.max_queues() / 2).min(device.max_lanes());
     if wanted == 0 {
         return Err(DriverError::Host("no pair of queues was allowed".into()));
     }
