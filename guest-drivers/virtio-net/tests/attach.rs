@@ -210,6 +210,10 @@ impl VirtioDevice for Roomy {
     fn max_queues(&self) -> u16 {
         self.0.max_queues()
     }
+    fn max_lanes(&self) -> u16 {
+        self.0.max_lanes()
+    }
+
     fn max_queue_size(&self, _: u16) -> u16 {
         self.0.max_queue_size
     }
