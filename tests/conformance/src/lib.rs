@@ -14,6 +14,8 @@ mod cases;
 mod client;
 mod leaving;
 
+use std::time::Instant;
+
 pub use bed::{Bed, Device, Wish, driver_path};
 pub use client::Client;
 
@@ -37,9 +39,10 @@ pub const CASES: &[&[Case]] = &[cases::CASES, leaving::CASES];
 pub fn run(bed: &dyn Bed) -> anyhow::Result<usize> {
     let (mut passed, mut absent, mut failures) = (0, Vec::new(), Vec::new());
     for case in CASES.iter().copied().flatten() {
+        let begin = Instant::now();
         match bed::with_fixture(bed, case) {
             Ok(true) => {
-                println!("  {}: {} ... ok", bed.name(), case.name);
+                println!("  {}: {} ... ok ({:.2} s)", bed.name(), case.name, begin.elapsed().as_secs_f64());
                 passed += 1;
             }
             Ok(false) => absent.push(case.name),
