@@ -70,6 +70,11 @@ pub trait Bed {
         driver_path("../test-cache")
     }
 
+    /// Buffer memory of a load, in bytes.
+    fn arena_bytes(&self) -> u64 {
+        64 << 20
+    }
+
     /// How many times as long things may take as where the processor is a real one.
     fn slowness(&self) -> u32 {
         1
@@ -135,6 +140,7 @@ pub(crate) fn with_fixture(bed: &dyn Bed, case: &Case) -> anyhow::Result<bool> {
     let manager = Manager::new(Config { cache_dir: Some(bed.cache_dir()) })?;
     let mut spec = LoadSpec::new("virtio-blk.wasm", component, device.transport);
     spec.queues = Some(wish.queues);
+    spec.arena_bytes = bed.arena_bytes();
     if let Some(entries) = wish.ring_entries {
         spec.ring_entries = entries;
     }

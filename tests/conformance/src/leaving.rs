@@ -25,7 +25,7 @@ pub(crate) const CASES: &[Case] = &[
     },
     Case { name: "two_unloaders_get_the_same_certificate", wish: Wish::default, check: two_unloaders },
     Case {
-        name: "what_a_closed_handle_had_in_flight_is_answered_without_any_client",
+        name: "requests_of_a_closed_handle_are_answered_without_any_client",
         wish: Wish::default,
         check: answered_without_a_client,
     },

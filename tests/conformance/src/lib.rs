@@ -2,11 +2,13 @@
 //!
 //! A transport's test implements [`Bed`]: it makes a fresh device for each case and says what it cannot make. [`run`] loads the driver component
 //! through the real manager and goes through every case of [`CASES`]; a case that a bed cannot serve is named in the report, never passed over in silence.
+//! Over the sim and over vhost-user it runs as tests (`tests/`); on PCI functions it is a program (`main.rs`), which scenarios of `tests/vm` run inside a virtual machine.
 //!
 //! ```text
 //! bed      the device under test, made to a wish
 //! client   a small client of the in-process handle
 //! cases    what has to hold, a function each
+//! leaving  and what has to hold when the driver leaves
 //! ```
 
 mod bed;

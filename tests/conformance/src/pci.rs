@@ -81,6 +81,12 @@ impl Bed for Functions {
         self.cache_dir.clone()
     }
 
+    /// Pinned and mapped page by page for every case, and the machine has little.
+    fn arena_bytes(&self) -> u64 {
+        16 << 20
+    }
+
+    /// The machine is emulated.
     fn slowness(&self) -> u32 {
         10
     }

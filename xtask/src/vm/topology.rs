@@ -56,6 +56,7 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
             Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2"),
             Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2"),
             Disk::new("legacy0", "bus=pcie.0,addr=0x4,disable-legacy=off"),
+            Disk::new("suite0", "bus=pcie.0,addr=0xa,disable-legacy=on,num-queues=2"),
             Disk::new("plain0", "bus=pcie.0,addr=0x8,disable-legacy=on,indirect_desc=off,event_idx=off"),
             Disk::new("readonly0", "bus=pcie.0,addr=0x9,disable-legacy=on").read_only(),
         ],
@@ -68,6 +69,7 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
         disks: &[
             Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2,iommu_platform=on"),
             Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2,iommu_platform=on"),
+            Disk::new("suite0", "bus=pcie.0,addr=0xa,disable-legacy=on,num-queues=2,iommu_platform=on"),
             Disk::new("bypass0", "bus=pcie.0,addr=0x7,disable-legacy=on"),
             Disk::new(
                 "plain0",

@@ -1,7 +1,7 @@
 //! The suite that the simulated devices and the vhost-user backends are put under (`tests/conformance`), on PCI functions.
 
 use crate::host::{BLOCK_DRIVER, device, kernel_serves};
-use crate::pci::{DISK0, PLAIN0, READONLY0};
+use crate::pci::{PLAIN0, READONLY0, SUITE0};
 use crate::vm::Vm;
 use anyhow::{Result, ensure};
 use std::time::Duration;
@@ -11,7 +11,7 @@ const CASES: usize = 22;
 
 /// Three disks, for what the cases wish for: queues and ranges, a ring without features, no writes.
 fn suite(vm: &mut Vm, via: &str) -> Result<()> {
-    let functions = [DISK0.function()?, PLAIN0.function()?, READONLY0.function()?];
+    let functions = [SUITE0.function()?, PLAIN0.function()?, READONLY0.function()?];
     let addresses: Vec<_> = functions.iter().map(device).collect();
     let line = ["cofferdam-conformance", via, "--driver", BLOCK_DRIVER, "--cache-dir", "/var/cache/cofferdam"];
     let line: Vec<_> = line.into_iter().chain(addresses.iter().map(String::as_str)).collect();
