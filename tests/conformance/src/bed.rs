@@ -141,6 +141,8 @@ pub(crate) fn with_fixture(bed: &dyn Bed, case: &Case) -> anyhow::Result<bool> {
     let mut spec = LoadSpec::new("virtio-blk.wasm", component, device.transport);
     spec.queues = Some(wish.queues);
     spec.arena_bytes = bed.arena_bytes();
+    spec.limits.call_deadline_ms *= u64::from(bed.slowness());
+    spec.limits.host_budget_ms *= u64::from(bed.slowness());
     if let Some(entries) = wish.ring_entries {
         spec.ring_entries = entries;
     }
