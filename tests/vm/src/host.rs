@@ -59,7 +59,9 @@ impl Host {
     pub fn load_disk(&self, vm: &Vm, disk: &Function, via: &str, port: &str, more: &[&str]) -> Result<Value> {
         let device = device(disk);
         let line = ["load", BLOCK_DRIVER, "--device", &device, via, "--name", "disk", "--port", port, "--json"];
-        let loaded = cofferdam(vm, &[&line[..], &["--arena-mib", "8"], more].concat())?.success()?.json()?;
+        // On a loaded host an emulated driver may take a tenth of a second, the usual deadline, for a call.
+        let patient = ["--arena-mib", "8", "--call-deadline-ms", "5000"];
+        let loaded = cofferdam(vm, &[&line[..], &patient, more].concat())?.success()?.json()?;
         ensure!(disk.block_device().is_none(), "the kernel still serves the disk");
         Ok(loaded)
     }
