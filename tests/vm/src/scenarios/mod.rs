@@ -1,6 +1,7 @@
 //! The scenarios, and the machine that each needs.
 
 mod bed;
+mod crash;
 mod drives;
 
 use crate::vm::Vm;
@@ -47,12 +48,20 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "a_transitional_device_is_refused_and_given_back", drives::legacy_is_refused),
         Scenario::new("uio", "a_driver_with_addresses_is_refused_on_uio", drives::edu_on_uio),
         Scenario::new("uio", "a_guessed_address_leads_nowhere_on_uio", drives::a_guess_on_uio),
+        Scenario::new("uio", "uio_host_is_killed_in_mid_traffic", crash::on_uio),
+        Scenario::new("uio", "uio_disk_of_a_killed_host_is_loaded_again", crash::loaded_again_on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
         Scenario::new("vfio", "vfio_disk_is_driven_and_given_back", drives::on_vfio),
         Scenario::new("vfio", "a_driver_with_addresses_is_served_on_vfio", drives::edu_on_vfio),
         Scenario::new("vfio", "a_dma_beside_its_memory_faults_on_vfio", drives::a_stray_on_vfio).expecting(&["DMAR"]),
+        Scenario::new("vfio", "vfio_host_is_killed_in_mid_traffic", crash::on_vfio),
+        Scenario::new(
+            "vfio",
+            "vfio_disk_of_a_killed_host_is_loaded_again_round_the_iommu",
+            crash::loaded_again_round_the_iommu,
+        ),
     ];
     ALL
 }
