@@ -3,6 +3,7 @@
 mod bed;
 mod crash;
 mod drives;
+mod kernel_client;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -50,6 +51,7 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "a_guessed_address_leads_nowhere_on_uio", drives::a_guess_on_uio),
         Scenario::new("uio", "uio_host_is_killed_in_mid_traffic", crash::on_uio),
         Scenario::new("uio", "uio_disk_of_a_killed_host_is_loaded_again", crash::loaded_again_on_uio),
+        Scenario::new("uio", "uio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -62,6 +64,7 @@ pub fn all() -> &'static [Scenario] {
             "vfio_disk_of_a_killed_host_is_loaded_again_round_the_iommu",
             crash::loaded_again_round_the_iommu,
         ),
+        Scenario::new("vfio", "vfio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_vfio),
     ];
     ALL
 }
