@@ -1,6 +1,7 @@
 //! The scenarios, and the machine that each needs.
 
 mod bed;
+mod bypass;
 mod crash;
 mod drives;
 mod kernel_client;
@@ -65,6 +66,7 @@ pub fn all() -> &'static [Scenario] {
             crash::loaded_again_round_the_iommu,
         ),
         Scenario::new("vfio", "vfio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_vfio),
+        Scenario::new("vfio", "a_device_round_the_iommu_is_confined_by_the_host", bypass::confined_by_the_host),
     ];
     ALL
 }
