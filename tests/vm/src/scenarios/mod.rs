@@ -2,6 +2,7 @@
 
 mod bed;
 mod bypass;
+mod commands;
 mod crash;
 mod drives;
 mod kernel_client;
@@ -53,6 +54,9 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_host_is_killed_in_mid_traffic", crash::on_uio),
         Scenario::new("uio", "uio_disk_of_a_killed_host_is_loaded_again", crash::loaded_again_on_uio),
         Scenario::new("uio", "uio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_uio),
+        Scenario::new("uio", "uio_devices_are_bound_and_given_back_by_hand", commands::by_hand),
+        Scenario::new("uio", "uio_disk_in_use_is_refused", commands::in_use),
+        Scenario::new("uio", "uio_doctor_tells_what_this_machine_has", commands::doctor),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -67,6 +71,9 @@ pub fn all() -> &'static [Scenario] {
         ),
         Scenario::new("vfio", "vfio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_vfio),
         Scenario::new("vfio", "a_device_round_the_iommu_is_confined_by_the_host", bypass::confined_by_the_host),
+        Scenario::new("vfio", "vfio_devices_are_bound_and_given_back_by_hand", commands::by_hand),
+        Scenario::new("vfio", "vfio_disk_in_use_is_refused", commands::in_use),
+        Scenario::new("vfio", "vfio_doctor_tells_what_this_machine_has", commands::doctor),
     ];
     ALL
 }
