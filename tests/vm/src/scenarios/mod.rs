@@ -5,6 +5,7 @@ mod bypass;
 mod commands;
 mod crash;
 mod drives;
+mod hostile;
 mod kernel_client;
 
 use crate::vm::Vm;
@@ -57,6 +58,8 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_devices_are_bound_and_given_back_by_hand", commands::by_hand),
         Scenario::new("uio", "uio_disk_in_use_is_refused", commands::in_use),
         Scenario::new("uio", "uio_doctor_tells_what_this_machine_has", commands::doctor),
+        Scenario::new("uio", "uio_hostile_driver_is_refused_every_bound", hostile::some),
+        Scenario::new("uio", "uio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -74,6 +77,8 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_devices_are_bound_and_given_back_by_hand", commands::by_hand),
         Scenario::new("vfio", "vfio_disk_in_use_is_refused", commands::in_use),
         Scenario::new("vfio", "vfio_doctor_tells_what_this_machine_has", commands::doctor),
+        Scenario::new("vfio", "vfio_hostile_driver_is_refused_every_bound", hostile::some),
+        Scenario::new("vfio", "vfio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
     ];
     ALL
 }
