@@ -7,6 +7,7 @@ mod crash;
 mod drives;
 mod hostile;
 mod kernel_client;
+mod pair;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -60,6 +61,7 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_doctor_tells_what_this_machine_has", commands::doctor),
         Scenario::new("uio", "uio_hostile_driver_is_refused_every_bound", hostile::some),
         Scenario::new("uio", "uio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
+        Scenario::new("uio", "uio_disk_leaves_and_another_stays_in_one_host", pair::one_goes),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -79,6 +81,7 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_doctor_tells_what_this_machine_has", commands::doctor),
         Scenario::new("vfio", "vfio_hostile_driver_is_refused_every_bound", hostile::some),
         Scenario::new("vfio", "vfio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
+        Scenario::new("vfio", "vfio_disk_leaves_and_another_stays_in_one_host", pair::one_goes),
     ];
     ALL
 }
