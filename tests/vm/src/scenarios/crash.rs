@@ -1,7 +1,7 @@
 //! The host is killed while its device writes.
 //!
 //! What must hold is DESIGN's rule for uio: memory that the device was told of is nobody else's before the device is known to be silent. The kernel takes the mapping of a process
-//! that ends before it closes its descriptors, and only the last close of `/dev/uioN` has uio_pci_generic switch bus mastering off: what bridges that moment, and a kernel that
+//! that ends before it closes its descriptors, and only the close of `/dev/uioN` has uio_pci_generic switch bus mastering off: what bridges that moment, and a kernel that
 //! does not switch it off, are the named files.
 
 use crate::disk::{self, NBD_PORT, free_hugepages, hugepage_files, is_kept};
@@ -43,7 +43,7 @@ fn kill(vm: &Vm, disk: &Function, via: &str) -> Result<Killed> {
 /// The driver of uio or vfio has the function still, which is silent, and `devices` says who left it.
 fn is_left(vm: &Vm, disk: &Function, driver: &str, killed: &Killed) -> Result<()> {
     ensure!(disk.driver().as_deref() == Some(driver), "it is with {:?}", disk.driver());
-    // uio_pci_generic with the last close of its node, vfio-pci with that of the device.
+    // uio_pci_generic switches it off when its node is closed, vfio-pci when the device is.
     ensure!(!disk.is_master()?, "it masters the bus still");
     let told = told(vm, disk)?;
     ensure!(told["claim"].is_null(), "claimed: {}", told["claim"]);
@@ -95,7 +95,7 @@ fn killed_and_given_back(vm: &mut Vm, via: &str, driver: &str) -> Result<()> {
     if via == "--uio" {
         left = holds(&disk, &killed)?;
         vm.step(&format!("{left} bytes are still in {} files; bus mastering on again", killed.files.len()));
-        // As on a kernel whose uio_pci_generic leaves it on (before 4.9, or with another process at the node).
+        // As on a kernel whose uio_pci_generic leaves it on: silence is not taken for granted.
         disk.set_master()?;
     } else {
         ensure!(killed.files.is_empty(), "huge pages behind an IOMMU: {:?}", killed.files);
