@@ -73,12 +73,13 @@ fn is_back(vm: &Vm, disk: &Function, name: &str) -> Result<()> {
 fn refused(vm: &Vm, loads: &[(&str, &str)], traffic: &[(&str, &str)]) -> Result<()> {
     let disk = DISK0.function()?;
     // Something to be read, and to be changed by who should not.
-    disk::forget(vm, &disk)?;
+    kernel_serves(vm, &disk)?;
     let fill = "--rw=write --bs=64k --size=2m --verify=crc32c --do_verify=0 --end_fsync=1";
     disk::fio_in_kernel(vm, &disk, fill)?.success()?;
     let before = disk::sum(vm, &disk)?;
     // A host that was killed by another scenario leaves its socket.
     let _ = std::fs::remove_file(NBD);
+    vm.step("filled and summed up");
     let mut host = Host::start(vm)?;
     for (name, reason) in loads {
         load(vm, &disk, name)?.refusal()?.saying("the driver")?.saying(reason)?;
@@ -102,6 +103,7 @@ fn refused(vm: &Vm, loads: &[(&str, &str)], traffic: &[(&str, &str)]) -> Result<
     kernel_serves(vm, &disk)?;
     let after = disk::sum(vm, &disk)?;
     ensure!(before == after, "the disk's content has changed");
+    vm.step("the disk is as it was");
     host.load_disk(vm, &disk, &format!("--{}", vm.topology), NBD_PORT, &[])?;
     disk::works(vm)?;
     let certificate = host.unload(vm, "disk")?;
