@@ -13,6 +13,9 @@ use crate::vm::{SHORT, Vm};
 /// How long a command may take. A load compiles the driver, the first time.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
+/// What `load` is told here: huge pages are few, and a processor that is emulated on a busy machine can stand still for longer than the 100 ms that a call has.
+pub const MODEST: &[&str] = &["--arena-mib", "8", "--call-deadline-ms", "10000"];
+
 const SOCKET: &str = "/tmp/cofferdam.sock";
 
 /// The component that drives disks.
@@ -59,9 +62,7 @@ impl Host {
     pub fn load_disk(&self, vm: &Vm, disk: &Function, via: &str, port: &str, more: &[&str]) -> Result<Value> {
         let device = device(disk);
         let line = ["load", BLOCK_DRIVER, "--device", &device, via, "--name", "disk", "--port", port, "--json"];
-        // On a loaded host an emulated driver may take a tenth of a second, the usual deadline, for a call.
-        let patient = ["--arena-mib", "8", "--call-deadline-ms", "5000"];
-        let loaded = cofferdam(vm, &[&line[..], &patient, more].concat())?.success()?.json()?;
+        let loaded = cofferdam(vm, &[&line[..], MODEST, more].concat())?.success()?.json()?;
         ensure!(disk.block_device().is_none(), "the kernel still serves the disk");
         Ok(loaded)
     }
@@ -74,6 +75,16 @@ impl Host {
         let certificate = cofferdam(vm, &["unload", name, "--json"])?.success()?.json()?;
         is_clean(&certificate)?;
         Ok(certificate)
+    }
+
+    /// SIGKILL; its process id.
+    ///
+    /// # Errors
+    /// When the kernel does not end it.
+    pub fn kill(self) -> Result<u32> {
+        let process = self.process.id();
+        self.process.kill(SHORT)?;
+        Ok(process)
     }
 
     /// Ends it.
@@ -95,6 +106,16 @@ pub fn is_clean(certificate: &Value) -> Result<()> {
     ensure!(residual.values().all(|left| left == 0), "{certificate}");
     ensure!(certificate["leaked"]["bytes"] == 0, "{certificate}");
     Ok(())
+}
+
+/// What `devices --json` says of a function.
+///
+/// # Errors
+/// When it does not say anything.
+pub fn told(vm: &Vm, function: &Function) -> Result<Value> {
+    let all = cofferdam(vm, &["devices", "--json"])?.success()?.json()?;
+    let all = all.as_array().context("no list")?;
+    all.iter().find(|told| told["address"] == function.address()).cloned().context("devices does not show it")
 }
 
 /// Waits until the kernel's driver serves the disk and has it read a piece.

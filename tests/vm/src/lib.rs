@@ -45,8 +45,10 @@
 //! `cargo xtask vm-test NAME` boots only what holds a scenario of that name; the serial log stays in `target/vm/logs`. Outside a virtual machine this program runs no
 //! scenario.
 
+pub mod disk;
 pub mod host;
 pub mod kernel_log;
+pub mod mount;
 pub mod outside;
 pub mod pci;
 pub mod program;

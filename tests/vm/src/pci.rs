@@ -5,9 +5,14 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const DEVICES: &str = "/sys/bus/pci/devices";
+
+/// Where the command register is in configuration space, and its bus master bit.
+const COMMAND: u64 = 0x04;
+const MASTER: u16 = 1 << 2;
 
 /// One function of a topology, under QEMU's id. The same table, from QEMU's side, is `xtask/src/vm/topology.rs`.
 #[derive(Debug, Clone, Copy)]
@@ -134,6 +139,28 @@ impl Function {
     /// The number of its IOMMU group.
     pub fn iommu_group(&self) -> Option<String> {
         link_name(&self.folder.join("iommu_group"))
+    }
+
+    /// The command register (PCI 3.0, section 6.2.2).
+    pub fn command(&self) -> Result<u16> {
+        let config = fs::File::open(self.folder.join("config"))?;
+        let mut command = [0; 2];
+        config.read_exact_at(&mut command, COMMAND)?;
+        Ok(u16::from_le_bytes(command))
+    }
+
+    /// Whether it may master the bus: read and write memory by itself.
+    pub fn is_master(&self) -> Result<bool> {
+        Ok(self.command()? & MASTER != 0)
+    }
+
+    /// Lets it master the bus, as `setpci COMMAND=4:4` does.
+    pub fn set_master(&self) -> Result<()> {
+        let command = self.command()? | MASTER;
+        let config = fs::OpenOptions::new().write(true).open(self.folder.join("config"))?;
+        config.write_all_at(&command.to_le_bytes(), COMMAND)?;
+        ensure!(self.is_master()?, "bus mastering does not go on");
+        Ok(())
     }
 
     /// The block device (`vda`) that the kernel's driver serves from it.

@@ -119,7 +119,8 @@ pub(crate) trait Claimed: Send {
     /// Readable or hung up when the function may be on its way out.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// What it holds open, beside what `wire` was given.
+    /// What it holds open and nobody else in this process does, beside what `wire` was given. A certificate looks for them by the names that the kernel shows in /proc, and those of
+    /// what every binding opens for itself (vfio's container, /dev/iommu, the mount of hugetlbfs) would be found for as long as there is another binding.
     fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
 
     /// Whether the function is gone or has been asked for (vfio's request eventfd), whatever its registers read. Never blocks.

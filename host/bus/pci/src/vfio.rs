@@ -360,7 +360,6 @@ impl Claimed for VfioFunction {
             fds.extend([held.device.fd(), (*held.line).as_fd()]);
             fds.extend(held.iommu.descriptors());
         }
-        fds.extend(self.hugepages.as_ref().map(Hugepages::descriptor));
         fds.extend(self.watch.iter().flat_map(Watch::descriptors));
         fds
     }
