@@ -45,6 +45,7 @@
 //! `cargo xtask vm-test NAME` boots only what holds a scenario of that name; the serial log stays in `target/vm/logs`. Outside a virtual machine this program runs no
 //! scenario.
 
+pub mod fio;
 pub mod host;
 pub mod kernel_log;
 pub mod outside;
@@ -52,5 +53,6 @@ pub mod pci;
 pub mod program;
 pub mod runner;
 pub mod scenarios;
+pub mod slot;
 pub mod verdict;
 pub mod vm;

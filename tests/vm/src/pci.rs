@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::slot::Slot;
+
 const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// One function of a topology, under QEMU's id. The same table, from QEMU's side, is `xtask/src/vm/topology.rs`.
@@ -75,6 +77,15 @@ impl Place {
             }
         };
         folder.is_dir().then_some(Function { folder })
+    }
+
+    /// The slot that it is in.
+    ///
+    /// # Errors
+    /// If it is not on a port, or the power of that one's slot cannot be switched.
+    pub fn slot(&self) -> Result<Slot> {
+        let At::Port(slot, _) = self.at else { bail!("{} is not on a port", self.id) };
+        Slot::open(Path::new(DEVICES).join(format!("0000:00:{slot:02x}.0/config")))
     }
 
     /// What `device_add` needs to plug this disk in again.
@@ -158,6 +169,12 @@ impl Function {
         let path = self.folder.join(name);
         fs::write(&path, text).with_context(|| format!("{text:?} to {}", path.display()))
     }
+}
+
+/// Has the kernel look for functions that it does not know.
+pub fn rescan() -> Result<()> {
+    let path = Path::new(DEVICES).with_file_name("rescan");
+    fs::write(&path, "1").with_context(|| path.display().to_string())
 }
 
 fn link_name(link: &Path) -> Option<String> {

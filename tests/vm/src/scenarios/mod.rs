@@ -2,6 +2,8 @@
 
 mod bed;
 mod drives;
+mod load;
+mod removal;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -47,12 +49,26 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "a_transitional_device_is_refused_and_given_back", drives::legacy_is_refused),
         Scenario::new("uio", "a_driver_with_addresses_is_refused_on_uio", drives::edu_on_uio),
         Scenario::new("uio", "a_guessed_address_leads_nowhere_on_uio", drives::a_guess_on_uio),
+        Scenario::new("uio", "uio_disk_serves_two_queues", load::two_queues_on_uio),
+        Scenario::new("uio", "uio_disk_is_unloaded_under_load", load::unloaded_on_uio),
+        Scenario::new("uio", "uio_disk_is_unplugged_under_load", removal::unplugged_on_uio),
+        Scenario::new("uio", "uio_disk_loses_its_slot_power_under_load", removal::powered_off_on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
         Scenario::new("vfio", "vfio_disk_is_driven_and_given_back", drives::on_vfio),
         Scenario::new("vfio", "a_driver_with_addresses_is_served_on_vfio", drives::edu_on_vfio),
         Scenario::new("vfio", "a_dma_beside_its_memory_faults_on_vfio", drives::a_stray_on_vfio).expecting(&["DMAR"]),
+        Scenario::new("vfio", "vfio_disk_serves_two_queues", load::two_queues_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_unloaded_under_load", load::unloaded_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_unplugged_under_load", removal::unplugged_on_vfio),
+        Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio),
+        Scenario::new(
+            "vfio",
+            "vfio_disk_that_stays_away_is_let_go_when_the_kernel_is_done",
+            removal::pulled_out_for_good_on_vfio,
+        )
+        .long(),
     ];
     ALL
 }
