@@ -11,7 +11,7 @@ use crate::vm::Vm;
 const VERIFY_LIMIT: Duration = Duration::from_secs(120);
 
 /// What each job has of the disk, from its start on.
-const JOB_MIB: u32 = 4;
+const JOB_MIB: u32 = 2;
 
 /// Where the load of `jobs` jobs ends, in MiB: what lies behind is not its.
 #[must_use]
@@ -53,7 +53,7 @@ impl Load {
     /// When fio does not start.
     pub fn start(vm: &Vm, socket: &str, jobs: u32) -> Result<Load> {
         // Far longer than a scenario: it never ends well.
-        let more = "--rw=randrw --bsrange=4k-64k --verify_backlog=64 --time_based --runtime=600";
+        let more = "--rw=randrw --bsrange=4k-16k --verify_backlog=64 --time_based --runtime=600";
         vm.spawn("fio", line(socket, jobs, more)).map(Load)
     }
 

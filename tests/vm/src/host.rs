@@ -62,7 +62,9 @@ impl Host {
     pub fn load_disk(&self, vm: &Vm, disk: &Function, via: &str, port: &str, more: &[&str]) -> Result<Value> {
         let device = device(disk);
         let line = ["load", BLOCK_DRIVER, "--device", &device, via, "--name", "disk", "--port", port, "--json"];
-        let loaded = cofferdam(vm, &[&line[..], &["--arena-mib", "8"], more].concat())?.success()?.json()?;
+        // Emulated, and on a machine that has other things to do, a call may take far longer than drivers are given.
+        let own = ["--arena-mib", "8", "--call-deadline-ms", "10000"];
+        let loaded = cofferdam(vm, &[&line[..], &own, more].concat())?.success()?.json()?;
         ensure!(disk.block_device().is_none(), "the kernel still serves the disk");
         Ok(loaded)
     }

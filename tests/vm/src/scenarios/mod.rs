@@ -62,13 +62,7 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_disk_serves_two_queues", load::two_queues_on_vfio),
         Scenario::new("vfio", "vfio_disk_is_unloaded_under_load", load::unloaded_on_vfio),
         Scenario::new("vfio", "vfio_disk_is_unplugged_under_load", removal::unplugged_on_vfio),
-        Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio),
-        Scenario::new(
-            "vfio",
-            "vfio_disk_that_stays_away_is_let_go_when_the_kernel_is_done",
-            removal::pulled_out_for_good_on_vfio,
-        )
-        .long(),
+        Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio).long(),
     ];
     ALL
 }

@@ -96,27 +96,21 @@ fn unplugged(vm: &mut Vm, via: &str) -> Result<()> {
 /// How long the kernel may take to forget a function: it gives a reset of one that is gone 65 seconds, and more in emulation.
 const FORGOTTEN: Duration = Duration::from_secs(180);
 
-/// Nobody is asked, and nobody is told. With `soon` power is back before the kernel has given up on the device.
-fn powered_off(vm: &mut Vm, via: &str, soon: bool) -> Result<()> {
+/// Nobody is asked, and nobody is told. Power comes back when the kernel has forgotten the function: while it closes one through vfio it keeps everybody from the port's registers too.
+fn powered_off(vm: &mut Vm, via: &str) -> Result<()> {
     let slot = DISK0.slot()?;
     let scene = Scene::set(vm, via)?;
     vm.step("clients at work; power off");
     let since = now_micros()?;
     slot.power(false)?;
-    let gone = is_pulled_out(vm, scene, since);
+    let forgotten = is_pulled_out(vm, scene, since).and_then(|(host, mut removal)| {
+        vm.wait_until("the removal", FORGOTTEN, || Ok(!removal.is_alive()?))?;
+        ensure!(!DISK0.is_present(), "the kernel does not forget it");
+        Ok(host)
+    });
     // Whatever came of it: the next scenario wants the disk.
-    let (host, mut removal) = match gone {
-        Ok((host, removal)) if !soon => {
-            vm.wait_until("the kernel forgets it", FORGOTTEN, || Ok(!DISK0.is_present()))?;
-            slot.power(true)?;
-            (host, removal)
-        }
-        gone => {
-            slot.power(true)?;
-            gone?
-        }
-    };
-    ensure!(removal_ends(vm, &mut removal)?, "the kernel does not forget it");
+    slot.power(true)?;
+    let host = forgotten?;
     vm.step("the kernel has forgotten it");
     vm.wait_until("neither claim nor record", SHORT, || Ok(nothing_is_claimed().is_ok()))?;
     rescan()?;
@@ -142,11 +136,6 @@ fn is_pulled_out(vm: &Vm, scene: Scene, since: u64) -> Result<(Host, Running)> {
     Ok((host, vm.spawn("remove", ["sh", "-c", &line])?))
 }
 
-fn removal_ends(vm: &Vm, removal: &mut Running) -> Result<bool> {
-    vm.wait_until("the removal", FORGOTTEN, || Ok(!removal.is_alive()?))?;
-    Ok(!DISK0.is_present())
-}
-
 pub(super) fn unplugged_on_uio(vm: &mut Vm) -> Result<()> {
     unplugged(vm, "--uio")
 }
@@ -156,14 +145,9 @@ pub(super) fn unplugged_on_vfio(vm: &mut Vm) -> Result<()> {
 }
 
 pub(super) fn powered_off_on_uio(vm: &mut Vm) -> Result<()> {
-    powered_off(vm, "--uio", true)
+    powered_off(vm, "--uio")
 }
 
 pub(super) fn powered_off_on_vfio(vm: &mut Vm) -> Result<()> {
-    powered_off(vm, "--vfio", true)
-}
-
-/// The device never answers again, and the kernel waits for it as long as it does.
-pub(super) fn pulled_out_for_good_on_vfio(vm: &mut Vm) -> Result<()> {
-    powered_off(vm, "--vfio", false)
+    powered_off(vm, "--vfio")
 }
