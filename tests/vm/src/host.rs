@@ -82,7 +82,7 @@ impl Host {
     ///
     /// # Errors
     /// When they do not.
-    pub fn is_loaded(&self, vm: &Vm, name: &str, clients: usize) -> Result<()> {
+    pub fn until_loaded(&self, vm: &Vm, name: &str, clients: usize) -> Result<()> {
         vm.wait_until("clients at work", SHORT, || {
             let handles = self.handles(vm, name)?;
             let busy = handles.iter().filter(|handle| handle["requests"].as_u64() >= Some(BUSY_REQUESTS));

@@ -42,7 +42,7 @@ fn two_queues(vm: &mut Vm, via: &str) -> Result<()> {
     // The counters of virtio 1.2, section 2.7.8, go round at 65536, which is far from here.
     ensure!(taken.iter().all(|taken| *taken >= VERIFY_REQUESTS), "each client made {VERIFY_REQUESTS}: {taken:?}");
     let mut load = Load::start(vm, SOCKET, QUEUES)?;
-    host.is_loaded(vm, "disk", 2)?;
+    host.until_loaded(vm, "disk", 2)?;
     let handles = host.handles(vm, "disk")?;
     load.goes_on()?;
     let busy = |lane: u32| handles.iter().any(|handle| handle["lane"] == lane && handle["requests"] != 0);
@@ -90,7 +90,7 @@ fn unloaded(vm: &mut Vm, via: &str) -> Result<()> {
     let host = Host::start(vm)?;
     host.load_disk(vm, &disk, via, PORT, TWO)?;
     let mut load = Load::start(vm, SOCKET, JOBS)?;
-    host.is_loaded(vm, "disk", 4)?;
+    host.until_loaded(vm, "disk", 4)?;
     load.goes_on()?;
     vm.step("four clients at work; unload");
     // The exit code is 4 where the deadline has passed.

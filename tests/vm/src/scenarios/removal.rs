@@ -38,13 +38,13 @@ impl Scene {
         let host = Host::start(vm)?;
         host.load_disk(vm, &disk, via, PORT, &["--queues", "2"])?;
         let mut load = Load::start(vm, SOCKET, JOBS)?;
-        host.is_loaded(vm, "disk", JOBS as usize)?;
+        host.until_loaded(vm, "disk", JOBS as usize)?;
         load.goes_on()?;
         Ok(Scene { host, load, disk, hugepages })
     }
 
     /// The device went at `since`: the binding leaves for that reason and by itself, whatever was waiting for it ends, and nothing of it is left in the host.
-    fn is_over(self, vm: &Vm, since: u64) -> Result<(Host, Function, Value)> {
+    fn end(self, vm: &Vm, since: u64) -> Result<(Host, Function, Value)> {
         let Scene { mut host, load, disk, hugepages } = self;
         load.ends_with_an_error(SHORT)?;
         vm.step("fio has ended");
@@ -86,7 +86,7 @@ fn unplugged(vm: &mut Vm, via: &str) -> Result<()> {
     let since = now_micros()?;
     vm.unplug(&DISK0)?;
     vm.step("the kernel let go of it");
-    let (host, _, certificate) = scene.is_over(vm, since)?;
+    let (host, _, certificate) = scene.end(vm, since)?;
     is_clean(&certificate)?;
     nothing_is_claimed()?;
     vm.plug(&DISK0)?;
@@ -120,7 +120,7 @@ fn powered_off(vm: &mut Vm, via: &str) -> Result<()> {
 
 /// The binding is over, and the kernel is being told that the function is gone, which lasts where it is still closing it.
 fn is_pulled_out(vm: &Vm, scene: Scene, since: u64) -> Result<(Host, Running)> {
-    let (host, disk, mut certificate) = scene.is_over(vm, since)?;
+    let (host, disk, mut certificate) = scene.end(vm, since)?;
     ensure!(DISK0.is_present(), "the kernel was told");
     if vm.topology == "vfio" {
         // The kernel resets the function as it closes it, and waits for an answer. What it has not closed is said, and is no memory.
