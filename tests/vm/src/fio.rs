@@ -66,16 +66,16 @@ impl Load {
         Ok(())
     }
 
-    /// The end after the disk was taken away: an error that it tells, within `limit`, and no wrong data before.
+    /// The end after the disk was taken away: an error that it tells, within `limit`, and no wrong data before. What it said.
     ///
     /// # Errors
     /// When it goes on, noticed nothing or was shown something wrong.
-    pub fn ends_with_an_error(self, limit: Duration) -> Result<()> {
+    pub fn ends_with_an_error(self, limit: Duration) -> Result<String> {
         let output = self.0.finish(limit)?.refusal()?;
         let said = format!("{}{}", output.stdout, output.stderr);
         ensure!(said.contains("err=") || said.contains("error"), "fio does not say what ended it: {said}");
         let wrong = WRONG.iter().find(|wrong| said.contains(**wrong));
         ensure!(wrong.is_none(), "fio was shown wrong data: {said}");
-        Ok(())
+        Ok(said)
     }
 }

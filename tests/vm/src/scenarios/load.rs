@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::fio::{self, Load, VERIFY_REQUESTS};
-use crate::host::{Host, cofferdam, kernel_serves, nothing_is_claimed};
+use crate::host::{Host, cofferdam, is_clean, kernel_serves, nothing_is_claimed};
 use crate::pci::{DISK0, Place};
 use crate::vm::{SHORT, Vm};
 
@@ -98,12 +98,13 @@ fn unloaded(vm: &mut Vm, via: &str) -> Result<()> {
     let output = cofferdam(vm, &line)?.success()?;
     let certificate = output.json()?;
     vm.step(&format!("unloaded in {:.2} s", output.took.as_secs_f64()));
-    crate::host::is_clean(&certificate)?;
-    ensure!(certificate["outcome"] == "unloaded", "{certificate}");
-    ensure!(certificate["handles_revoked"].as_u64() >= Some(JOBS.into()), "{certificate}");
-    ensure!(certificate["requests_failed"] == 0, "the device completed less than it had: {certificate}");
-    load.ends_with_an_error(SHORT)?;
+    // First, for it says whether a client had left before, and why.
+    let said = load.ends_with_an_error(SHORT)?;
     vm.step("fio has ended");
+    is_clean(&certificate)?;
+    ensure!(certificate["outcome"] == "unloaded", "{certificate}");
+    ensure!(certificate["handles_revoked"].as_u64() >= Some(JOBS.into()), "{said}; {certificate}");
+    ensure!(certificate["requests_failed"] == 0, "the device completed less than it had: {certificate}");
     nothing_is_claimed()?;
     kernel_serves(vm, &disk)?;
     let path = disk.block_device().context("no block device")?;
