@@ -46,6 +46,7 @@
 //! scenario.
 
 pub mod disk;
+pub mod fio;
 pub mod host;
 pub mod kernel_log;
 pub mod mount;
@@ -54,5 +55,6 @@ pub mod pci;
 pub mod program;
 pub mod runner;
 pub mod scenarios;
+pub mod slot;
 pub mod verdict;
 pub mod vm;

@@ -8,6 +8,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::slot::Slot;
+
 const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// Where the command register is in configuration space, and its bus master bit.
@@ -86,6 +88,15 @@ impl Place {
             }
         };
         folder.is_dir().then_some(Function { folder })
+    }
+
+    /// The slot that it is in.
+    ///
+    /// # Errors
+    /// If it is not on a port, or the power of that one's slot cannot be switched.
+    pub fn slot(&self) -> Result<Slot> {
+        let At::Port(slot, _) = self.at else { bail!("{} is not on a port", self.id) };
+        Slot::open(Path::new(DEVICES).join(format!("0000:00:{slot:02x}.0/config")))
     }
 
     /// What `device_add` needs to plug this disk in again.
@@ -191,6 +202,12 @@ impl Function {
         let path = self.folder.join(name);
         fs::write(&path, text).with_context(|| format!("{text:?} to {}", path.display()))
     }
+}
+
+/// Has the kernel look for functions that it does not know.
+pub fn rescan() -> Result<()> {
+    let path = Path::new(DEVICES).with_file_name("rescan");
+    fs::write(&path, "1").with_context(|| path.display().to_string())
 }
 
 fn link_name(link: &Path) -> Option<String> {

@@ -87,7 +87,11 @@ pub(super) fn run(start: &Start<'_>) -> Result<Verdict> {
     let mut report = Report::new(name);
     let mut machine = Machine::start(start, &log, work)?;
     let failure = match machine.watch(&mut report, start.long) {
-        Ok(status) => judge(status, &report),
+        Ok(status) => judge(status, &report).map(|failure| match status {
+            // Ended by itself or by a signal: only QEMU can say why.
+            Some(GOOD | BAD) => failure,
+            _ => failure + &machine.process.last_words(),
+        }),
         Err(error) => Some(format!("{error:#}{}", machine.process.last_words())),
     };
     Ok(Verdict { report, failure, log })

@@ -138,8 +138,14 @@ pub(crate) trait Claimed: Send {
     /// Interrupts off, bus mastering off and confirmed by reading it back; an absent function is quiet.
     fn quiet(&mut self, deadline: Instant) -> Silence;
 
-    /// Closes everything and gives the function back to where it came from. Holds no region afterwards.
+    /// Closes everything. Holds no region afterwards.
     fn release(&mut self);
+
+    /// As [`Claimed::release`], and drops `then` when the kernel has let the function go: at once, or later where the kernel takes longer than anybody can wait.
+    fn release_then(&mut self, then: Box<dyn Send>) {
+        self.release();
+        drop(then);
+    }
 }
 
 /// [`Claimed::quiet`] of a function that is open. `is_resetting`: the kernel still resets it, and its configuration space answers nobody in time.

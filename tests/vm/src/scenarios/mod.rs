@@ -8,7 +8,9 @@ mod crash;
 mod drives;
 mod hostile;
 mod kernel_client;
+mod load;
 mod pair;
+mod removal;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -64,6 +66,10 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_hostile_driver_is_refused_every_bound", hostile::some),
         Scenario::new("uio", "uio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
         Scenario::new("uio", "uio_disk_leaves_and_another_stays_in_one_host", pair::one_goes),
+        Scenario::new("uio", "uio_disk_serves_two_queues", load::two_queues_on_uio),
+        Scenario::new("uio", "uio_disk_is_unloaded_under_load", load::unloaded_on_uio),
+        Scenario::new("uio", "uio_disk_is_unplugged_under_load", removal::unplugged_on_uio),
+        Scenario::new("uio", "uio_disk_loses_its_slot_power_under_load", removal::powered_off_on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -85,6 +91,10 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_hostile_driver_is_refused_every_bound", hostile::some),
         Scenario::new("vfio", "vfio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
         Scenario::new("vfio", "vfio_disk_leaves_and_another_stays_in_one_host", pair::one_goes),
+        Scenario::new("vfio", "vfio_disk_serves_two_queues", load::two_queues_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_unloaded_under_load", load::unloaded_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_unplugged_under_load", removal::unplugged_on_vfio),
+        Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio).long(),
     ];
     ALL
 }
