@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::pci::Function;
@@ -54,7 +54,10 @@ impl Host {
         // What a killed one left is not its socket.
         let _ = std::fs::remove_file(SOCKET);
         let process = vm.spawn("daemon", ["cofferdam", "daemon", "--socket", SOCKET])?;
-        vm.wait_until("the daemon", SHORT, || Ok(Path::new(SOCKET).exists()))?;
+        let started = vm.wait_until("the daemon", SHORT, || Ok(Path::new(SOCKET).exists()));
+        if let Err(error) = started {
+            bail!("{error:#}{}", process.where_it_is());
+        }
         Ok(Host { process })
     }
 
