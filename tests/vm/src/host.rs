@@ -82,7 +82,7 @@ impl Host {
         handles.as_array().cloned().with_context(|| format!("no list: {handles}"))
     }
 
-    /// Waits until `clients` clients have made [`BUSY_REQUESTS`] requests each.
+    /// Waits until `clients` clients have made enough requests to be at work.
     ///
     /// # Errors
     /// When they do not.
