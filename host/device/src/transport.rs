@@ -143,8 +143,8 @@ pub trait Transport: Send {
     /// [`Transport::is_lost`] and [`Transport::take_config_change`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Sockets and event descriptors that this device holds open in this process, for a certificate to look for afterwards (L7). What
-    /// [`QueueEvents`] gave away is not among them.
+    /// Sockets, event descriptors and device nodes that this device alone holds open in this process, for a certificate to look for afterwards (L7), by
+    /// what the kernel calls them: what another device may open under the same name is not among them, nor what [`QueueEvents`] gave away.
     fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }

@@ -38,6 +38,7 @@ pub(crate) fn compare(service: Service, pre: &InstancePre<LaneState>) -> wasmtim
 }
 
 /// The exports of an instance.
+#[expect(clippy::large_enum_variant, reason = "one for each lane, and entered on the hot path")]
 pub(crate) enum Guest {
     Virtio(VirtioGuest),
     Function(FunctionDriver),

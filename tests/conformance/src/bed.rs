@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{Binding, Config, LoadSpec, Manager, Transport};
+use cofferdam_manager::{Binding, Certificate, Config, LoadSpec, Manager, Transport, UnloadOptions};
 
 use crate::{Case, Client};
 
@@ -43,6 +43,8 @@ impl Default for Wish {
 pub struct Device {
     /// The way to it.
     pub transport: Box<dyn Transport>,
+    /// The size of its medium, which it has to show.
+    pub capacity_bytes: u64,
     /// What has to live as long as the device: a process, a directory.
     pub keep: Box<dyn Any>,
 }
@@ -57,6 +59,26 @@ pub trait Bed {
     /// # Errors
     /// When it should have been able to.
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>>;
+
+    /// The driver's component.
+    fn driver(&self) -> PathBuf {
+        driver_path("virtio-blk.wasm")
+    }
+
+    /// Where compiled code is kept.
+    fn cache_dir(&self) -> PathBuf {
+        driver_path("../test-cache")
+    }
+
+    /// Buffer memory of a load, in bytes.
+    fn arena_bytes(&self) -> u64 {
+        64 << 20
+    }
+
+    /// How many times as long things may take as where the processor is a real one.
+    fn slowness(&self) -> u32 {
+        1
+    }
 }
 
 /// What a case works with: a driver that serves the device.
@@ -67,6 +89,8 @@ pub struct Fixture {
     pub binding: Arc<Binding>,
     /// The wish that was granted.
     pub wish: Wish,
+    /// The bed's [`Bed::slowness`].
+    pub slowness: u32,
 }
 
 impl Fixture {
@@ -76,6 +100,26 @@ impl Fixture {
     /// When the handle is refused.
     pub fn client(&self, lane: usize) -> anyhow::Result<Client> {
         Client::open(&self.binding, lane)
+    }
+
+    /// Unloads the binding, with the time that this bed needs for it.
+    ///
+    /// # Errors
+    /// What the unload says.
+    pub fn unload(&self) -> anyhow::Result<Certificate> {
+        let usual = UnloadOptions::default();
+        let deadline = usual.deadline * self.slowness;
+        Ok(self.manager.unload_binding(&self.binding, &UnloadOptions { deadline, ..usual })?)
+    }
+
+    /// Unloads the binding if the case has not, and looks at what is left.
+    fn leave(&self) -> anyhow::Result<()> {
+        if self.binding.certificate().is_none() {
+            let certificate = self.unload()?;
+            ensure!(certificate.residual.is_zero(), "after the case: {:?}", certificate.residual);
+            ensure!(certificate.leaked.bytes == 0, "after the case: {:?}", certificate.leaked);
+        }
+        Ok(())
     }
 }
 
@@ -89,24 +133,23 @@ pub fn driver_path(name: &str) -> PathBuf {
 pub(crate) fn with_fixture(bed: &dyn Bed, case: &Case) -> anyhow::Result<bool> {
     let wish = (case.wish)();
     let Some(device) = bed.device(&wish)? else { return Ok(false) };
-    let path = driver_path("virtio-blk.wasm");
+    let wish = Wish { capacity_bytes: device.capacity_bytes, ..wish };
+    let path = bed.driver();
     let component =
         std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build' first", path.display()))?;
-    let cache_dir = Some(driver_path("../test-cache"));
-    let manager = Manager::new(Config { cache_dir })?;
+    let manager = Manager::new(Config { cache_dir: Some(bed.cache_dir()) })?;
     let mut spec = LoadSpec::new("virtio-blk.wasm", component, device.transport);
     spec.queues = Some(wish.queues);
+    spec.arena_bytes = bed.arena_bytes();
+    spec.limits.call_deadline_ms *= u64::from(bed.slowness());
+    spec.limits.host_budget_ms *= u64::from(bed.slowness());
     if let Some(entries) = wish.ring_entries {
         spec.ring_entries = entries;
     }
     let binding = manager.load(spec)?;
-    let mut fixture = Fixture { manager: manager.clone(), binding: Arc::clone(&binding), wish };
+    let mut fixture = Fixture { manager, binding, wish, slowness: bed.slowness() };
     let result = (case.check)(&mut fixture);
-    if binding.certificate().is_none() {
-        let certificate = manager.unload_binding(&binding, &cofferdam_manager::UnloadOptions::default())?;
-        ensure!(certificate.residual.is_zero(), "after the case: {:?}", certificate.residual);
-        ensure!(certificate.leaked.bytes == 0, "after the case: {:?}", certificate.leaked);
-    }
+    let left = fixture.leave();
     drop(device.keep);
-    result.map(|()| true)
+    result.and(left).map(|()| true)
 }

@@ -1,9 +1,10 @@
 //! What holds when the driver leaves while it is used.
 
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use cofferdam_manager::{HandleSpec, HandleState, IoError, IoOp, OpenError, Outcome, SubmitError, UnloadOptions};
+use cofferdam_manager::{HandleSpec, HandleState, IoError, IoFlags, IoOp, IoRequest, OpenError, Outcome, SubmitError};
 
 use crate::Case;
 use crate::bed::{Fixture, Wish};
@@ -21,6 +22,16 @@ pub(crate) const CASES: &[Case] = &[
         check: closed_in_flight,
     },
     Case { name: "two_unloaders_get_the_same_certificate", wish: Wish::default, check: two_unloaders },
+    Case {
+        name: "requests_of_a_closed_handle_are_answered_without_any_client",
+        wish: Wish::default,
+        check: answered_without_a_client,
+    },
+    Case {
+        name: "an_unload_under_many_threads_answers_each_request_once",
+        wish: Wish::default,
+        check: unload_under_threads,
+    },
 ];
 
 fn clean(certificate: &cofferdam_manager::Certificate) -> anyhow::Result<()> {
@@ -30,7 +41,7 @@ fn clean(certificate: &cofferdam_manager::Certificate) -> anyhow::Result<()> {
 }
 
 fn idle_unload(fixture: &mut Fixture) -> anyhow::Result<()> {
-    let certificate = fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?;
+    let certificate = fixture.unload()?;
     ensure!(certificate.outcome == Outcome::Unloaded);
     ensure!(certificate.requests_at_close == 0 && certificate.handles_revoked == 0);
     ensure!(fixture.manager.get(fixture.binding.name()).is_none(), "still registered");
@@ -43,7 +54,7 @@ fn unload_in_flight(fixture: &mut Fixture) -> anyhow::Result<()> {
     for number in 0..200_u64 {
         started.push(client.start(IoOp::Write, number * 4096, 4096, Some(&[3; 4096]))?);
     }
-    let certificate = fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?;
+    let certificate = fixture.unload()?;
     clean(&certificate)?;
     ensure!(certificate.requests_failed == 0, "{} failed", certificate.requests_failed);
     for user in started {
@@ -58,15 +69,15 @@ fn never_polls(fixture: &mut Fixture) -> anyhow::Result<()> {
         client.start(IoOp::Read, number * 4096, 4096, None)?;
     }
     let before = Instant::now();
-    let certificate = fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?;
-    ensure!(before.elapsed() < Duration::from_secs(2), "took {:?}", before.elapsed());
+    let certificate = fixture.unload()?;
+    ensure!(before.elapsed() < Duration::from_secs(2) * fixture.slowness, "took {:?}", before.elapsed());
     clean(&certificate)
 }
 
 fn revoked_handle(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     client.write(0, &[1; 4096])?;
-    let certificate = fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?;
+    let certificate = fixture.unload()?;
     ensure!(certificate.handles_revoked == 1, "{} handles revoked", certificate.handles_revoked);
     ensure!(client.handle().state() == HandleState::Revoked);
     ensure!(client.handle().lease(4096).is_err());
@@ -85,20 +96,20 @@ fn revoked_handle(fixture: &mut Fixture) -> anyhow::Result<()> {
 }
 
 fn sleeper_wakes(fixture: &mut Fixture) -> anyhow::Result<()> {
-    let client = fixture.client(0)?;
+    let (client, slowness) = (fixture.client(0)?, fixture.slowness);
     let (ready, go) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
         let sleeper = scope.spawn(move || {
             let _ = ready.send(());
             let before = Instant::now();
-            let found = client.handle().wait(Duration::from_secs(30), &mut Vec::new());
+            let found = client.handle().wait(Duration::from_secs(30) * slowness, &mut Vec::new());
             (found, before.elapsed(), client.handle().state())
         });
         go.recv()?;
-        clean(&fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?)?;
+        clean(&fixture.unload()?)?;
         let (found, slept, state) = sleeper.join().map_err(|_| anyhow::anyhow!("the sleeper panicked"))?;
         ensure!(found == 0 && state == HandleState::Revoked, "woke with {found} answers, {state:?}");
-        ensure!(slept < Duration::from_secs(5), "slept {slept:?}");
+        ensure!(slept < Duration::from_secs(5) * fixture.slowness, "slept {slept:?}");
         Ok(())
     })
 }
@@ -107,7 +118,7 @@ fn kept_buffer(fixture: &mut Fixture) -> anyhow::Result<()> {
     let client = fixture.client(0)?;
     let buffer = client.handle().lease(8192)?;
     buffer.write_at(0, b"before")?;
-    clean(&fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?)?;
+    clean(&fixture.unload()?)?;
     ensure!(buffer.read_at(0, &mut [0; 6]).is_err(), "a revoked buffer still reads");
     ensure!(buffer.write_at(0, b"after").is_err(), "a revoked buffer still writes");
     Ok(())
@@ -122,7 +133,7 @@ fn closed_in_flight(fixture: &mut Fixture) -> anyhow::Result<()> {
     let mut other = fixture.client(0)?;
     ensure!(other.one(IoOp::Read, 0, 4096, None)?.err() != Some(IoError::Revoked));
     drop(other);
-    clean(&fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default())?)
+    clean(&fixture.unload()?)
 }
 
 fn two_unloaders(fixture: &mut Fixture) -> anyhow::Result<()> {
@@ -131,11 +142,79 @@ fn two_unloaders(fixture: &mut Fixture) -> anyhow::Result<()> {
         client.start(IoOp::Read, number * 4096, 4096, None)?;
     }
     std::thread::scope(|scope| {
-        let unload = || fixture.manager.unload_binding(&fixture.binding, &UnloadOptions::default());
+        let unload = || fixture.unload();
         let other = scope.spawn(unload);
         let mine = unload()?;
         let theirs = other.join().map_err(|_| anyhow::anyhow!("an unloader panicked"))??;
         ensure!(mine == theirs, "{mine:?} against {theirs:?}");
         clean(&mine)
     })
+}
+
+/// Nobody is left who polls; the buffers come back all the same. (`tests/sharing.rs` holds the device still in between, where it can be held.)
+fn answered_without_a_client(fixture: &mut Fixture) -> anyhow::Result<()> {
+    let mut client = fixture.client(0)?;
+    for number in 0..100_u64 {
+        client.start(IoOp::Write, number * 4096, 4096, Some(&[6; 4096]))?;
+    }
+    drop(client);
+    let patience = Instant::now() + Duration::from_secs(10) * fixture.slowness;
+    loop {
+        let status = fixture.binding.status();
+        if status.requests_in_flight == 0 && status.leased_bytes == 0 {
+            return Ok(());
+        }
+        ensure!(Instant::now() < patience, "{status:?}");
+        std::thread::yield_now();
+    }
+}
+
+/// Eight threads hammer one lane through handles of their own until the binding is taken from under them.
+fn unload_under_threads(fixture: &mut Fixture) -> anyhow::Result<()> {
+    let fixture: &Fixture = fixture;
+    let (started, wait_for_traffic) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let mut clients = Vec::new();
+        for thread in 0..8_u64 {
+            let started = started.clone();
+            clients.push(scope.spawn(move || hammer(fixture, thread, &started)));
+        }
+        // One that gives up drops its end, and the last of them ends the wait.
+        drop(started);
+        let busy = (0..8).map_while(|_| wait_for_traffic.recv().ok()).count();
+        let certificate = fixture.unload()?;
+        for client in clients {
+            client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        }
+        ensure!(busy == 8, "{busy} of 8 clients were served");
+        ensure!(certificate.requests_failed == 0, "{} failed", certificate.requests_failed);
+        clean(&certificate)
+    })
+}
+
+/// Writes until it is told that the binding leaves, and then wants every answer once. Says on `started` that it is at it.
+fn hammer(fixture: &Fixture, thread: u64, started: &mpsc::Sender<()>) -> anyhow::Result<()> {
+    let handle = fixture.binding.open(HandleSpec::default())?;
+    let (mut admitted, mut answered, mut told, mut done) = (0_u64, 0_u64, false, Vec::new());
+    while handle.state() == HandleState::Open {
+        let offset = (thread * 64 + admitted % 64) * 4096;
+        let Ok(buffer) = handle.lease(4096) else { break };
+        let (op, flags) = (IoOp::Write, IoFlags::default());
+        let mut requests = vec![IoRequest { user: 1, op, offset, length: 4096, flags, buffer: Some(buffer) }];
+        // Refused, it is full or the end: the state tells which.
+        let _ = handle.submit(&mut requests);
+        admitted += u64::from(requests.is_empty());
+        if admitted >= 100 && !std::mem::replace(&mut told, true) {
+            let _ = started.send(());
+        }
+        handle.poll(admitted.is_multiple_of(3), &mut done);
+        answered += done.drain(..).count() as u64;
+    }
+    let patience = Instant::now() + Duration::from_secs(10) * fixture.slowness;
+    while answered < admitted && Instant::now() < patience {
+        handle.poll(true, &mut done);
+        answered += done.drain(..).count() as u64;
+    }
+    ensure!(answered == admitted, "thread {thread}: {admitted} admitted, {answered} answered");
+    Ok(())
 }

@@ -2,17 +2,21 @@
 //!
 //! A transport's test implements [`Bed`]: it makes a fresh device for each case and says what it cannot make. [`run`] loads the driver component
 //! through the real manager and goes through every case of [`CASES`]; a case that a bed cannot serve is named in the report, never passed over in silence.
+//! Over the sim and over vhost-user it runs as tests (`tests/`); on PCI functions it is a program (`main.rs`), which scenarios of `tests/vm` run inside a virtual machine.
 //!
 //! ```text
 //! bed      the device under test, made to a wish
 //! client   a small client of the in-process handle
 //! cases    what has to hold, a function each
+//! leaving  and what has to hold when the driver leaves
 //! ```
 
 mod bed;
 mod cases;
 mod client;
 mod leaving;
+
+use std::time::Instant;
 
 pub use bed::{Bed, Device, Wish, driver_path};
 pub use client::Client;
@@ -37,9 +41,10 @@ pub const CASES: &[&[Case]] = &[cases::CASES, leaving::CASES];
 pub fn run(bed: &dyn Bed) -> anyhow::Result<usize> {
     let (mut passed, mut absent, mut failures) = (0, Vec::new(), Vec::new());
     for case in CASES.iter().copied().flatten() {
+        let begin = Instant::now();
         match bed::with_fixture(bed, case) {
             Ok(true) => {
-                println!("  {}: {} ... ok", bed.name(), case.name);
+                println!("  {}: {} ... ok ({:.2} s)", bed.name(), case.name, begin.elapsed().as_secs_f64());
                 passed += 1;
             }
             Ok(false) => absent.push(case.name),

@@ -22,12 +22,12 @@ impl Bed for InProcess {
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>> {
         let sim = Sim::new(options(wish))?;
         let transport = Box::new(sim.transport(Drive::Threads)?);
-        Ok(Some(Device { transport, keep: Box::new(sim) }))
+        Ok(Some(Device { transport, capacity_bytes: wish.capacity_bytes, keep: Box::new(sim) }))
     }
 }
 
 #[test]
 fn a_block_driver_conforms_on_the_sim_in_process() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&InProcess)?, 20);
+    assert_eq!(cofferdam_conformance::run(&InProcess)?, 22);
     Ok(())
 }

@@ -61,56 +61,6 @@ fn a_sleeper_is_woken_although_a_busy_poller_took_its_notification() -> anyhow::
     Ok(())
 }
 
-/// Eight threads hammer one lane through handles of their own until the binding is taken from under them.
-#[test]
-fn an_unload_under_many_threads_answers_each_request_once() -> anyhow::Result<()> {
-    let manager = Manager::new(Config { cache_dir: Some(driver_path("../test-cache")) })?;
-    let sim = Sim::new(Options::default())?;
-    let binding = load(&manager, &sim)?;
-    let (started, wait_for_traffic) = mpsc::channel();
-    std::thread::scope(|scope| {
-        let mut clients = Vec::new();
-        for thread in 0..8_u64 {
-            let (binding, started) = (&binding, started.clone());
-            clients.push(scope.spawn(move || -> anyhow::Result<u64> {
-                let handle = binding.open(HandleSpec::default())?;
-                let (mut admitted, mut answered, mut told, mut done) = (0_u64, 0_u64, false, Vec::new());
-                loop {
-                    let offset = (thread * 64 + admitted % 64) * 4096;
-                    let Ok(mut requests) = one(&handle, IoOp::Write, offset) else { break };
-                    let over =
-                        handle.submit(&mut requests).is_err() && handle.state() != cofferdam_manager::HandleState::Open;
-                    admitted += u64::from(requests.is_empty());
-                    if over {
-                        break;
-                    }
-                    if admitted >= 100 && !std::mem::replace(&mut told, true) {
-                        let _ = started.send(());
-                    }
-                    handle.poll(admitted.is_multiple_of(3), &mut done);
-                    answered += done.drain(..).count() as u64;
-                }
-                let patience = Instant::now() + Duration::from_secs(10);
-                while answered < admitted && Instant::now() < patience {
-                    handle.poll(true, &mut done);
-                    answered += done.drain(..).count() as u64;
-                }
-                ensure!(answered == admitted, "thread {thread}: {admitted} admitted, {answered} answered");
-                Ok(answered)
-            }));
-        }
-        for _ in 0..8 {
-            wait_for_traffic.recv()?;
-        }
-        let certificate = manager.unload_binding(&binding, &UnloadOptions::default())?;
-        for client in clients {
-            client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
-        }
-        ensure!(certificate.residual.is_zero() && certificate.requests_failed == 0, "{certificate:?}");
-        Ok(())
-    })
-}
-
 /// A client that goes away with requests in flight leaves nobody behind who polls: its buffers come back all the same.
 #[test]
 fn what_a_closed_handle_had_in_flight_is_answered_without_any_client() -> anyhow::Result<()> {

@@ -32,7 +32,7 @@ impl Bed for SimBackend {
         }
         let process = start(&mut command, &socket)?;
         let transport = Box::new(connect(&socket)?);
-        Ok(Some(Device { transport, keep: Box::new((process, directory)) }))
+        Ok(Some(Device { transport, capacity_bytes: wish.capacity_bytes, keep: Box::new((process, directory)) }))
     }
 }
 
@@ -96,7 +96,7 @@ impl Bed for Qemu {
         ));
         let process = start(&mut command, &socket)?;
         let transport = Box::new(connect(&socket)?);
-        Ok(Some(Device { transport, keep: Box::new((process, directory)) }))
+        Ok(Some(Device { transport, capacity_bytes: wish.capacity_bytes, keep: Box::new((process, directory)) }))
     }
 }
 
@@ -114,12 +114,12 @@ fn connect(socket: &Path) -> anyhow::Result<VhostUser> {
 
 #[test]
 fn a_block_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend)?, 19);
+    assert_eq!(cofferdam_conformance::run(&SimBackend)?, 21);
     Ok(())
 }
 
 #[test]
 fn a_block_driver_conforms_on_qemu_storage_daemon() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&Qemu)?, 19);
+    assert_eq!(cofferdam_conformance::run(&Qemu)?, 21);
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::pci::Function;
@@ -12,6 +12,12 @@ use crate::vm::{SHORT, Vm};
 
 /// How long a command may take. A load compiles the driver, the first time.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// What `load` is told here: huge pages are few, and a processor that is emulated on a busy machine can stand still for longer than the 100 ms that a call has.
+pub const MODEST: &[&str] = &["--arena-mib", "8", "--call-deadline-ms", "10000"];
+
+/// From how many requests on a client is at work.
+const BUSY_REQUESTS: u64 = 50;
 
 const SOCKET: &str = "/tmp/cofferdam.sock";
 
@@ -48,7 +54,10 @@ impl Host {
         // What a killed one left is not its socket.
         let _ = std::fs::remove_file(SOCKET);
         let process = vm.spawn("daemon", ["cofferdam", "daemon", "--socket", SOCKET])?;
-        vm.wait_until("the daemon", SHORT, || Ok(Path::new(SOCKET).exists()))?;
+        let started = vm.wait_until("the daemon", SHORT, || Ok(Path::new(SOCKET).exists()));
+        if let Err(error) = started {
+            bail!("{error:#}{}", process.where_it_is());
+        }
         Ok(Host { process })
     }
 
@@ -59,9 +68,54 @@ impl Host {
     pub fn load_disk(&self, vm: &Vm, disk: &Function, via: &str, port: &str, more: &[&str]) -> Result<Value> {
         let device = device(disk);
         let line = ["load", BLOCK_DRIVER, "--device", &device, via, "--name", "disk", "--port", port, "--json"];
-        let loaded = cofferdam(vm, &[&line[..], &["--arena-mib", "8"], more].concat())?.success()?.json()?;
+        let loaded = cofferdam(vm, &[&line[..], MODEST, more].concat())?.success()?.json()?;
         ensure!(disk.block_device().is_none(), "the kernel still serves the disk");
         Ok(loaded)
+    }
+
+    /// What `handles --json` lists of a binding.
+    ///
+    /// # Errors
+    /// When there is no such binding.
+    pub fn handles(&self, vm: &Vm, name: &str) -> Result<Vec<Value>> {
+        let handles = cofferdam(vm, &["handles", name, "--json"])?.success()?.json()?;
+        handles.as_array().cloned().with_context(|| format!("no list: {handles}"))
+    }
+
+    /// Waits until `clients` clients have made enough requests to be at work.
+    ///
+    /// # Errors
+    /// When they do not.
+    pub fn until_loaded(&self, vm: &Vm, name: &str, clients: usize) -> Result<()> {
+        vm.wait_until("clients at work", SHORT, || {
+            let handles = self.handles(vm, name)?;
+            let busy = handles.iter().filter(|handle| handle["requests"].as_u64() >= Some(BUSY_REQUESTS));
+            Ok(busy.count() >= clients)
+        })
+    }
+
+    /// Waits until a binding has left that nobody unloads; its certificate, whatever that says is left.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub fn leaves_by_itself(&self, vm: &Vm, name: &str) -> Result<Value> {
+        vm.wait_until("the binding leaves", SHORT, || {
+            let why = cofferdam(vm, &["why", name, "--json"])?.success()?.json()?;
+            Ok(why["phase"] == "detached")
+        })?;
+        cofferdam(vm, &["unload", name, "--json"])?.success()?.json()
+    }
+
+    /// When a binding came to this state, by the system's clock in microseconds; the last time.
+    ///
+    /// # Errors
+    /// When it never did.
+    pub fn came_to(&self, vm: &Vm, name: &str, state: &str) -> Result<(u64, Value)> {
+        let events = cofferdam(vm, &["events", "--json"])?.success()?;
+        let events: Vec<Value> = events.stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let is_it = |event: &&Value| event["event"] == "state" && event["binding"] == name && event["to"] == state;
+        let event = events.iter().rfind(is_it).with_context(|| format!("{name} was never {state}"))?;
+        Ok((event["unix_micros"].as_u64().context("no time")?, event["cause"].clone()))
     }
 
     /// Unloads a binding that has to leave nothing behind; its certificate.
@@ -72,6 +126,16 @@ impl Host {
         let certificate = cofferdam(vm, &["unload", name, "--json"])?.success()?.json()?;
         is_clean(&certificate)?;
         Ok(certificate)
+    }
+
+    /// SIGKILL; its process id.
+    ///
+    /// # Errors
+    /// When the kernel does not end it.
+    pub fn kill(self) -> Result<u32> {
+        let process = self.process.id();
+        self.process.kill(SHORT)?;
+        Ok(process)
     }
 
     /// Ends it.
@@ -92,6 +156,32 @@ pub fn is_clean(certificate: &Value) -> Result<()> {
     let residual = certificate["residual"].as_object().context("no residual")?;
     ensure!(residual.values().all(|left| left == 0), "{certificate}");
     ensure!(certificate["leaked"]["bytes"] == 0, "{certificate}");
+    Ok(())
+}
+
+/// What `devices --json` says of a function.
+///
+/// # Errors
+/// When it does not say anything.
+pub fn told(vm: &Vm, function: &Function) -> Result<Value> {
+    let all = cofferdam(vm, &["devices", "--json"])?.success()?.json()?;
+    let all = all.as_array().context("no list")?;
+    all.iter().find(|told| told["address"] == function.address()).cloned().context("devices does not show it")
+}
+
+/// An error if a record or a claim of any function is left.
+///
+/// # Errors
+/// What is left.
+pub fn nothing_is_claimed() -> Result<()> {
+    let notes: Vec<_> = match std::fs::read_dir("/run/cofferdam/pci") {
+        Ok(notes) => notes.flatten().map(|note| note.file_name()).collect(),
+        Err(_) => Vec::new(),
+    };
+    ensure!(notes.is_empty(), "left in /run/cofferdam/pci: {notes:?}");
+    let sockets = std::fs::read_to_string("/proc/net/unix")?;
+    let held = sockets.lines().find(|line| line.contains("@cofferdam/pci"));
+    ensure!(held.is_none(), "still claimed: {held:?}");
     Ok(())
 }
 

@@ -45,12 +45,16 @@
 //! `cargo xtask vm-test NAME` boots only what holds a scenario of that name; the serial log stays in `target/vm/logs`. Outside a virtual machine this program runs no
 //! scenario.
 
+pub mod disk;
+pub mod fio;
 pub mod host;
 pub mod kernel_log;
+pub mod mount;
 pub mod outside;
 pub mod pci;
 pub mod program;
 pub mod runner;
 pub mod scenarios;
+pub mod slot;
 pub mod verdict;
 pub mod vm;

@@ -99,6 +99,18 @@ impl Running {
         self.finish(limit)
     }
 
+    /// What it has said, and where in the kernel each of its threads is: for one that does not do what it should.
+    pub fn where_it_is(&self) -> String {
+        let mut text = said(&self.stdout(), &self.stderr());
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.id()));
+        for task in tasks.into_iter().flatten().flatten().map(|task| task.path()) {
+            let read = |name| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+            let state = read("stat").split(' ').take(3).collect::<Vec<_>>().join(" ");
+            text += &format!("\n    thread {state}: {}", read("stack").trim().replace('\n', " < "));
+        }
+        text
+    }
+
     fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
             let timeout = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };

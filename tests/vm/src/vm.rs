@@ -132,6 +132,10 @@ impl Vm {
                 Ok(function.driver().as_deref() == place.native)
             })?;
         }
+        // What a host left that was killed half-way. The kernel's drivers have reset the functions.
+        for folder in ["/run/cofferdam/pci", "/dev/hugepages/cofferdam"] {
+            let _ = std::fs::remove_dir_all(folder);
+        }
         Ok(())
     }
 }

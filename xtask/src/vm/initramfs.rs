@@ -18,7 +18,7 @@ const MODULES: &[&str] =
 const PROGRAMS: &[&str] = &["fio", "nbd-client", "mkfs.ext4", "fsck.ext4"];
 
 /// Programs of this workspace.
-const OWN: &[&str] = &["cofferdam", "cofferdam-vm-guest"];
+const OWN: &[&str] = &["cofferdam", "cofferdam-conformance", "cofferdam-vm-guest"];
 
 /// Process 1. What comes behind `--` on the kernel's command line are its arguments, and go to the test program.
 const INIT: &str = r#"#!/bin/sh

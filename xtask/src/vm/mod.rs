@@ -84,7 +84,7 @@ struct Boot {
 /// Builds what is needed and runs the scenarios.
 pub(crate) fn run(options: &Options) -> Result<()> {
     interrupt::watch()?;
-    build::programs(&["cofferdam", "cofferdam-vm-guest"])?;
+    build::programs(&["cofferdam", "cofferdam-conformance", "cofferdam-vm-guest"])?;
     if options.list {
         for Listed { topology, name, long } in listed()? {
             println!("{topology:<6} {name}{}", if long { " (long)" } else { "" });

@@ -23,12 +23,24 @@ struct Disk {
     id: &'static str,
     /// `virtio-blk-pci` with this.
     properties: &'static str,
+    /// Whether the image is. The device says so.
+    is_read_only: bool,
+}
+
+impl Disk {
+    const fn new(id: &'static str, properties: &'static str) -> Disk {
+        Disk { id, properties, is_read_only: false }
+    }
+
+    const fn read_only(self) -> Disk {
+        Disk { is_read_only: true, ..self }
+    }
 }
 
 /// Size of a disk.
 const DISK_BYTES: u64 = 64 << 20;
 
-/// Memory of a machine, 192 MiB of it hugepages where there are any.
+/// Memory of a machine, 192 MiB of it hugepages without an IOMMU and 64 MiB with one.
 pub(super) const MEMORY_MIB: u32 = 768;
 
 const PORTS: [&str; 4] = ["0x10", "0x11", "0x12", "0x13"];
@@ -41,20 +53,30 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
         first: &[],
         devices: &["edu,id=edu0,bus=pcie.0,addr=0x5", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6"],
         disks: &[
-            Disk { id: "disk0", properties: "bus=port0,disable-legacy=on,num-queues=2" },
-            Disk { id: "disk1", properties: "bus=port1,disable-legacy=on,num-queues=2" },
-            Disk { id: "legacy0", properties: "bus=pcie.0,addr=0x4,disable-legacy=off" },
+            Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2"),
+            Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2"),
+            Disk::new("legacy0", "bus=pcie.0,addr=0x4,disable-legacy=off"),
+            Disk::new("suite0", "bus=pcie.0,addr=0xa,disable-legacy=on,num-queues=2"),
+            Disk::new("plain0", "bus=pcie.0,addr=0x8,disable-legacy=on,indirect_desc=off,event_idx=off"),
+            Disk::new("readonly0", "bus=pcie.0,addr=0x9,disable-legacy=on").read_only(),
         ],
     },
     Topology {
         name: "vfio",
-        kernel: &["intel_iommu=on"],
+        // The device that goes round the IOMMU needs huge pages.
+        kernel: &["intel_iommu=on", "hugepages=32"],
         first: &["intel-iommu,intremap=on"],
         devices: &["edu,id=edu0,bus=pcie.0,addr=0x5", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6"],
         disks: &[
-            Disk { id: "disk0", properties: "bus=port0,disable-legacy=on,num-queues=2,iommu_platform=on" },
-            Disk { id: "disk1", properties: "bus=port1,disable-legacy=on,num-queues=2,iommu_platform=on" },
-            Disk { id: "bypass0", properties: "bus=pcie.0,addr=0x7,disable-legacy=on" },
+            Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2,iommu_platform=on"),
+            Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2,iommu_platform=on"),
+            Disk::new("suite0", "bus=pcie.0,addr=0xa,disable-legacy=on,num-queues=2,iommu_platform=on"),
+            Disk::new("bypass0", "bus=pcie.0,addr=0x7,disable-legacy=on"),
+            Disk::new(
+                "plain0",
+                "bus=pcie.0,addr=0x8,disable-legacy=on,iommu_platform=on,indirect_desc=off,event_idx=off",
+            ),
+            Disk::new("readonly0", "bus=pcie.0,addr=0x9,disable-legacy=on,iommu_platform=on").read_only(),
         ],
     },
 ];
@@ -80,12 +102,16 @@ impl Topology {
             );
         }
         std::fs::create_dir_all(folder)?;
-        for Disk { id, properties } in self.disks {
+        for Disk { id, properties, is_read_only } in self.disks {
             let image = folder.join(id).with_extension("raw");
             std::fs::File::create(&image)?.set_len(DISK_BYTES)?;
             // By `-blockdev`, so that the image outlives the device that is unplugged. QEMU splits values at commas, and takes two for one.
             let path = image.display().to_string().replace(',', ",,");
-            say("-blockdev", format!("driver=raw,node-name={id},file.driver=file,file.filename={path}"));
+            let access = if *is_read_only { "on" } else { "off" };
+            say(
+                "-blockdev",
+                format!("driver=raw,node-name={id},read-only={access},file.driver=file,file.filename={path}"),
+            );
             say("-device", format!("virtio-blk-pci,id={id},drive={id},serial={id},{properties}"));
         }
         for device in self.devices {

@@ -119,7 +119,8 @@ pub(crate) trait Claimed: Send {
     /// Readable or hung up when the function may be on its way out.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// What it holds open, beside what `wire` was given.
+    /// What it holds open and nobody else in this process does, beside what `wire` was given. A certificate looks for them by the names that the kernel shows in /proc, and those of
+    /// what every binding opens for itself (vfio's container, /dev/iommu, the mount of hugetlbfs) would be found for as long as there is another binding.
     fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
 
     /// Whether the function is gone or has been asked for (vfio's request eventfd), whatever its registers read. Never blocks.
@@ -137,8 +138,14 @@ pub(crate) trait Claimed: Send {
     /// Interrupts off, bus mastering off and confirmed by reading it back; an absent function is quiet.
     fn quiet(&mut self, deadline: Instant) -> Silence;
 
-    /// Closes everything and gives the function back to where it came from. Holds no region afterwards.
+    /// Closes everything. Holds no region afterwards.
     fn release(&mut self);
+
+    /// As [`Claimed::release`], and drops `then` when the kernel has let the function go: at once, or later where the kernel takes longer than anybody can wait.
+    fn release_then(&mut self, then: Box<dyn Send>) {
+        self.release();
+        drop(then);
+    }
 }
 
 /// [`Claimed::quiet`] of a function that is open. `is_resetting`: the kernel still resets it, and its configuration space answers nobody in time.

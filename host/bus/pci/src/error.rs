@@ -42,7 +42,7 @@ pub enum PciError {
         what: String,
     },
     /// The kernel uses it: a mounted file system, the default route.
-    #[error("{address}: in use: {why}; --force takes it away all the same")]
+    #[error("{address}: in use: {why}; 'cofferdam bind pci:{address} --force' takes it away all the same")]
     InUse {
         /// The function.
         address: Address,

@@ -15,6 +15,8 @@
 //! kernel may sit in a write to `unbind` or `drivers_probe` while a driver probes or shuts down; the write has a thread of its own and 10 s, then its caller is told. The
 //! kernel goes on with it, and the next plan starts from what came of it.
 //!
+//! A function that is gone goes back to nobody, and its record goes: at whatever step it went, and also while the kernel still lists it. Nothing is asked of such a one.
+//!
 //! Whoever calls has the [`Claim`], so that nobody else changes the function meanwhile.
 
 mod effects;
@@ -204,7 +206,10 @@ pub fn plan_give_back(sysfs: &Sysfs, address: Address, options: &HandoverOptions
     let record = store.as_ref().map_or(Ok(None), |store| store.record(sysfs, address, options.force))?;
     let has_record = store.is_some_and(|store| store.has_record(address));
     match sysfs.function(address) {
-        Ok(info) => plan::give_back(sysfs, &info, record.as_ref(), has_record, options),
+        Ok(info) => {
+            let is_absent = silence::is_absent(sysfs, address);
+            plan::give_back(sysfs, &info, record.as_ref(), has_record, is_absent, options)
+        }
         Err(PciError::NotFound(_)) if has_record => Ok(plan::forget_absent(sysfs, address)),
         Err(error) => Err(error),
     }
@@ -214,12 +219,20 @@ pub fn plan_give_back(sysfs: &Sysfs, address: Address, options: &HandoverOptions
 ///
 /// # Errors
 /// `Unusable` where no record tells where it came from, unless forced, and where its old driver does not take it; `NotFound` (a function that is gone and has a record loses
-/// the record, without an error); `Permission`; `Stuck`; `Io`. The record is then still there, and a second call goes on.
+/// the record, without an error, and so does one that is out of the machine and still listed); `Permission`; `Stuck`; `Io`. The record is then still there, and a second call goes on.
 pub fn give_back(sysfs: &Sysfs, claim: &Claim, options: &HandoverOptions) -> Result<Report, PciError> {
     let address = claim.address();
-    let steps = plan_give_back(sysfs, address, options)?;
+    let mut steps = plan_give_back(sysfs, address, options)?;
     let mut done = Done::default();
-    carry_out(sysfs, address, &steps, &mut done)?;
+    if let Err(error) = carry_out(sysfs, address, &steps, &mut done) {
+        // The kernel took it out of sysfs meanwhile, as it does with what is unplugged: then it goes back to nobody.
+        let is_gone = matches!(sysfs.function(address), Err(PciError::NotFound(_)));
+        if !is_gone || matches!(error, PciError::Stuck { .. } | PciError::Permission { .. }) {
+            return Err(error);
+        }
+        steps = plan_give_back(sysfs, address, options)?;
+        carry_out(sysfs, address, &steps, &mut done)?;
+    }
     let driver = match sysfs.driver(address) {
         Ok(driver) => driver,
         Err(PciError::NotFound(_)) => None,

@@ -15,7 +15,7 @@
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -102,11 +102,6 @@ impl Hugepages {
             other("no hugetlbfs is mounted; mkdir -p /dev/hugepages && mount -t hugetlbfs hugetlbfs /dev/hugepages")
         })?;
         Ok(Self { mount, page_bytes, root: root.to_owned(), made: AtomicU32::new(0) })
-    }
-
-    /// The mount, for whoever lists descriptors.
-    pub(crate) fn descriptor(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.mount.as_fd()
     }
 
     /// A region of at least `bytes` bytes in whole pages, zeroed, for the function at `address`.

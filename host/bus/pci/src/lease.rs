@@ -143,8 +143,11 @@ impl Claimed for Leased {
     }
 
     fn release(&mut self) {
-        self.function.release();
-        self.lease = None;
+        match self.lease.take() {
+            // The kernel's driver gets it when the kernel has let it go here: to ask for that earlier would block until then.
+            Some(lease) => self.function.release_then(Box::new(lease)),
+            None => self.function.release(),
+        }
     }
 }
 

@@ -222,7 +222,6 @@ impl Claimed for UioFunction {
         let mut held: Vec<_> = self.node.iter().map(|node| node.as_fd()).collect();
         held.extend(self.device.as_ref().map(Dir::as_fd));
         held.extend(self.config.fd());
-        held.extend(self.hugepages.as_ref().map(Hugepages::descriptor));
         held.extend(self.watch.iter().flat_map(Watch::descriptors));
         held
     }

@@ -9,8 +9,8 @@
 //! How it goes: `device_del`, an unbinding or a `remove` in sysfs signals the request eventfd, and the kernel waits until everything is closed; an error of the bus signals the error
 //! eventfd; a function that was pulled out signals nothing, and vfio answers for much of its configuration space, so sysfs is asked.
 //!
-//! The last close of a function that is gone took the kernel over 70 s (it waits for resets), so that is done on a thread that nobody waits long for. What the function could reach
-//! is taken from the IOMMU before.
+//! The last close of a function that is gone took the kernel over 70 s (it waits for resets), so that is done on a thread that nobody waits long for, and the function goes
+//! back after it. What the function could reach is taken from the IOMMU before.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,13 +35,14 @@ use crate::registers::{Bar, Registers};
 use crate::watch::{Line, Source, Watch, event};
 use crate::{Address, PciError};
 
+mod close;
 mod device;
 mod ioctl;
 mod iommu;
 mod iommufd;
 mod msix;
 
-/// How long [`Claimed::release`] waits for the kernel to let the function go.
+/// How long a release waits for the kernel to let the function go.
 const CLOSE_WITHIN: Duration = Duration::from_secs(2);
 
 /// What signals interrupts now.
@@ -360,7 +361,6 @@ impl Claimed for VfioFunction {
             fds.extend([held.device.fd(), (*held.line).as_fd()]);
             fds.extend(held.iommu.descriptors());
         }
-        fds.extend(self.hugepages.as_ref().map(Hugepages::descriptor));
         fds.extend(self.watch.iter().flat_map(Watch::descriptors));
         fds
     }
@@ -413,6 +413,10 @@ impl Claimed for VfioFunction {
     }
 
     fn release(&mut self) {
+        self.release_then(Box::new(()));
+    }
+
+    fn release_then(&mut self, then: Box<dyn Send>) {
         if self.held.is_none() {
             return;
         }
@@ -435,12 +439,7 @@ impl Claimed for VfioFunction {
         self.config.close();
         self.truth.close();
         if let Some(held) = self.held.take() {
-            let address = self.address;
-            // A thread of its own, for one that resets may still be running.
-            let closed = Bounded::default().run("vfio-close", Instant::now() + CLOSE_WITHIN, move || drop(held));
-            if closed.is_err() {
-                tracing::warn!(%address, "the kernel is slow to let the function go; its descriptors close when it does");
-            }
+            close::close(self.address, CLOSE_WITHIN, held, then);
         }
     }
 }

@@ -1,7 +1,16 @@
 //! The scenarios, and the machine that each needs.
 
 mod bed;
+mod bypass;
+mod commands;
+mod conformance;
+mod crash;
 mod drives;
+mod hostile;
+mod kernel_client;
+mod load;
+mod pair;
+mod removal;
 mod resizes;
 
 use crate::vm::Vm;
@@ -49,6 +58,20 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "a_driver_with_addresses_is_refused_on_uio", drives::edu_on_uio),
         Scenario::new("uio", "a_guessed_address_leads_nowhere_on_uio", drives::a_guess_on_uio),
         Scenario::new("uio", "uio_disk_that_is_resized_is_served_in_its_new_size", resizes::on_uio),
+        Scenario::new("uio", "uio_passes_the_conformance_suite", conformance::on_uio),
+        Scenario::new("uio", "uio_host_is_killed_in_mid_traffic", crash::on_uio),
+        Scenario::new("uio", "uio_disk_of_a_killed_host_is_loaded_again", crash::loaded_again_on_uio),
+        Scenario::new("uio", "uio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_uio),
+        Scenario::new("uio", "uio_devices_are_bound_and_given_back_by_hand", commands::by_hand),
+        Scenario::new("uio", "uio_disk_in_use_is_refused", commands::in_use),
+        Scenario::new("uio", "uio_doctor_tells_what_this_machine_has", commands::doctor),
+        Scenario::new("uio", "uio_hostile_driver_is_refused_every_bound", hostile::some),
+        Scenario::new("uio", "uio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
+        Scenario::new("uio", "uio_disk_leaves_and_another_stays_in_one_host", pair::one_goes),
+        Scenario::new("uio", "uio_disk_serves_two_queues", load::two_queues_on_uio),
+        Scenario::new("uio", "uio_disk_is_unloaded_under_load", load::unloaded_on_uio),
+        Scenario::new("uio", "uio_disk_is_unplugged_under_load", removal::unplugged_on_uio),
+        Scenario::new("uio", "uio_disk_loses_its_slot_power_under_load", removal::powered_off_on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -56,6 +79,25 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "a_driver_with_addresses_is_served_on_vfio", drives::edu_on_vfio),
         Scenario::new("vfio", "a_dma_beside_its_memory_faults_on_vfio", drives::a_stray_on_vfio).expecting(&["DMAR"]),
         Scenario::new("vfio", "vfio_disk_that_is_resized_is_served_in_its_new_size", resizes::on_vfio),
+        Scenario::new("vfio", "vfio_passes_the_conformance_suite", conformance::on_vfio),
+        Scenario::new("vfio", "vfio_host_is_killed_in_mid_traffic", crash::on_vfio),
+        Scenario::new(
+            "vfio",
+            "vfio_disk_of_a_killed_host_is_loaded_again_round_the_iommu",
+            crash::loaded_again_round_the_iommu,
+        ),
+        Scenario::new("vfio", "vfio_disk_is_mounted_by_the_kernels_nbd_client", kernel_client::on_vfio),
+        Scenario::new("vfio", "a_device_round_the_iommu_is_confined_by_the_host", bypass::confined_by_the_host),
+        Scenario::new("vfio", "vfio_devices_are_bound_and_given_back_by_hand", commands::by_hand),
+        Scenario::new("vfio", "vfio_disk_in_use_is_refused", commands::in_use),
+        Scenario::new("vfio", "vfio_doctor_tells_what_this_machine_has", commands::doctor),
+        Scenario::new("vfio", "vfio_hostile_driver_is_refused_every_bound", hostile::some),
+        Scenario::new("vfio", "vfio_other_hostile_drivers_are_refused_every_bound", hostile::others).long(),
+        Scenario::new("vfio", "vfio_disk_leaves_and_another_stays_in_one_host", pair::one_goes),
+        Scenario::new("vfio", "vfio_disk_serves_two_queues", load::two_queues_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_unloaded_under_load", load::unloaded_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_unplugged_under_load", removal::unplugged_on_vfio),
+        Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio).long(),
     ];
     ALL
 }

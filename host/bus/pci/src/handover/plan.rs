@@ -204,12 +204,14 @@ fn new_record(info: &FunctionInfo, record: Option<&Record>, via: Via, by: By, un
     wanted
 }
 
-/// `has_record`: whether there is a record to drop, be it one that is not about this function or that cannot be read.
+/// `has_record`: whether there is a record to drop, be it one that is not about this function or that cannot be read. `is_absent`: the kernel lists the function, but it is out of
+/// the machine. Then it is taken from uio or vfio, and nothing is asked of it: a reset would hold the kernel up for over a minute, and no driver takes it.
 pub(super) fn give_back(
     sysfs: &Sysfs,
     info: &FunctionInfo,
     record: Option<&Record>,
     has_record: bool,
+    is_absent: bool,
     options: &HandoverOptions,
 ) -> Result<Vec<Step>, PciError> {
     let address = info.address;
@@ -243,12 +245,19 @@ pub(super) fn give_back(
     if is_between {
         // First, because vfio-pci holds this up while somebody has the device open, and a reset would hit that one.
         steps.extend(driver.map(|driver| paths.unbind(driver)));
-        steps.extend(paths.silence(info));
+        if is_absent {
+            steps.extend([Step::Absent { address }, Step::Free { address }]);
+        } else {
+            steps.extend(paths.silence(info));
+        }
     }
     if is_ours(only) && only != to_only {
         steps.push(paths.only(to_only));
     }
-    if is_between && let Some(to) = to {
+    if is_between
+        && !is_absent
+        && let Some(to) = to
+    {
         if let Restored::Driver(to) = &to
             && !sysfs.has_driver(to)
             && let Some(module) = module_of(to)

@@ -11,6 +11,8 @@ use crate::{Address, PciError};
 /// Command register (PCI Local Bus 3.0, section 6.2.2) and its bus master bit.
 const COMMAND: u64 = 0x04;
 const BUS_MASTER: u16 = 1 << 2;
+/// Revision and class code.
+const CLASS: u64 = 0x08;
 
 /// The function was seen not to master the bus, or is out of the machine. Made by looking, and in no other way.
 #[derive(Debug)]
@@ -62,6 +64,17 @@ pub(super) fn confirm(sysfs: &Sysfs, address: Address) -> Option<Silenced> {
         Ok(None) => Some(Silenced { address }),
         Ok(Some(command)) if command & BUS_MASTER == 0 => Some(Silenced { address }),
         Ok(Some(_)) | Err(_) => None,
+    }
+}
+
+/// Whether the function is out of the machine although the kernel still lists it: the dword of revision and class code reads all ones, as that of no function that is there does
+/// (the vendor of a virtual function reads so too: SR-IOV 1.1, section 3.4.1.1).
+pub(super) fn is_absent(sysfs: &Sysfs, address: Address) -> bool {
+    let mut class = [0; 4];
+    let read = sysfs.sys.open(config(address)).and_then(|file| file.into_std().read_exact_at(&mut class, CLASS));
+    match read {
+        Ok(()) => class == [0xff; 4],
+        Err(error) => is_gone(&error),
     }
 }
 

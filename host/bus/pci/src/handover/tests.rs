@@ -391,6 +391,41 @@ fn another_function_in_the_same_place_has_nothing_to_do_with_the_record() {
 }
 
 #[test]
+fn a_function_that_is_unplugged_anywhere_in_its_return_goes_back_to_nobody() {
+    let away = || {
+        let tree = disk();
+        bind(&tree, Via::Uio, &load(&tree.sysfs())).unwrap();
+        tree.live_until(None);
+        tree
+    };
+    let tree = away();
+    unbind(&tree, &load(&tree.sysfs())).unwrap();
+    // The last one is the record's removal, which needs no function.
+    for n in 0..tree.log().len() {
+        let tree = away();
+        tree.unplug_before(n, DISK);
+        let report = unbind(&tree, &load(&tree.sysfs())).unwrap_or_else(|error| panic!("{n}: {error}"));
+        assert_eq!(report.driver, None, "{n}");
+        assert!(!tree.has_record(DISK), "{n}");
+    }
+}
+
+#[test]
+fn nothing_is_asked_of_a_function_that_is_out_of_the_machine_and_still_listed() {
+    let tree = disk();
+    bind(&tree, Via::Uio, &operator(false)).unwrap();
+    fs::write(tree.dir(DISK).join("config"), [0xff; 64]).unwrap();
+    tree.live_until(None);
+    let report = unbind(&tree, &operator(false)).unwrap();
+    assert_eq!((report.driver, report.is_silent), (None, Some(true)));
+    assert_eq!(tree.override_of(DISK), "(null)");
+    assert!(!tree.has_record(DISK));
+    let log = tree.log();
+    let asked = ["reset", "config", "drivers_probe"].iter().any(|file| log.iter().any(|path| path.ends_with(file)));
+    assert!(!asked, "{log:?}");
+}
+
+#[test]
 fn a_function_whose_bus_mastering_stays_on_goes_back_and_frees_nothing() {
     let tree = disk();
     bind(&tree, Via::Uio, &operator(false)).unwrap();

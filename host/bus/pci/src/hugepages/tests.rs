@@ -147,7 +147,7 @@ fn names_are_plain_and_no_two_are_equal() {
 
 /// `echo 4 > /proc/sys/vm/nr_hugepages`, and a hugetlbfs mounted.
 #[test]
-#[ignore = "needs root, a hugetlbfs with pages of 2 MiB and two of them free"]
+#[ignore = "needs root, a hugetlbfs with pages of 2 MiB and two of them free; cargo xtask vm-test host_is_killed shows the same in a machine that has them"]
 fn real_hugepages_have_addresses_and_go_when_they_are_revoked_and_not_before() {
     let (pages, address) = (Hugepages::find().unwrap(), "ffff:ff:1f.7".parse().unwrap());
     assert_eq!(pages.page_bytes, PREFERRED_BYTES);

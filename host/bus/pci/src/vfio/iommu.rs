@@ -35,7 +35,7 @@ pub(super) trait IommuBackend: Send {
     /// I/O addresses that it takes: first and last of each run, in order.
     fn ranges(&self) -> &[(u64, u64)];
 
-    /// What it holds open.
+    /// What it holds open and nobody else does: [`Claimed::descriptors`](crate::claimed::Claimed::descriptors).
     fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
 }
 
@@ -161,7 +161,8 @@ impl IommuBackend for Group {
     }
 
     fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.group.as_fd(), self.container.as_fd()]
+        // The kernel gives a group to one opener alone, while every binding has a container of that name.
+        vec![self.group.as_fd()]
     }
 }
 

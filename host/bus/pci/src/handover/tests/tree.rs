@@ -34,6 +34,8 @@ struct State {
     cut: Option<Cut>,
     effects: usize,
     is_dead: bool,
+    /// Which function is unplugged before which effect.
+    unplugged: Option<(usize, String)>,
     log: Vec<String>,
 }
 
@@ -194,6 +196,12 @@ impl Tree {
         state.log.clear();
     }
 
+    /// The function is unplugged before effect `n` from here on.
+    pub(crate) fn unplug_before(&self, n: usize, address: &str) {
+        self.live_until(None);
+        self.fake.state.lock().unwrap().unplugged = Some((n, address.to_owned()));
+    }
+
     pub(crate) fn is_dead(&self) -> bool {
         self.fake.state.lock().unwrap().is_dead
     }
@@ -281,6 +289,10 @@ impl Fake {
             if state.cut == Some(Cut::Before(now)) {
                 state.is_dead = true;
                 return dead();
+            }
+            if let Some((_, address)) = state.unplugged.take_if(|(n, _)| *n == now) {
+                fs::remove_dir_all(self.sys.join("devices/pci0000:00").join(&address)).unwrap();
+                fs::remove_file(self.sys.join("bus/pci/devices").join(&address)).unwrap();
             }
             state.log.push(what.to_owned());
             now
