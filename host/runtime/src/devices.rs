@@ -192,6 +192,3 @@ fn leb128(bytes: &mut &[u8]) -> Option<u32> {
     }
     None
 }
-
-#[cfg(test)]
-mod tests;

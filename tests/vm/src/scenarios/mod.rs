@@ -2,6 +2,7 @@
 
 mod bed;
 mod drives;
+mod finds;
 mod resizes;
 
 use crate::vm::Vm;
@@ -48,6 +49,7 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "a_transitional_device_is_refused_and_given_back", drives::legacy_is_refused),
         Scenario::new("uio", "a_driver_with_addresses_is_refused_on_uio", drives::edu_on_uio),
         Scenario::new("uio", "a_guessed_address_leads_nowhere_on_uio", drives::a_guess_on_uio),
+        Scenario::new("uio", "a_load_that_names_no_driver_finds_it_by_the_devices_id", finds::by_id),
         Scenario::new("uio", "uio_disk_that_is_resized_is_served_in_its_new_size", resizes::on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),

@@ -1,8 +1,14 @@
-//! Tables that are right, and everything else that may stand in their place.
+//! Device tables that are right, and everything else that may stand in their place.
 
+use cofferdam_device::FunctionIds;
+use cofferdam_runtime::{DeviceId, LoadError, Wanted, device_table};
 use proptest::prelude::*;
 
-use super::*;
+// The form of a table, as the SDK documents it.
+const SECTION: &str = "cofferdam:devices";
+const ENTRY_BYTES: usize = 20;
+const MAX_ENTRIES: usize = 256;
+const ANY: u32 = u32::MAX;
 
 const COMPONENT: &[u8] = b"\0asm\x0d\0\x01\0";
 const CORE: &[u8] = b"\0asm\x01\0\0\0";
