@@ -66,7 +66,8 @@ fn a_device_that_cannot_say_what_it_is_needs_a_named_driver() {
     Process::run(&mut named).expect_error(3, &["/none"]);
     assert!(daemon.bindings().is_empty());
     // A named driver needs no folder.
-    let named = [&["load", &text(&programs::driver())], &load[1..3], &["--drivers", "/no/such/folder"]].concat();
+    let driver = text(&programs::driver());
+    let named = [&["load", &driver], &load[1..3], &["--drivers", "/no/such/folder"]].concat();
     daemon.run(&named).expect(0);
     daemon.stop(PATIENCE);
 }
