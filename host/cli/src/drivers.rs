@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use cofferdam_bus_pci::{Address, Sysfs};
-use cofferdam_manager::{Wanted, device_table};
+use cofferdam_manager::{DeviceId, Wanted, device_table};
 
 use crate::control::{ErrorBody, ErrorCode};
 use crate::{devices, host};
@@ -74,16 +74,18 @@ pub(crate) fn identify(address: &str, folder: &Path) -> Result<Wanted, ErrorBody
 
 /// The one driver in `folder` whose table has the device.
 pub(crate) fn find(folder: &Path, device: &str, wanted: &Wanted) -> Result<Driver, ErrorBody> {
-    let mut look = Look::at(folder)?;
-    look.drivers.retain(|(_, table)| table.iter().any(|id| id.fits(wanted)));
-    match &look.drivers[..] {
-        [(path, _)] => {
+    let look = Look::at(folder)?;
+    let lists_it = |table: &[DeviceId]| table.iter().any(|id| id.fits(wanted));
+    let fitting: Vec<&PathBuf> =
+        look.drivers.iter().filter(|(_, table)| lists_it(table)).map(|(path, _)| path).collect();
+    match &fitting[..] {
+        [path] => {
             let component = host::read_component(path)?;
             // It is read a second time, for the others were not kept: it may be another file by now.
-            if !device_table(&component).is_ok_and(|table| table.iter().any(|id| id.fits(wanted))) {
+            if !device_table(&component).is_ok_and(|table| lists_it(&table)) {
                 return Err(ErrorBody::failed(format!("{} was changed while it was looked at", path.display())));
             }
-            Ok(Driver { path: path.clone(), component })
+            Ok(Driver { path: PathBuf::from(path), component })
         }
         [] => {
             let mut message = format!("{device} is {wanted}, and no driver in {} lists that", folder.display());
@@ -91,7 +93,7 @@ pub(crate) fn find(folder: &Path, device: &str, wanted: &Wanted) -> Result<Drive
             Err(ErrorBody::no_such_thing(message))
         }
         several => {
-            let names: Vec<String> = several.iter().map(|(path, _)| path.display().to_string()).collect();
+            let names: Vec<String> = several.iter().map(|path| path.display().to_string()).collect();
             let message =
                 format!("{device} is {wanted}, and several drivers list that; name one: {}", names.join(", "));
             Err(ErrorBody::usage(message))
@@ -102,7 +104,7 @@ pub(crate) fn find(folder: &Path, device: &str, wanted: &Wanted) -> Result<Drive
 /// What is in a folder.
 struct Look {
     /// By name.
-    drivers: Vec<(PathBuf, Vec<cofferdam_manager::DeviceId>)>,
+    drivers: Vec<(PathBuf, Vec<DeviceId>)>,
     /// Files that should be drivers and cannot be read as such, with the reason.
     unreadable: Vec<String>,
 }
