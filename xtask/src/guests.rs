@@ -4,6 +4,7 @@
 //! (`target/guests`), because its flags and those of the host would throw each other's builds away. `wit-component` then makes a component
 //! of it, in process. What a component imports is checked here: a driver that asks for more than `cofferdam:driver` is not shipped.
 
+pub(crate) mod elsewhere;
 mod hostile;
 mod misfits;
 
@@ -36,8 +37,7 @@ pub(crate) fn build_all() -> Result<()> {
     for &(package, name) in DRIVERS {
         let begin = Instant::now();
         let core = core_module(toolchain, package, None)?;
-        let component = component(&core).with_context(|| package.to_owned())?;
-        check_imports(&component).with_context(|| package.to_owned())?;
+        let component = driver(&core).with_context(|| package.to_owned())?;
         let path = workspace::driver(name);
         write(&path, &component)?;
         step::announce(&format!(
@@ -102,6 +102,14 @@ fn component(core: &[u8]) -> Result<Vec<u8>> {
     ComponentEncoder::default().validate(true).module(core)?.encode()
 }
 
+/// The same of what has to be a driver that could be shipped.
+fn driver(core: &[u8]) -> Result<Vec<u8>> {
+    let component = component(core)?;
+    check_imports(&component)?;
+    check_devices(&component)?;
+    Ok(component)
+}
+
 /// What a component imports and exports.
 fn interfaces(component: &[u8]) -> Result<(Vec<String>, Vec<String>)> {
     let DecodedWasm::Component(resolve, world) = wit_component::decode(component)? else {
@@ -120,6 +128,16 @@ fn check_imports(component: &[u8]) -> Result<()> {
     }
     if !exports.iter().any(|export| export.starts_with("cofferdam:driver/driver@")) {
         bail!("it exports no driver, only {}", exports.join(", "));
+    }
+    Ok(())
+}
+
+/// A driver says which devices it is for, so that a host can find it. What the table holds is the host's to read; here it is missed.
+fn check_devices(component: &[u8]) -> Result<()> {
+    // The name of the custom section, with its length in front (core specification, section 5.5.3).
+    const SECTION: &[u8] = b"\x11cofferdam:devices";
+    if !component.windows(SECTION.len()).any(|window| window == SECTION) {
+        bail!("it has no device table: it was not made with an export macro of the SDK");
     }
     Ok(())
 }
@@ -150,7 +168,15 @@ mod tests {
             let component =
                 fs::read(&path).unwrap_or_else(|error| panic!("cargo xtask build makes {}: {error}", path.display()));
             check_imports(&component).unwrap();
+            check_devices(&component).unwrap();
         }
+    }
+
+    #[test]
+    fn a_component_without_a_device_table_is_told_apart() {
+        let misfits = misfits::all(&[]).unwrap();
+        let component = &misfits.iter().find(|(name, _)| name == "wasi-clocks").unwrap().1;
+        assert!(check_devices(component).unwrap_err().to_string().contains("device table"));
     }
 
     #[test]

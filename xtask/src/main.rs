@@ -3,6 +3,7 @@
 //! | module | command | what it does |
 //! | --- | --- | --- |
 //! | [`build`] | `build` | the binary `cofferdam` and the guest drivers |
+//! | [`guests::elsewhere`] | `component` | a component of a driver's crate that is elsewhere |
 //! | [`demo`] | `demo` | the main job, from a device to a certificate |
 //! | [`check`] | `test` | the whole test run |
 //! | [`mod@bench`] | `bench NAME` | one bench |
@@ -48,6 +49,8 @@ struct Arguments {
 enum Command {
     /// Build target/release/cofferdam and the guest drivers in target/drivers.
     Build,
+    /// Make a component of a driver that is not in this workspace, as those in it are made.
+    Component(guests::elsewhere::Options),
     /// Serve a virtio-blk device through a WebAssembly driver and unload it under load.
     Demo(demo::Options),
     /// Run every test there is.
@@ -69,6 +72,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Build => build::run(),
+        Command::Component(options) => guests::elsewhere::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => check::run(&options),
         Command::VmTest(options) => vm::run(&options),

@@ -1,5 +1,25 @@
 //! The macros that make a component of a driver.
 
+/// The device table: in a guest a custom section (see [`devices`](crate::devices)), natively only checked.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! device_table {
+    ($($id:expr),* $(,)?) => {
+        const _: () = {
+            const DEVICES: &[$crate::DeviceId] = &[$($id),*];
+            const BYTES: usize = $crate::devices::ENTRY_BYTES * DEVICES.len();
+            const TABLE: [u8; BYTES] = $crate::devices::encode(DEVICES);
+            #[cfg(target_family = "wasm")]
+            #[allow(unsafe_code, reason = "a custom section takes no part in the program")]
+            // `devices::SECTION`; an attribute takes no constant.
+            #[unsafe(link_section = "cofferdam:devices")]
+            #[used]
+            static SECTION: [u8; BYTES] = TABLE;
+            let _ = TABLE;
+        };
+    };
+}
+
 /// What every driver of a virtio device exports: `driver`, and the data path of its service.
 #[doc(hidden)]
 #[macro_export]
@@ -92,17 +112,21 @@ macro_rules! export_posted_driver {
 }
 
 /// Exports `$driver`, a [`VirtioDriver`](crate::VirtioDriver) with [`BlockProperties`](crate::BlockProperties), as a component of the world
-/// `cofferdam:driver/virtio-block-driver`. Once per crate, whose `crate-type` includes `cdylib`. In a native build it expands to nothing. Needs the feature `block` of
+/// `cofferdam:driver/virtio-block-driver`. Once per crate, whose `crate-type` includes `cdylib`. `devices: [DeviceId::virtio(2)]` is its
+/// device table ([`DeviceId`](crate::DeviceId)). In a native build nothing is exported. Needs the feature `block` of
 /// this crate, and no other.
 ///
 /// A panic in the driver is written to its log and then traps; the host never calls that instance again.
 #[macro_export]
 macro_rules! export_block_driver {
-    ($driver:ty) => {
-        $crate::export_block_driver!($driver, ::std::convert::identity, ::std::convert::identity);
+    ($driver:ty, devices: [$($id:expr),* $(,)?]) => {
+        $crate::export_block_driver!(
+            $driver, devices: [$($id),*], ::std::convert::identity, ::std::convert::identity
+        );
     };
     // With what a test driver makes of its window and of the place of its answers.
-    ($driver:ty, $window:expr, $answer:expr) => {
+    ($driver:ty, devices: [$($id:expr),* $(,)?], $window:expr, $answer:expr) => {
+        $crate::device_table!($($id),*);
         $crate::export_virtio_driver!($driver, "block", $window, $answer, {
             impl $crate::glue::BlockGuest for Component {
                 fn get_properties() -> ::std::result::Result<$crate::glue::WitProperties, $crate::glue::WitDriverError>
@@ -117,7 +141,8 @@ macro_rules! export_block_driver {
 /// Exports `$driver`, a [`VirtioDriver`](crate::VirtioDriver) with [`EntropyProperties`](crate::EntropyProperties); as [`export_block_driver!`], with the feature `entropy`.
 #[macro_export]
 macro_rules! export_entropy_driver {
-    ($driver:ty) => {
+    ($driver:ty, devices: [$($id:expr),* $(,)?]) => {
+        $crate::device_table!($($id),*);
         $crate::export_virtio_driver!($driver, "entropy", ::std::convert::identity, ::std::convert::identity, {
             impl $crate::glue::EntropyGuest for Component {
                 fn get_properties() -> ::std::result::Result<$crate::glue::WitProperties, $crate::glue::WitDriverError>
@@ -132,7 +157,8 @@ macro_rules! export_entropy_driver {
 /// Exports `$driver`, a [`StreamDriver`](crate::StreamDriver); as [`export_block_driver!`], with the feature `stream`.
 #[macro_export]
 macro_rules! export_stream_driver {
-    ($driver:ty) => {
+    ($driver:ty, devices: [$($id:expr),* $(,)?]) => {
+        $crate::device_table!($($id),*);
         $crate::export_posted_driver!($driver, "stream", {
             impl $crate::glue::StreamGuest for Component {
                 fn get_properties() -> ::std::result::Result<$crate::glue::WitProperties, $crate::glue::WitDriverError>
@@ -166,7 +192,8 @@ macro_rules! export_stream_driver {
 /// Exports `$driver`, a [`VirtioDriver`](crate::VirtioDriver) with [`NetProperties`](crate::NetProperties); as [`export_block_driver!`], with the feature `net`.
 #[macro_export]
 macro_rules! export_net_driver {
-    ($driver:ty) => {
+    ($driver:ty, devices: [$($id:expr),* $(,)?]) => {
+        $crate::device_table!($($id),*);
         $crate::export_posted_driver!($driver, "net", {
             impl $crate::glue::NetGuest for Component {
                 fn get_properties() -> ::std::result::Result<$crate::glue::WitProperties, $crate::glue::WitDriverError>
@@ -182,7 +209,8 @@ macro_rules! export_net_driver {
 /// [`export_block_driver!`]. Needs the feature `function` of this crate, and no other.
 #[macro_export]
 macro_rules! export_function_driver {
-    ($driver:ty) => {
+    ($driver:ty, devices: [$($id:expr),* $(,)?]) => {
+        $crate::device_table!($($id),*);
         #[cfg(target_family = "wasm")]
         #[allow(unsafe_code, clippy::undocumented_unsafe_blocks, reason = "generated by wit-bindgen")]
         const _: () = {

@@ -16,6 +16,7 @@
 //! | module | about |
 //! | --- | --- |
 //! | [`device`] | the virtio device as a driver sees it |
+//! | [`devices`] | which devices it is for, as metadata |
 //! | [`driver`] | the traits of a driver and the records they exchange |
 //! | [`block`], [`entropy`], [`stream`], [`net`] | the services: what a device can do |
 //! | [`words`] | typed views of the flat words that cross the boundary |
@@ -31,6 +32,7 @@ extern crate self as cofferdam_sdk;
 
 pub mod block;
 pub mod device;
+pub mod devices;
 pub mod driver;
 pub mod entropy;
 mod error;
@@ -55,6 +57,7 @@ pub use function_glue::{dma, interrupt};
 
 pub use block::BlockProperties;
 pub use device::{LiveDevice, Posting, QueueOwner, QueuePlan, VirtioDevice};
+pub use devices::DeviceId;
 pub use driver::{Attachment, Lane, LaneSetup, VirtioDriver};
 pub use entropy::EntropyProperties;
 pub use error::{DriverError, VirtioError};

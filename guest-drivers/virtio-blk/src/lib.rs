@@ -64,4 +64,4 @@ pub mod feature {
 }
 
 #[cfg(feature = "component")]
-cofferdam_sdk::export_block_driver!(VirtioBlk);
+cofferdam_sdk::export_block_driver!(VirtioBlk, devices: [cofferdam_sdk::DeviceId::virtio(DEVICE_TYPE)]);

@@ -51,4 +51,4 @@ pub mod feature {
     pub const OF_A_CONSOLE: u64 = WANTED | EMERG_WRITE;
 }
 
-cofferdam_sdk::export_stream_driver!(VirtioConsole);
+cofferdam_sdk::export_stream_driver!(VirtioConsole, devices: [cofferdam_sdk::DeviceId::virtio(DEVICE_TYPE)]);

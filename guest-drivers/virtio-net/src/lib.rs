@@ -84,4 +84,4 @@ pub mod feature {
     pub const OF_A_NET_DEVICE: u64 = 0x00ff_ffef | 0xfbfc_0000_0000_0000;
 }
 
-cofferdam_sdk::export_net_driver!(VirtioNet);
+cofferdam_sdk::export_net_driver!(VirtioNet, devices: [cofferdam_sdk::DeviceId::virtio(DEVICE_TYPE)]);

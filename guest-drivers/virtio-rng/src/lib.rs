@@ -4,8 +4,8 @@
 //! in part.
 
 use cofferdam_sdk::{
-    Answers, Attachment, ChainWriter, DriverError, EntropyProperties, Lane, LaneSetup, Operation, QueuePlan, Requests,
-    Responses, Status, VirtioDevice, VirtioDriver,
+    Answers, Attachment, ChainWriter, DeviceId, DriverError, EntropyProperties, Lane, LaneSetup, Operation, QueuePlan,
+    Requests, Responses, Status, VirtioDevice, VirtioDriver,
 };
 
 /// The virtio device id of an entropy device (section 5).
@@ -92,4 +92,4 @@ impl Lane for VirtioRngLane {
     }
 }
 
-cofferdam_sdk::export_entropy_driver!(VirtioRng);
+cofferdam_sdk::export_entropy_driver!(VirtioRng, devices: [DeviceId::virtio(DEVICE_TYPE)]);

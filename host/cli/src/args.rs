@@ -85,9 +85,12 @@ pub(crate) struct SocketArg {
 /// What `run` and `load` have in common.
 #[derive(Args, Clone)]
 pub(crate) struct BindArgs {
-    /// The driver, a component file.
+    /// The driver, a component file [default: the one that lists the device's id, of those in --drivers; vhost-user devices have none to tell].
     #[arg(value_name = "DRIVER.wasm")]
-    pub(crate) driver: PathBuf,
+    pub(crate) driver: Option<PathBuf>,
+    /// Where to look for a driver [default: ../lib/cofferdam/drivers or ../drivers beside the folder of the program, else /usr/lib/cofferdam/drivers].
+    #[arg(long, env = "COFFERDAM_DRIVERS", value_name = "DIR")]
+    pub(crate) drivers: Option<PathBuf>,
     /// The device: vhost-user:/path.sock, or a PCI function (pci:0000:00:04.0, see 'cofferdam devices').
     #[arg(long, value_name = "ADDR")]
     pub(crate) device: String,

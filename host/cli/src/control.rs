@@ -40,7 +40,12 @@ pub(crate) const LONGEST_REVOKE: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct LoadBody {
-    pub(crate) driver: String,
+    /// The driver's file. None: the one in `drivers` that lists the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) driver: Option<String>,
+    /// Where drivers are looked for. None: where the daemon's are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) drivers: Option<String>,
     pub(crate) device: String,
     #[serde(default)]
     pub(crate) ports: Vec<String>,
@@ -124,7 +129,7 @@ pub(crate) struct PortChange {
 pub(crate) enum ErrorCode {
     /// The call's words are off.
     Usage,
-    /// No such binding, handle, port, driver file or path.
+    /// No such binding, handle, port, driver or path.
     NoSuchThing,
     /// The wait is over, what was waited for is not: unload again to go on.
     StillDraining,

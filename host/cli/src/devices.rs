@@ -111,7 +111,8 @@ fn unclaimed(sysfs: &Sysfs, address: Address) -> Result<(), PciError> {
     })
 }
 
-fn error(error: PciError) -> ErrorBody {
+/// As the control API says it.
+pub(crate) fn error(error: PciError) -> ErrorBody {
     let code = match &error {
         PciError::Address { .. } => ErrorCode::Usage,
         PciError::NotFound(_) => ErrorCode::NoSuchThing,

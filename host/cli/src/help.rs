@@ -38,10 +38,12 @@ Examples:
 
 /// `cofferdam load --help`.
 pub(crate) const LOAD: &str = "\
-Exit codes: 0 it serves, 1 failed and everything was given back, 2 usage, 3 no such driver file or device.
+Without a driver, the one that lists the device's id is taken ('cofferdam inspect DRIVER.wasm' shows them); several that do are an error that names them.
+Exit codes: 0 it serves, 1 failed and everything was given back, 2 usage, 3 no such driver or device.
 
 Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --name disk0
+  cofferdam load --device pci:0000:00:04.0 --port nbd:/run/disk.sock --drivers target/drivers
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64";
 

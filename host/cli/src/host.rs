@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cofferdam_bus_pci::{PciError, Via};
+use cofferdam_bus_pci::Via;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
     Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Phase,
@@ -15,6 +15,8 @@ use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 
 use crate::args::BindArgs;
 use crate::control::{ErrorBody, ErrorCode, LoadBody, PortChange};
+use crate::devices;
+use crate::drivers::{self, Driver};
 
 /// Largest component file that is read, in bytes.
 const COMPONENT_LIMIT_BYTES: u64 = 256 << 20;
@@ -36,14 +38,17 @@ fn cache_dir() -> Option<PathBuf> {
 
 /// What the command line asks for, with absolute paths, so that it means the same in the daemon.
 pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, ErrorBody> {
-    let driver = std::path::absolute(&args.driver)
-        .map_err(|error| ErrorBody::new(ErrorCode::Usage, format!("{}: {error}", args.driver.display())))?;
-    let driver = driver
-        .into_os_string()
-        .into_string()
-        .map_err(|path| ErrorBody::new(ErrorCode::Usage, format!("{path:?} is not UTF-8")))?;
+    let absolute = |path: &PathBuf| {
+        let absolute =
+            std::path::absolute(path).map_err(|error| ErrorBody::usage(format!("{}: {error}", path.display())))?;
+        absolute.into_os_string().into_string().map_err(|path| ErrorBody::usage(format!("{path:?} is not UTF-8")))
+    };
+    let driver = args.driver.as_ref().map(absolute).transpose()?;
+    // Where a driver is named, none is looked for.
+    let drivers = args.drivers.as_ref().filter(|_| driver.is_none()).map(absolute).transpose()?;
     Ok(LoadBody {
         driver,
+        drivers,
         device: args.device.clone(),
         ports: args.ports.clone(),
         name: args.name.clone(),
@@ -83,14 +88,7 @@ pub(crate) fn read_component(path: &Path) -> Result<Vec<u8>, ErrorBody> {
 /// Finds and claims a device.
 fn connect(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, ErrorBody> {
     match address.split_once(':') {
-        Some(("pci", _)) => cofferdam_bus_pci::connect(address, via).map_err(|error| {
-            let code = match &error {
-                PciError::Address { .. } => ErrorCode::Usage,
-                PciError::NotFound(_) => ErrorCode::NoSuchThing,
-                _ => ErrorCode::Failed,
-            };
-            ErrorBody::new(code, error.to_string())
-        }),
+        Some(("pci", _)) => cofferdam_bus_pci::connect(address, via).map_err(devices::error),
         _ if via.is_some() => {
             Err(ErrorBody::usage(format!("'{address}' is no PCI function; only those go to uio or vfio")))
         }
@@ -157,6 +155,20 @@ impl PortAddress {
     }
 }
 
+/// The driver that is named, or the one that is for the device. The device is only looked at.
+fn driver(body: &LoadBody) -> Result<Driver, ErrorBody> {
+    match &body.driver {
+        Some(path) => Ok(Driver { component: read_component(Path::new(path))?, path: PathBuf::from(path) }),
+        None => {
+            let folder = drivers::folder(body.drivers.as_deref())?;
+            let wanted = drivers::identify(&body.device, &folder)?;
+            let driver = drivers::find(&folder, &body.device, &wanted)?;
+            tracing::info!(device = body.device, %wanted, driver = %driver.path.display(), "driver found");
+            Ok(driver)
+        }
+    }
+}
+
 /// Everything of a load: component, device, binding, ports. Bounded; on error nothing is left.
 pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, ErrorBody> {
     let ports = body.ports.iter().map(|port| PortAddress::parse(port)).collect::<Result<Vec<_>, _>>()?;
@@ -168,8 +180,7 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     for allow in &body.allow {
         grants.allow(allow).map_err(|error| usage(&error))?;
     }
-    let path = Path::new(&body.driver);
-    let component = read_component(path)?;
+    let Driver { path, component } = driver(body)?;
     let via = match body.via.as_deref() {
         None => None,
         Some("uio") => Some(Via::Uio),
@@ -177,7 +188,7 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
         Some(other) => return Err(ErrorBody::usage(format!("'{other}' is neither uio nor vfio"))),
     };
     let transport = connect(&body.device, via)?;
-    let label = path.file_name().map_or_else(|| body.driver.clone(), |name| name.to_string_lossy().into_owned());
+    let label = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
     let mut spec = LoadSpec::new(label, component, transport);
     spec.name.clone_from(&body.name);
     spec.queues = Some(body.queues);

@@ -4,6 +4,7 @@
 //! args     the command line · help  its examples and exit codes
 //! control  documents of the control API
 //! host     from addresses and files to bindings: the one place that knows buses and ports
+//! drivers  from a device's id to the file of its driver
 //! run      one binding in the foreground
 //! daemon   the server: its socket, its end · api  its calls · follow  its event streams
 //! link     the client's end of the socket · client, unload, events  the commands
@@ -19,6 +20,7 @@ mod control;
 mod daemon;
 mod devices;
 mod doctor;
+mod drivers;
 mod events;
 mod follow;
 mod help;

@@ -11,7 +11,8 @@ mod table;
 use std::io::Write as _;
 
 use cofferdam_manager::{
-    BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport, Stage,
+    BindingStatus, Certificate, DeviceId, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport,
+    Stage,
 };
 
 use crate::control::{PortChange, mapped_handles, mapped_mib};
@@ -186,6 +187,8 @@ pub(crate) fn module(path: &str, info: &ModuleInfo) {
     };
     line(&format!("  compiled  {compiled}"));
     line(&format!("  service   {}", info.service.as_str()));
+    let ids: Vec<String> = info.devices.iter().map(ToString::to_string).collect();
+    line(&format!("  devices   {}", if ids.is_empty() { "lists none".to_owned() } else { ids.join(", ") }));
     line("  asks for");
     for import in &info.imports {
         line(&format!("    {:<45} {}", import.name, import_kind(import.kind)));
@@ -212,10 +215,26 @@ pub(crate) fn module_json(info: &ModuleInfo) {
         "compile_micros": info.compile_micros,
         "from_cache": info.from_cache,
         "service": info.service.as_str(),
+        "devices": info.devices.iter().map(device_id_json).collect::<Vec<_>>(),
         "imports": info.imports.iter().map(import).collect::<Vec<_>>(),
         "exports": info.exports,
         "limits": limits(),
     }));
+}
+
+/// One entry of a device table; `null` fits everything.
+fn device_id_json(id: &DeviceId) -> serde_json::Value {
+    let hex = |id: Option<u16>| id.map(|id| format!("0x{id:04x}"));
+    match *id {
+        DeviceId::Virtio(id) => serde_json::json!({ "bus": "virtio", "device": id }),
+        DeviceId::Pci { vendor, device, class, class_mask } => serde_json::json!({
+            "bus": "pci",
+            "vendor": hex(vendor),
+            "device": hex(device),
+            "class": format!("0x{class:06x}"),
+            "class_mask": format!("0x{class_mask:06x}"),
+        }),
+    }
 }
 
 /// What an instance may use unless `load` says otherwise (DESIGN section 9).

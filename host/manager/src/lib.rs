@@ -83,8 +83,8 @@ pub use cofferdam_device::{Buffer, RegionError};
 pub use cofferdam_gate::{Cancel, MECHANISM_VARIABLE, Mechanism, Notify, mechanism, mechanism_reason};
 pub use cofferdam_lifecycle::Phase;
 pub use cofferdam_runtime::{
-    EntropyProperties, Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo, NetProperties, Offloads, StreamPort,
-    StreamProperties,
+    DeviceId, EntropyProperties, Grants, GuestLimits, ImportInfo, ImportKind, ModuleInfo, NetProperties, Offloads,
+    StreamPort, StreamProperties, Wanted, device_table,
 };
 
 /// What a driver that is part of the program is written against: for the yardstick alone.

@@ -56,6 +56,9 @@ pub enum LoadError {
     /// The names are right, the types are not.
     #[error("this driver does not match the interfaces of this host: {0}")]
     Mismatch(String),
+    /// The device table is garbage.
+    #[error("the driver's device table (custom section cofferdam:devices) cannot be read: {0}")]
+    Devices(String),
     /// An import that nobody can give.
     #[error("the driver imports {import}, which this host does not have")]
     UnknownImport {

@@ -20,6 +20,7 @@
 //! | What a guest returns is bounded before the host allocates for it, and checked before it leaves the crate. | `instance`, `service` |
 //! | An instance that faulted is never entered again (L5). | `instance` |
 //! | What an instance is doing can be read at any time, without waiting for it, and never as a mixture of two calls. | `activity`, `view` |
+//! | A device table is bounded and checked; it decides which driver is tried, and nothing else. | `devices` |
 //! | Machine code is read back only from files that this user alone could have written. | `cache`, `cache_dir` |
 
 mod activity;
@@ -27,6 +28,7 @@ mod bindings;
 mod cache;
 mod cache_dir;
 mod capability;
+mod devices;
 mod error;
 mod fault;
 mod grants;
@@ -47,6 +49,7 @@ mod world;
 
 pub use capability::device::{DeviceCapability, DeviceError};
 pub use capability::live::LiveCapability;
+pub use devices::{DeviceId, Wanted, device_table};
 pub use error::{InstantiateError, LoadError, RuntimeError};
 pub use fault::{CallError, DriverError, FaultKind, GuestFault};
 pub use grants::{DirGrant, GrantError, Grants};

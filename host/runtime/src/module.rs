@@ -6,6 +6,7 @@ use std::sync::Arc;
 use wasmtime::component::{Component, InstancePre, Linker};
 
 use crate::capability::{device, function, log, wasi};
+use crate::devices::DeviceId;
 use crate::error::{InstantiateError, LoadError};
 use crate::grants::Grants;
 use crate::guest;
@@ -28,6 +29,8 @@ pub struct ModuleInfo {
     pub exports: Vec<String>,
     /// The service it gives.
     pub service: Service,
+    /// The devices that it says it is for. Metadata: another one may be tried, and `attach` decides.
+    pub devices: Vec<DeviceId>,
     /// Time spent on compiling it, or on reading it from the cache, in microseconds.
     pub compile_micros: u64,
     /// Whether the machine code came from the cache.

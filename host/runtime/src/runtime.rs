@@ -13,6 +13,7 @@ use wasmtime::{Config, Engine, WasmBacktraceDetails};
 
 use crate::cache::{Cache, Digest};
 use crate::capability::rate::LogRate;
+use crate::devices::device_table;
 use crate::error::{LoadError, RuntimeError};
 use crate::fault::MAX_BACKTRACE_FRAMES;
 use crate::module::{Module, ModuleInfo};
@@ -96,6 +97,7 @@ impl Runtime {
                 .map_err(|error| LoadError::Compile(clean(&format!("{error:#}"), MAX_MESSAGE_BYTES)))?,
         };
         let world = World::check(&self.inner.engine, &component)?;
+        let devices = device_table(bytes)?;
         if let (false, Some(cache)) = (from_cache, cache) {
             cache.put(&digest, &component);
         }
@@ -105,6 +107,7 @@ impl Runtime {
             imports: world.imports.clone(),
             exports: world.exports.clone(),
             service: world.service,
+            devices,
             compile_micros: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
             from_cache,
         };

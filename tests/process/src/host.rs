@@ -18,6 +18,7 @@ pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(programs::cofferdam());
     command.args(arguments).env("XDG_CACHE_HOME", programs::cache());
     command.env_remove("COFFERDAM_SOCKET").env_remove("COFFERDAM_LOG").env_remove("XDG_RUNTIME_DIR");
+    command.env_remove("COFFERDAM_DRIVERS");
     command
 }
 

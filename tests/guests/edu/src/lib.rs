@@ -138,4 +138,4 @@ mod engine {
     }
 }
 
-cofferdam_sdk::export_function_driver!(Edu);
+cofferdam_sdk::export_function_driver!(Edu, devices: [cofferdam_sdk::DeviceId::pci(IDS.0, IDS.1)]);

@@ -50,7 +50,7 @@ pub(crate) fn recurse(depth: u64) -> u64 {
     recurse(depth + 1).wrapping_add(frame[(depth % 64) as usize])
 }
 
-cofferdam_sdk::export_block_driver!(Hostile, crate::place::window, crate::place::answer);
+cofferdam_sdk::export_block_driver!(Hostile, devices: [cofferdam_sdk::DeviceId::virtio(2)], crate::place::window, crate::place::answer);
 
 #[cfg(test)]
 mod tests {

@@ -2,11 +2,13 @@
 
 mod api;
 mod attaching;
+mod authoring;
 mod clients;
 mod daemon;
 mod devices;
 mod draining;
 mod events;
+mod finding;
 mod foreground;
 mod guests;
 mod handles;

@@ -6,6 +6,7 @@ mod commands;
 mod conformance;
 mod crash;
 mod drives;
+mod finds;
 mod hostile;
 mod kernel_client;
 mod load;
@@ -57,6 +58,7 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "a_transitional_device_is_refused_and_given_back", drives::legacy_is_refused),
         Scenario::new("uio", "a_driver_with_addresses_is_refused_on_uio", drives::edu_on_uio),
         Scenario::new("uio", "a_guessed_address_leads_nowhere_on_uio", drives::a_guess_on_uio),
+        Scenario::new("uio", "a_load_that_names_no_driver_finds_it_by_the_devices_id", finds::by_id),
         Scenario::new("uio", "uio_disk_that_is_resized_is_served_in_its_new_size", resizes::on_uio),
         Scenario::new("uio", "uio_passes_the_conformance_suite", conformance::on_uio),
         Scenario::new("uio", "uio_host_is_killed_in_mid_traffic", crash::on_uio),

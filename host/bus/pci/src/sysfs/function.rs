@@ -39,6 +39,17 @@ impl FunctionInfo {
         class::words(self.ids.class)
     }
 
+    /// The virtio device id (virtio 1.2, section 4.1.2), if its ids are those of a virtio device; of a transitional one, which is not driven, too.
+    #[must_use]
+    pub fn virtio_type(&self) -> Option<u32> {
+        match (self.ids.vendor, self.ids.device) {
+            (0x1af4, modern @ 0x1041..=0x107f) => Some(u32::from(modern - 0x1040)),
+            // Section 4.1.2.1.
+            (0x1af4, 0x1000..=0x103f) => Some(u32::from(self.ids.subsystem)),
+            _ => None,
+        }
+    }
+
     /// Whether it is a bridge, which is not for binding.
     #[must_use]
     pub fn is_bridge(&self) -> bool {
