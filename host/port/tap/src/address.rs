@@ -64,7 +64,18 @@ mod tests {
         for good in ["tap:lan0", "tap:a", "tap:a-15-bytes-name"] {
             assert_eq!(good.parse::<TapAddress>().unwrap().to_string(), good);
         }
-        let odd = ["tap", "nbd:a", "tap:", "tap:a-16-bytes-names", "tap:a/b", "tap:a b", "tap:tap%d", "tap:..", "tap:a:1", "tap:a\0"];
+        let odd = [
+            "tap",
+            "nbd:a",
+            "tap:",
+            "tap:a-16-bytes-names",
+            "tap:a/b",
+            "tap:a b",
+            "tap:tap%d",
+            "tap:..",
+            "tap:a:1",
+            "tap:a\0",
+        ];
         for bad in odd {
             assert!(matches!(bad.parse::<TapAddress>(), Err(TapError::Address { .. })), "{bad}");
         }

@@ -137,11 +137,7 @@ impl Inbound {
             add(&counts.refused_by_device, 1);
             return Ok(());
         };
-        let (user, buffer) = if length <= self.small_bytes {
-            (0, self.small.pop())
-        } else {
-            (LARGE, self.join())
-        };
+        let (user, buffer) = if length <= self.small_bytes { (0, self.small.pop()) } else { (LARGE, self.join()) };
         let Some(buffer) = buffer else {
             add(&counts.refused_by_device, 1);
             return Ok(());

@@ -91,7 +91,5 @@ fn offloads(net: &NetProperties) -> usize {
         return 0;
     }
     let bit = |has: bool, bit: usize| if has { bit } else { 0 };
-    ioctl::TUN_F_CSUM
-        | bit(offloads.transmit_tcp4, ioctl::TUN_F_TSO4)
-        | bit(offloads.transmit_tcp6, ioctl::TUN_F_TSO6)
+    ioctl::TUN_F_CSUM | bit(offloads.transmit_tcp4, ioctl::TUN_F_TSO4) | bit(offloads.transmit_tcp6, ioctl::TUN_F_TSO6)
 }

@@ -110,7 +110,7 @@ impl Port for TapPort {
         self.shared.address.to_string()
     }
 
-    /// The interface is gone when this returns, unless a thread had to be left behind.
+    /// The interface is gone when this returns, unless a thread had to be left behind. Should another thread of this process fork in that moment, it goes when the child calls exec.
     fn shutdown(mut self: Box<Self>, grace: Duration) -> PortReport {
         self.stop(grace)
     }

@@ -86,7 +86,8 @@ impl Worker {
         let read = match self.look {
             Look::Lost => false,
             _ => {
-                self.look = self.inbound.look(self.shared.interface.queue(self.lane), &self.handle, &self.shared.counts);
+                self.look =
+                    self.inbound.look(self.shared.interface.queue(self.lane), &self.handle, &self.shared.counts);
                 self.look == Look::More || self.shared.counts.to_device.load(Ordering::Relaxed) != before
             }
         };

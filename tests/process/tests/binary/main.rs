@@ -14,6 +14,7 @@ mod http;
 mod log;
 mod machine;
 mod misfits;
+mod network;
 mod ports;
 mod traffic;
 mod why;

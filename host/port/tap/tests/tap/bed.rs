@@ -56,6 +56,14 @@ pub(crate) fn link(name: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// There is no such interface, or at once no more: a test beside this one that starts a program lends it every descriptor until exec.
+pub(crate) fn is_gone(name: &str) {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while !link(name).is_empty() {
+        assert!(Instant::now() < deadline, "it stays: {}", link(name));
+    }
+}
+
 impl Bed {
     pub(crate) fn new(profile: NetProfile) -> Bed {
         own_network();
@@ -70,8 +78,11 @@ impl Bed {
 
     fn load(sim: SimNet, lanes: u16) -> Bed {
         let manager = manager();
-        let mut spec =
-            LoadSpec::new("virtio-net.wasm", component("virtio-net.wasm"), Box::new(sim.transport(Drive::Threads).unwrap()));
+        let mut spec = LoadSpec::new(
+            "virtio-net.wasm",
+            component("virtio-net.wasm"),
+            Box::new(sim.transport(Drive::Threads).unwrap()),
+        );
         spec.queues = Some(lanes);
         let binding = manager.load(spec).unwrap();
         Bed { sim, manager, binding }
@@ -102,7 +113,9 @@ impl Bed {
         let before = socket.local_addr().unwrap().port().to_be_bytes();
         socket.send_to(payload, (std::net::Ipv4Addr::from(FAR), 7)).unwrap();
         until("the datagram at the peer", || {
-            peer::attend(&self.sim, UDP).iter().any(|frame| frame.bytes[34..36] == before && &frame.bytes[42..] == payload)
+            peer::attend(&self.sim, UDP)
+                .iter()
+                .any(|frame| frame.bytes[34..36] == before && &frame.bytes[42..] == payload)
         });
     }
 

@@ -29,7 +29,8 @@ fn sum(bytes: &[u8], start: u32) -> u16 {
 pub(crate) fn ip(protocol: u8, body: &[u8]) -> Vec<u8> {
     let mut frame = [&NEAR_MAC[..], &FAR_MAC, &[8, 0]].concat();
     let length = (20 + body.len()) as u16;
-    let mut header = [&[0x45, 0][..], &length.to_be_bytes(), &[0, 0, 0x40, 0, 64, protocol, 0, 0], &FAR, &NEAR].concat();
+    let mut header =
+        [&[0x45, 0][..], &length.to_be_bytes(), &[0, 0, 0x40, 0, 64, protocol, 0, 0], &FAR, &NEAR].concat();
     let check = !sum(&header, 0);
     header[10..12].copy_from_slice(&check.to_be_bytes());
     frame.extend_from_slice(&header);

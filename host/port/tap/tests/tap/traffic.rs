@@ -16,7 +16,9 @@ fn payload(length: usize) -> Vec<u8> {
 
 #[test]
 fn datagrams_of_every_length_pass_both_ways_with_each_kind_of_buffer() {
-    for (mtu, mergeable, guest_tso) in [(1500, true, true), (1500, false, false), (9000, true, false), (9000, false, false)] {
+    for (mtu, mergeable, guest_tso) in
+        [(1500, true, true), (1500, false, false), (9000, true, false), (9000, false, false)]
+    {
         let profile = NetProfile { mtu: Some(mtu), mergeable, guest_tso, ..NetProfile::default() };
         let bed = Bed::new(profile);
         bed.serve("lan0");
