@@ -38,6 +38,7 @@ pub(crate) fn compare(service: Service, pre: &InstancePre<LaneState>) -> wasmtim
 }
 
 /// The exports of an instance.
+#[expect(clippy::large_enum_variant, reason = "one for each instance, and never moved about")]
 pub(crate) enum Guest {
     Virtio(VirtioGuest),
     Function(FunctionDriver),
