@@ -120,16 +120,18 @@ impl VirtioDriver for VirtioNet {
 
 impl VirtioNet {
     fn claim(device: &mut dyn VirtioDevice) -> Result<(Self, Attachment), DriverError> {
-        let mut features = choose_features(device.offered_features());
-        // A backend of vhost-user may leave configuration space to its front end, as DPDK's does (it offers STATUS and MQ all the same): then there is nobody who could fill the fields in.
-        if device.device_type().is_none() && device.read_config(0, 1).is_err() {
-            features &= !(feature::MAC | feature::STATUS | feature::MQ | feature::MTU);
-        }
+        let features = choose_features(device.offered_features());
         device.negotiate(features)?;
-        let config = Config::read(device, features)?;
-        let (queues, planned) = plan_queues(device, features, &config)?;
+        // A backend of vhost-user may leave configuration space to its front end, as DPDK's does (it offers STATUS and MQ all the same): then nobody fills the fields in, and where
+        // the control queue is, is not known either.
+        let mut known = features;
+        if device.device_type().is_none() && device.read_config(0, 1).is_err() {
+            known &= !(feature::MAC | feature::STATUS | feature::MQ | feature::MTU | feature::CTRL_VQ);
+        }
+        let config = Config::read(device, known)?;
+        let (queues, planned) = plan_queues(device, known, &config)?;
         let state = LaneState { mtu: config.mtu }.encode();
-        Ok((Self { features, config, planned, in_use: 1 }, Attachment { features, queues, state }))
+        Ok((Self { features: known, config, planned, in_use: 1 }, Attachment { features, queues, state }))
     }
 }
 
