@@ -122,10 +122,16 @@ impl VirtioNet {
     fn claim(device: &mut dyn VirtioDevice) -> Result<(Self, Attachment), DriverError> {
         let features = choose_features(device.offered_features());
         device.negotiate(features)?;
-        let config = Config::read(device, features)?;
-        let (queues, planned) = plan_queues(device, features, &config)?;
+        // A backend of vhost-user may leave configuration space to its front end, as DPDK's does (it offers STATUS and MQ all the same): then nobody fills the fields in, and where
+        // the control queue is, is not known either.
+        let mut known = features;
+        if device.device_type().is_none() && device.read_config(0, 1).is_err() {
+            known &= !(feature::MAC | feature::STATUS | feature::MQ | feature::MTU | feature::CTRL_VQ);
+        }
+        let config = Config::read(device, known)?;
+        let (queues, planned) = plan_queues(device, known, &config)?;
         let state = LaneState { mtu: config.mtu }.encode();
-        Ok((Self { features, config, planned, in_use: 1 }, Attachment { features, queues, state }))
+        Ok((Self { features: known, config, planned, in_use: 1 }, Attachment { features, queues, state }))
     }
 }
 
@@ -149,12 +155,10 @@ const DEPENDENTS: [(u64, u64); 3] =
     [(feature::CSUM, feature::HOST_TSO), (feature::GUEST_CSUM, feature::GUEST_TSO), (feature::CTRL_VQ, feature::MQ)];
 
 /// Bits that tell another kind of device where they come without the first. Those that require CTRL_VQ are not among them: a backend of vhost-user may leave the control queue
-/// to its front end.
-const TOLD_BY: [(u64, u64); 4] = [
+/// to its front end. Nor is ECN, which requires segmentation: DPDK's backend offers HOST_ECN with its segmentation switched off, as it is unless asked for.
+const TOLD_BY: [(u64, u64); 2] = [
     (feature::CSUM, feature::HOST_TSO | feature::HOST_UFO),
     (feature::GUEST_CSUM, feature::GUEST_TSO | feature::GUEST_UFO),
-    (feature::GUEST_TSO, feature::GUEST_ECN),
-    (feature::HOST_TSO, feature::HOST_ECN),
 ];
 
 /// Why an offer is not that of a network device, if it is not: for transports that do not tell what a device is. Most bits mean something else elsewhere, but a network

@@ -282,9 +282,10 @@ fn another_device_type_is_not_mine_and_a_lost_device_is_the_devices_fault() {
 fn a_device_of_unknown_type_is_believed_only_if_it_looks_like_a_network_device() {
     use feature::*;
     let unknown = |offered| MockDevice { device_type: None, ..device(offered) };
-    // All of them; QEMU's frequent ones; a backend that leaves the control queue to its front end; one with nothing but buffers that are joined.
+    // All of them; QEMU's frequent ones; DPDK's, with its segmentation off; a backend that leaves the control queue to its front end; one with nothing but buffers that are joined.
     let frequent = CSUM | GUEST_CSUM | MAC | GUEST_TSO | GUEST_ECN | HOST_TSO | HOST_ECN | MRG_RXBUF | STATUS;
-    for offered in [OF_A_NET_DEVICE, frequent, MRG_RXBUF | MQ | 1 << 21, MRG_RXBUF] {
+    let dpdk = CSUM | GUEST_CSUM | HOST_ECN | MRG_RXBUF | STATUS | CTRL_VQ | MQ;
+    for offered in [OF_A_NET_DEVICE, frequent, dpdk, MRG_RXBUF | MQ | 1 << 21, MRG_RXBUF] {
         attach(unknown(offered)).unwrap();
     }
     // A disk of qemu-storage-daemon (writable, read-only, with lifetime and zones), of SPDK; an entropy device; a console; and bits that are nobody's.

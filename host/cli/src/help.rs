@@ -10,6 +10,7 @@ Examples:
   cofferdam daemon &
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --name disk0
   cofferdam port attach disk0 data:/run/disk.data
+  cofferdam port attach net0 tap:lan0
   cofferdam ls
   cofferdam events --follow &
   cofferdam why disk0
@@ -110,6 +111,7 @@ Examples:
 /// `cofferdam port --help`.
 pub(crate) const PORT: &str = "\
 nbd: serves any NBD client; data: serves programs that use cofferdam-client (examples/zero-copy), in memory that they share with the device.
+tap: makes an interface of a network device in this network namespace, as long as the binding or the port lasts; needs CAP_NET_ADMIN.
 Exit codes: 0 done, 1 failed, 2 a bad address, 3 no such binding or port.
 
 Examples:

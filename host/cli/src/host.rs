@@ -12,6 +12,7 @@ use cofferdam_manager::{
 };
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
 use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
+use cofferdam_port_tap::{TapAddress, TapError, TapPort};
 
 use crate::args::BindArgs;
 use crate::control::{ErrorBody, ErrorCode, LoadBody, PortChange};
@@ -114,6 +115,7 @@ fn connect(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, ErrorB
 enum PortAddress {
     Nbd(NbdAddress),
     Data(DataAddress),
+    Tap(TapAddress),
 }
 
 impl PortAddress {
@@ -126,9 +128,12 @@ impl PortAddress {
             Some(("data", _)) => {
                 address.parse().map(PortAddress::Data).map_err(|error: DataError| usage(error.to_string()))
             }
-            _ => {
-                Err(usage(format!("'{address}' is not a port: nbd:/path.sock, nbd:127.0.0.1:10809 or data:/path.sock")))
+            Some(("tap", _)) => {
+                address.parse().map(PortAddress::Tap).map_err(|error: TapError| usage(error.to_string()))
             }
+            _ => Err(usage(format!(
+                "'{address}' is not a port: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock or tap:NAME"
+            ))),
         }
     }
 
@@ -137,6 +142,7 @@ impl PortAddress {
         match self {
             PortAddress::Nbd(address) => address.to_string(),
             PortAddress::Data(address) => address.to_string(),
+            PortAddress::Tap(address) => address.to_string(),
         }
     }
 
@@ -149,6 +155,10 @@ impl PortAddress {
             }
             PortAddress::Data(address) => {
                 let port = DataPort::start(Arc::clone(binding), address, DataOptions::default());
+                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+            }
+            PortAddress::Tap(address) => {
+                let port = TapPort::start(Arc::clone(binding), address);
                 Ok(Box::new(port.map_err(ErrorBody::failed)?))
             }
         }

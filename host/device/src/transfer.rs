@@ -13,8 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::buffer::Buffer;
 
-/// Most pieces that one call carries; those after it wait for the next call, as after a short write.
-pub const MAX_PIECES: usize = 64;
+/// Most pieces that one call carries; those after it wait for the next call, as after a short write. An arrival has up to 64, and a header goes before it: a packet goes in one call.
+pub const MAX_PIECES: usize = 65;
 
 /// One piece of what is sent.
 #[derive(Clone, Debug)]
@@ -143,7 +143,7 @@ pub fn receive(fd: BorrowedFd<'_>, spaces: &mut [Space<'_>], skip: usize) -> io:
         return Ok(0);
     }
     repeat(|| {
-        // SAFETY: the first `count` entries (at most 64) are initialised and lie in `iovecs`, which outlives the call. Each is inside a slice that is borrowed exclusively
+        // SAFETY: the first `count` entries (at most 65) are initialised and lie in `iovecs`, which outlives the call. Each is inside a slice that is borrowed exclusively
         // for the call, or inside a buffer, whose memory no reference ever points to.
         unsafe { libc::readv(fd.as_raw_fd(), iovecs.entries.as_ptr().cast(), iovecs.count as libc::c_int) }
     })

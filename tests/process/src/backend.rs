@@ -28,6 +28,17 @@ impl Backend {
         Backend { process, folder }
     }
 
+    /// A device of another class: `net`, with these arguments beside its socket.
+    #[track_caller]
+    pub fn class(class: &str, arguments: &[&str]) -> Backend {
+        let folder = tempfile::tempdir().expect("a directory");
+        let mut command = Command::new(programs::class_sim());
+        command.arg(class).arg("--socket").arg(folder.path().join("blk.sock")).args(arguments);
+        let process = Process::start(&mut command);
+        process.wait_stdout("ready ");
+        Backend { process, folder }
+    }
+
     /// qemu-storage-daemon on a raw file of `bytes` zeroes; see [`Backend::image`].
     #[track_caller]
     pub fn qemu(bytes: u64, queues: u16) -> Backend {

@@ -29,6 +29,16 @@ pub fn sim() -> PathBuf {
     existing(target().join("release/cofferdam-sim-blk"), how)
 }
 
+/// The devices of the other classes: net, console, entropy.
+pub fn class_sim() -> PathBuf {
+    existing(target().join("release/cofferdam-sim"), "cargo build --release --workspace --bin cofferdam-sim")
+}
+
+/// The good driver of another class, `net`.
+pub fn driver_of(class: &str) -> PathBuf {
+    existing(target().join(format!("drivers/virtio-{class}.wasm")), "cargo xtask build")
+}
+
 /// The example of a client that shares memory with the device.
 pub fn zero_copy() -> PathBuf {
     let how = "cargo build --release --workspace --bin cofferdam-example-zero-copy";

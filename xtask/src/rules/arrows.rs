@@ -22,11 +22,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cofferdam-client", &[]),
     ("cofferdam-port-nbd", &["cofferdam-manager"]),
     ("cofferdam-port-data", &["cofferdam-manager", "cofferdam-client"]),
+    ("cofferdam-port-tap", &["cofferdam-manager"]),
     (
         "cofferdam",
         &[
             "cofferdam-port-nbd",
             "cofferdam-port-data",
+            "cofferdam-port-tap",
             "cofferdam-bus-vhost-user",
             "cofferdam-bus-pci",
             "cofferdam-manager",

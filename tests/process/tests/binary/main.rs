@@ -16,6 +16,7 @@ mod http;
 mod log;
 mod machine;
 mod misfits;
+mod network;
 mod ports;
 mod traffic;
 mod why;
