@@ -20,6 +20,8 @@ const NEEDS: &[Need] = &[
     Need { program: "nbdcopy", packages: &["libnbd-bin"] },
     Need { program: "fio", packages: &["fio"] },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"] },
+    Need { program: "ip", packages: &["iproute2"] },
+    Need { program: "setpriv", packages: &["util-linux"] },
     Need { program: "qemu-system-x86_64", packages: &["qemu-system-x86"] },
 ];
 
