@@ -9,6 +9,7 @@ mod explanation;
 mod table;
 
 use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cofferdam_manager::{
     BindingStatus, Certificate, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport, Stage,
@@ -22,7 +23,19 @@ pub(crate) use event::event;
 pub(crate) use explanation::{explanation, explanation_lines, fingerprint};
 
 pub(crate) fn line(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{}", harmless(text));
+    let text = harmless(text);
+    let _ = match STDOUT_IS_TAKEN.load(Ordering::Relaxed) {
+        false => writeln!(std::io::stdout().lock(), "{text}"),
+        true => writeln!(std::io::stderr().lock(), "{text}"),
+    };
+}
+
+/// Standard output is a device's console.
+static STDOUT_IS_TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// From here on everything goes to standard error.
+pub(crate) fn leave_stdout() {
+    STDOUT_IS_TAKEN.store(true, Ordering::Relaxed);
 }
 
 fn print(lines: &[String]) {

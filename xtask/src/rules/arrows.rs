@@ -21,12 +21,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cofferdam-manager", &["cofferdam-runtime", "cofferdam-lifecycle", "cofferdam-gate", "cofferdam-device"]),
     ("cofferdam-client", &[]),
     ("cofferdam-port-nbd", &["cofferdam-manager"]),
+    ("cofferdam-port-character", &["cofferdam-manager"]),
     ("cofferdam-port-data", &["cofferdam-manager", "cofferdam-client"]),
     (
         "cofferdam",
         &[
             "cofferdam-port-nbd",
             "cofferdam-port-data",
+            "cofferdam-port-character",
             "cofferdam-bus-vhost-user",
             "cofferdam-bus-pci",
             "cofferdam-manager",
