@@ -59,7 +59,7 @@ fn nobody_who_reads_costs_a_full_pipe_and_nothing_more() {
 
 #[test]
 fn a_blocked_reader_finds_the_end_at_unload() {
-    let (_sim, bed) = bed(&["hang@from=20"]);
+    let (sim, bed) = bed(&["hang@from=20"]);
     let path = bed.path("random");
     bed.attach(&format!("fifo:{path}"));
     let (answer, answered) = channel();
@@ -71,7 +71,7 @@ fn a_blocked_reader_finds_the_end_at_unload() {
         answer.send(pipe.read_to_end(&mut bytes).map(|_| bytes.len())).unwrap();
     });
     begun.recv_timeout(PATIENCE).unwrap();
-    until("the device hangs", || bed.binding.status().requests_in_flight > 0);
+    until("the device hangs", || sim.stats().waiting > 0);
     let unload = cofferdam_manager::UnloadOptions {
         deadline: Duration::from_millis(100),
         force: true,
