@@ -91,7 +91,7 @@ fn steps(options: &Options, summary: &mut Summary) -> Result<()> {
 
 /// Compiles in the selection and profile that the tests have, so that the programs that process tests start are those of this tree.
 fn compile() -> Result<()> {
-    build::programs(&["cofferdam", "cofferdam-sim-blk", "cofferdam-vm-guest"])?;
+    build::programs(&["cofferdam", "cofferdam-sim-blk", "cofferdam-sim", "cofferdam-vm-guest"])?;
     step::run(
         "tests: release build",
         workspace::cargo().args(["test", "--release", "--workspace", "--no-run", "--quiet"]),

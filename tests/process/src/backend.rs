@@ -28,6 +28,17 @@ impl Backend {
         Backend { process, folder }
     }
 
+    /// The sim of another class (`rng`, `console`, `net`), with these arguments beside its socket.
+    #[track_caller]
+    pub fn of_class(class: &str, arguments: &[&str]) -> Backend {
+        let folder = tempfile::tempdir().expect("a directory");
+        let mut command = Command::new(programs::sim_of_a_class());
+        command.arg(class).arg("--socket").arg(folder.path().join("blk.sock")).args(arguments);
+        let process = Process::start(&mut command);
+        process.wait_stdout("ready ");
+        Backend { process, folder }
+    }
+
     /// qemu-storage-daemon on a raw file of `bytes` zeroes; see [`Backend::image`].
     #[track_caller]
     pub fn qemu(bytes: u64, queues: u16) -> Backend {
@@ -96,6 +107,6 @@ fn state(task: &Path) -> Option<char> {
 pub fn tool(name: &str) -> Command {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&paths).any(|folder: PathBuf| Path::new(&folder).join(name).is_file());
-    assert!(found, "{name} is missing: apt-get install qemu-utils libnbd-bin fio");
+    assert!(found, "{name} is missing: apt-get install qemu-utils libnbd-bin fio rng-tools-debian");
     Command::new(name)
 }

@@ -29,6 +29,12 @@ pub fn sim() -> PathBuf {
     existing(target().join("release/cofferdam-sim-blk"), how)
 }
 
+/// The same for the other classes.
+pub fn sim_of_a_class() -> PathBuf {
+    let how = "cargo build --release --workspace --bin cofferdam-sim";
+    existing(target().join("release/cofferdam-sim"), how)
+}
+
 /// The example of a client that shares memory with the device.
 pub fn zero_copy() -> PathBuf {
     let how = "cargo build --release --workspace --bin cofferdam-example-zero-copy";
@@ -37,7 +43,12 @@ pub fn zero_copy() -> PathBuf {
 
 /// The good driver.
 pub fn driver() -> PathBuf {
-    existing(target().join("drivers/virtio-blk.wasm"), "cargo xtask build")
+    shipped_driver("virtio-blk")
+}
+
+/// A driver that is shipped, by its name without `.wasm`.
+pub fn shipped_driver(name: &str) -> PathBuf {
+    existing(target().join("drivers").join(name).with_extension("wasm"), "cargo xtask build")
 }
 
 /// A driver or a misfit file of the tests, by its name in `tests/guests/hostile/behaviours.txt` or `xtask/src/guests/misfits.rs`.

@@ -2,6 +2,7 @@
 
 mod api;
 mod attaching;
+mod character;
 mod clients;
 mod daemon;
 mod devices;
