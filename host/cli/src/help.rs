@@ -10,6 +10,8 @@ Examples:
   cofferdam daemon &
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --name disk0
   cofferdam port attach disk0 data:/run/disk.data
+  cofferdam port attach rng0 fifo:/run/random
+  cofferdam port attach console0 pty:/run/console,port=1
   cofferdam ls
   cofferdam events --follow &
   cofferdam why disk0
@@ -21,11 +23,14 @@ Examples:
 /// `cofferdam run --help`.
 pub(crate) const RUN: &str = "\
 Ctrl-C while it loads calls the load off.
+With --port stdio the console is this terminal, Ctrl-] unloads, and everything that is not the console's goes to standard error. With pipes every byte is passed on, and the end of the input unloads when the device has said nothing for half a second.
 Exit codes: 0 unloaded, 1 could not serve or the binding left by itself, 2 usage, 3 no such driver file or device, 4 still draining even after the force.
 
 Examples:
   cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
-  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --queues 2 --json";
+  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --queues 2 --json
+  cofferdam run virtio-console.wasm --device vhost-user:/run/console.sock --port stdio
+  cofferdam run virtio-console.wasm --device vhost-user:/run/console.sock --port stdio <commands >answers 2>log";
 
 /// `cofferdam daemon --help`.
 pub(crate) const DAEMON: &str = "\
@@ -43,7 +48,9 @@ Exit codes: 0 it serves, 1 failed and everything was given back, 2 usage, 3 no s
 Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --name disk0
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json
-  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64";
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64
+  cofferdam load virtio-rng.wasm --device vhost-user:/run/rng.sock --port fifo:/run/random --port entropy-pool
+  cofferdam load virtio-console.wasm --device vhost-user:/run/console.sock --queues 2 --port pty:/run/console --port pty:/run/agent,port=1";
 
 /// `cofferdam ls --help`.
 pub(crate) const LS: &str = "\
@@ -107,7 +114,9 @@ Examples:
 
 /// `cofferdam port --help`.
 pub(crate) const PORT: &str = "\
-nbd: serves any NBD client; data: serves programs that use cofferdam-client (examples/zero-copy), in memory that they share with the device.
+nbd: serves any NBD client; data: serves programs that use cofferdam-client (examples/zero-copy), in memory that they share with the device. Both need a disk.
+fifo: random bytes for whoever reads it; entropy-pool[,rate=BYTES] credits the kernel's pool with 64 bytes a second (root). Both need an entropy device.
+pty: a link to a pseudo terminal, for port N of a console with ',port=N' (more than port 0 need --queues); stdio is for 'cofferdam run' alone.
 Exit codes: 0 done, 1 failed, 2 a bad address, 3 no such binding or port.
 
 Examples:

@@ -7,8 +7,8 @@ use std::time::Duration;
 use cofferdam_bus_pci::{PciError, Via};
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Offer, Phase,
-    Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
+    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Offer,
+    Phase, Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
 };
 use cofferdam_port_character::{CharacterAddress, CharacterError, CharacterPort};
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};

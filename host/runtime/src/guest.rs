@@ -38,6 +38,10 @@ pub(crate) fn compare(service: Service, pre: &InstancePre<LaneState>) -> wasmtim
 }
 
 /// The exports of an instance.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each instance, and the large one is the one on the data path"
+)]
 pub(crate) enum Guest {
     Virtio(VirtioGuest),
     Function(FunctionDriver),

@@ -6,8 +6,8 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
@@ -107,7 +107,12 @@ impl<S: Sink> Entropy<S> {
                 self.rests = Some(Instant::now() + REST);
                 // The first and then ever fewer: a device can fail without end.
                 if self.failed.is_power_of_two() {
-                    tracing::warn!(port = self.shared.address(), ?result, failed = self.failed, "the device gave no random bytes");
+                    tracing::warn!(
+                        port = self.shared.address(),
+                        ?result,
+                        failed = self.failed,
+                        "the device gave no random bytes"
+                    );
                 }
             }
         }

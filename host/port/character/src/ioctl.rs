@@ -26,8 +26,7 @@ const TIOCGPTN: rustix::ioctl::Opcode = opcode::read::<u32>(b'T', 0x30);
 /// Adds up to [`CREDIT_BYTES`] bytes to the kernel's pool and credits it with eight bits for each; how many. Without bytes only the right to do so is checked.
 pub(crate) fn credit(random: impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     let count = bytes.len().min(CREDIT_BYTES);
-    let mut info =
-        RandPoolInfo { entropy_count: 8 * count as i32, buf_size: count as i32, bytes: [0; CREDIT_BYTES] };
+    let mut info = RandPoolInfo { entropy_count: 8 * count as i32, buf_size: count as i32, bytes: [0; CREDIT_BYTES] };
     info.bytes[..count].copy_from_slice(&bytes[..count]);
     // SAFETY: the opcode's argument is a `struct rand_pool_info` of which the kernel reads the two numbers and `buf_size` bytes behind them (random(4)); `buf_size` is at most the length of
     // `bytes`, which lies there by `repr(C)`. The kernel writes nothing.

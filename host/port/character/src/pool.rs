@@ -3,8 +3,8 @@
 //! It is credited with eight bits for each byte: who names this port trusts the device as a source.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::Buffer;

@@ -182,7 +182,10 @@ impl CharacterPort {
         self.shared.0.stop.signal();
         let ended = self.threads.end(at + OVERRUN);
         if !ended.left_behind.is_empty() {
-            tracing::error!(port = self.shared.address(), "the port's thread is held up in the binding; it is left behind");
+            tracing::error!(
+                port = self.shared.address(),
+                "the port's thread is held up in the binding; it is left behind"
+            );
         }
         if ended.panicked > 0 {
             tracing::error!(port = self.shared.address(), "the port's thread had panicked");

@@ -327,7 +327,11 @@ impl<L: Line> Stream<L> {
         if self.handle.in_flight() > 0 || !self.unsent.is_empty() {
             // A device that takes nothing is not waited for by somebody who leaves.
             let late = self.last_word + QUIET;
-            return if at_once && late <= now { Err(()) } else { Ok(Some(rests.unwrap_or(now + REST).max(now + REST))) };
+            return if at_once && late <= now {
+                Err(())
+            } else {
+                Ok(Some(rests.unwrap_or(now + REST).max(now + REST)))
+            };
         }
         let quiet = self.last_word + QUIET;
         if at_once || (self.pending.is_empty() && quiet <= now) { Err(()) } else { Ok(Some(quiet.max(now + REST))) }

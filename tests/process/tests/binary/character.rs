@@ -119,6 +119,7 @@ fn run_with_pipes_passes_every_byte_and_ends_with_the_input() {
 #[test]
 fn run_on_a_terminal_ends_with_its_escape_and_gives_the_terminal_back() {
     let sim = Backend::of_class("console", &[]);
+    let cache = tempfile::tempdir().expect("a directory");
     for signalled in [false, true] {
         let driver = text(&programs::shipped_driver("virtio-console"));
         let binary = text(&programs::cofferdam());
@@ -128,7 +129,7 @@ fn run_on_a_terminal_ends_with_its_escape_and_gives_the_terminal_back() {
         );
         let mut script = tool("script");
         script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
-        script.env("XDG_CACHE_HOME", tempfile::tempdir().expect("a directory").keep());
+        script.env("XDG_CACHE_HOME", cache.path());
         let mut script = Process::start(&mut script);
         let mut keys = script.stdin();
         script.wait_stdout("Ctrl-] unloads.");
