@@ -59,7 +59,7 @@ pub(crate) fn json<T: serde::Serialize + ?Sized>(document: &T) {
 }
 
 pub(crate) fn serving(binding: &BindingStatus) {
-    let size = bytes(binding.capacity_bytes);
+    let size = given(binding);
     line(&format!(
         "{}: {} serves {} ({size}, {})",
         binding.name,
@@ -91,6 +91,14 @@ pub(crate) fn bindings(bindings: &[BindingStatus]) {
     };
     let head = ["NAME", "STATE", "DRIVER", "DEVICE", "GEN", "AGE", "HANDLES", "IN FLIGHT", "CALLS PER CORE"];
     print(&table::lines("", head, bindings.iter().map(row)));
+}
+
+/// How large a disk is; of another device, what it is.
+fn given(binding: &BindingStatus) -> String {
+    match binding.service.as_str() {
+        "block" | "" => bytes(binding.capacity_bytes),
+        service => service.to_owned(),
+    }
 }
 
 /// `serving`, `serving (pinned)`, `draining (waiting, unload)`.
@@ -161,7 +169,7 @@ fn reachable(ports: &[String]) {
 pub(crate) fn binding(binding: &BindingStatus) {
     line(&format!("{} ({})", binding.name, state(binding)));
     line(&format!("  driver      {} (generation {})", binding.driver, binding.generation));
-    line(&format!("  device      {} ({})", binding.device, bytes(binding.capacity_bytes)));
+    line(&format!("  device      {} ({})", binding.device, given(binding)));
     line(&format!("  age         {}", age(binding.age_seconds)));
     line(&format!("  lanes       {}", binding.lanes));
     line(&format!(

@@ -87,7 +87,7 @@ impl std::fmt::Debug for CharacterPort {
 }
 
 impl CharacterPort {
-    /// Serves `binding` at `address` until [`Port::shutdown`]. `over` is called if it ends by itself, which only `stdio` does.
+    /// Serves `binding` at `address` until [`Port::shutdown`]. `over` is called when nobody serves it any more, for `stdio` alone: it also ends by itself.
     ///
     /// # Errors
     /// [`CharacterError`]; nothing is left behind.

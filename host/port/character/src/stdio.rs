@@ -30,7 +30,7 @@ pub(crate) struct Raw {
 }
 
 impl Stdio {
-    /// `over` is called once, when the session has ended by itself.
+    /// `over` is called once, when the session has ended.
     pub(crate) fn open(over: Box<dyn FnOnce() + Send>) -> Result<(Stdio, Option<Raw>), CharacterError> {
         let (stdin, stdout) = (std::io::stdin(), std::io::stdout());
         let input = own(stdin.as_fd(), OFlags::RDONLY)?;
@@ -110,8 +110,11 @@ impl Line for Stdio {
     fn resize(&mut self, _columns: u16, _rows: u16) {
         // The screen is as large as it is.
     }
+}
 
-    fn over(&mut self) {
+/// However the thread that serves it has ended: nobody would be left to read Ctrl-] from a raw terminal.
+impl Drop for Stdio {
+    fn drop(&mut self) {
         if let Some(over) = self.over.take() {
             over();
         }

@@ -59,8 +59,6 @@ pub(crate) trait Line: Send + 'static {
     fn comes(&self) -> Option<BorrowedFd<'_>>;
     /// The other side's screen has another size: columns and rows.
     fn resize(&mut self, columns: u16, rows: u16);
-    /// The line has ended, and everything that was under way is through.
-    fn over(&mut self) {}
 }
 
 /// See the module.
@@ -163,7 +161,7 @@ impl<L: Line> Stream<L> {
                 continue;
             }
             let until = match self.end(now) {
-                Err(()) => return self.line.over(),
+                Err(()) => return,
                 Ok(until) => until,
             };
             self.sleep(blocked, until);
