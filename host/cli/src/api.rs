@@ -74,7 +74,7 @@ async fn why(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response
 
 async fn load(State(api): State<Api>, body: Body<LoadBody>) -> Response {
     let manager = api.manager.clone();
-    answer(api.blocking(body, move |body| host::load(&manager, &body).map(|binding| binding.status())).await)
+    answer(api.blocking(body, move |body| host::load(&manager, &body, None).map(|binding| binding.status())).await)
 }
 
 async fn unload(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<UnloadBody>) -> Response {

@@ -94,7 +94,7 @@ pub(crate) struct BindArgs {
     /// The device: vhost-user:/path.sock, or a PCI function (pci:0000:00:04.0, see 'cofferdam devices').
     #[arg(long, value_name = "ADDR")]
     pub(crate) device: String,
-    /// Where to serve it; may be given more than once: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock for zero-copy clients, or tap:NAME for a network device.
+    /// Where to serve it; may be given more than once: a disk at nbd:/path.sock, nbd:127.0.0.1:10809, or data:/path.sock for zero-copy clients; an entropy device at fifo:/path or entropy-pool; a console at pty:/link or stdio; a network device at tap:NAME. See 'cofferdam port --help'.
     #[arg(long = "port", value_name = "PORT")]
     pub(crate) ports: Vec<String>,
     /// Name of the binding [default: the driver's file name and a number].
@@ -275,7 +275,7 @@ pub(crate) enum PortCommand {
 pub(crate) struct PortChangeArgs {
     /// The binding.
     pub(crate) name: String,
-    /// The address: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock, tap:NAME
+    /// The address: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock, fifo:/path, entropy-pool, pty:/link, tap:NAME
     #[arg(value_name = "PORT")]
     pub(crate) port: String,
     #[command(flatten)]

@@ -11,6 +11,8 @@ Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --name disk0
   cofferdam port attach disk0 data:/run/disk.data
   cofferdam port attach net0 tap:lan0
+  cofferdam port attach rng0 fifo:/run/random
+  cofferdam port attach console0 pty:/run/console,port=1
   cofferdam ls
   cofferdam events --follow &
   cofferdam why disk0
@@ -22,11 +24,14 @@ Examples:
 /// `cofferdam run --help`.
 pub(crate) const RUN: &str = "\
 Ctrl-C while it loads calls the load off.
+With --port stdio the console is this terminal, Ctrl-] unloads, and everything that is not the console's goes to standard error. With pipes every byte is passed on, and the end of the input unloads when the device has said nothing for half a second.
 Exit codes: 0 unloaded, 1 could not serve or the binding left by itself, 2 usage, 3 no such driver file or device, 4 still draining even after the force.
 
 Examples:
   cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock
-  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --queues 2 --json";
+  cofferdam run virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:127.0.0.1:10809 --queues 2 --json
+  cofferdam run virtio-console.wasm --device vhost-user:/run/console.sock --port stdio
+  cofferdam run virtio-console.wasm --device vhost-user:/run/console.sock --port stdio <commands >answers 2>log";
 
 /// `cofferdam daemon --help`.
 pub(crate) const DAEMON: &str = "\
@@ -46,7 +51,9 @@ Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --name disk0
   cofferdam load --device pci:0000:00:04.0 --port nbd:/run/disk.sock --drivers target/drivers
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json
-  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64";
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64
+  cofferdam load virtio-rng.wasm --device vhost-user:/run/rng.sock --port fifo:/run/random --port entropy-pool
+  cofferdam load virtio-console.wasm --device vhost-user:/run/console.sock --queues 2 --port pty:/run/console --port pty:/run/agent,port=1";
 
 /// `cofferdam ls --help`.
 pub(crate) const LS: &str = "\
@@ -110,7 +117,9 @@ Examples:
 
 /// `cofferdam port --help`.
 pub(crate) const PORT: &str = "\
-nbd: serves any NBD client; data: serves programs that use cofferdam-client (examples/zero-copy), in memory that they share with the device.
+nbd: serves any NBD client; data: serves programs that use cofferdam-client (examples/zero-copy), in memory that they share with the device. Both need a disk.
+fifo: random bytes for whoever reads it; entropy-pool[,rate=BYTES] credits the kernel's pool with 64 bytes a second (root). Both need an entropy device.
+pty: a link to a pseudo terminal, for port N of a console with ',port=N' (more than port 0 need --queues); stdio is for 'cofferdam run' alone.
 tap: makes an interface of a network device in this network namespace, as long as the binding or the port lasts; needs CAP_NET_ADMIN.
 Exit codes: 0 done, 1 failed, 2 a bad address, 3 no such binding or port.
 

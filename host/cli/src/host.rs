@@ -7,9 +7,10 @@ use std::time::Duration;
 use cofferdam_bus_pci::Via;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Phase,
-    Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
+    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Offer,
+    Phase, Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
 };
+use cofferdam_port_character::{CharacterAddress, CharacterError, CharacterPort};
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
 use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 use cofferdam_port_tap::{TapAddress, TapError, TapPort};
@@ -116,6 +117,7 @@ enum PortAddress {
     Nbd(NbdAddress),
     Data(DataAddress),
     Tap(TapAddress),
+    Character(CharacterAddress),
 }
 
 impl PortAddress {
@@ -131,10 +133,27 @@ impl PortAddress {
             Some(("tap", _)) => {
                 address.parse().map(PortAddress::Tap).map_err(|error: TapError| usage(error.to_string()))
             }
+            _ if CharacterAddress::is_meant(address) => {
+                address.parse().map(PortAddress::Character).map_err(|error: CharacterError| usage(error.to_string()))
+            }
             _ => Err(usage(format!(
-                "'{address}' is not a port: nbd:/path.sock, nbd:127.0.0.1:10809, data:/path.sock or tap:NAME"
+                "'{address}' is not a port: nbd:/path.sock, nbd:127.0.0.1:10809 or data:/path.sock for a disk, fifo:/path or entropy-pool for an entropy device, pty:/link or stdio for a console, tap:NAME for a network device"
             ))),
         }
+    }
+
+    /// What the binding has to give for it.
+    fn service(&self) -> &'static str {
+        match self {
+            PortAddress::Nbd(_) | PortAddress::Data(_) => "block",
+            PortAddress::Tap(_) => "net",
+            PortAddress::Character(address) => address.service(),
+        }
+    }
+
+    /// Whether it is the terminal of the process that asks.
+    fn is_stdio(&self) -> bool {
+        matches!(self, PortAddress::Character(CharacterAddress::Stdio { .. }))
     }
 
     /// The address in the one way that ports say theirs.
@@ -143,12 +162,30 @@ impl PortAddress {
             PortAddress::Nbd(address) => address.to_string(),
             PortAddress::Data(address) => address.to_string(),
             PortAddress::Tap(address) => address.to_string(),
+            PortAddress::Character(address) => address.to_string(),
         }
     }
 
-    /// Makes a port of a binding that serves already.
-    fn open(&self, binding: &Arc<Binding>) -> Result<Box<dyn Port>, ErrorBody> {
+    /// Makes a port of a binding that serves already; `over` is told when it ends by itself.
+    fn open(&self, binding: &Arc<Binding>, over: &Over) -> Result<Box<dyn Port>, ErrorBody> {
+        let (needed, offer) = (self.service(), binding.offer());
+        match offer.as_deref().map(Offer::service) {
+            Some(given) if given == needed => {}
+            given => {
+                let given = given.map_or_else(|| "no service".to_owned(), |given| format!("'{given}'"));
+                return Err(ErrorBody::usage(format!(
+                    "port '{}' needs a driver that gives '{needed}'; {} gives {given}",
+                    self.canonical(),
+                    binding.driver()
+                )));
+            }
+        }
         match self {
+            PortAddress::Character(address) => {
+                let over = Arc::clone(over);
+                let port = CharacterPort::start(binding, address, move || over());
+                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+            }
             PortAddress::Nbd(address) => {
                 let port = NbdPort::start(Arc::clone(binding), address, NbdOptions::default());
                 Ok(Box::new(port.map_err(ErrorBody::failed)?))
@@ -179,9 +216,23 @@ fn driver(body: &LoadBody) -> Result<Driver, ErrorBody> {
     }
 }
 
-/// Everything of a load: component, device, binding, ports. Bounded; on error nothing is left.
-pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, ErrorBody> {
+/// Told when a session on the terminal has ended.
+pub(crate) type Over = Arc<dyn Fn() + Send + Sync>;
+
+/// Whether one of these ports is the terminal of the process that asks.
+pub(crate) fn has_stdio(ports: &[String]) -> bool {
+    ports.iter().any(|port| PortAddress::parse(port).is_ok_and(|port| port.is_stdio()))
+}
+
+/// Everything of a load: component, device, binding, ports. Bounded; on error nothing is left. The terminal is a port only of a process that has one, which says so with `terminal`.
+pub(crate) fn load(manager: &Manager, body: &LoadBody, terminal: Option<Over>) -> Result<Arc<Binding>, ErrorBody> {
     let ports = body.ports.iter().map(|port| PortAddress::parse(port)).collect::<Result<Vec<_>, _>>()?;
+    match (ports.iter().filter(|port| port.is_stdio()).count(), &terminal) {
+        (0, _) | (1, Some(_)) => {}
+        (1, None) => return Err(only_run()),
+        _ => return Err(ErrorBody::usage("there is one terminal, and so one port 'stdio'".to_owned())),
+    }
+    let over = terminal.unwrap_or_else(nobody);
     if ports.len() > PORTS {
         return Err(ErrorBody::usage(format!("a binding has at most {PORTS} ports")));
     }
@@ -218,7 +269,7 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
     spec.mapped_bytes = u64::from(body.mapped_mib) << 20;
     let binding = manager.load(spec).map_err(ErrorBody::failed)?;
     for port in &ports {
-        if let Err(error) = open_port(&binding, port) {
+        if let Err(error) = open_port(&binding, port, &over) {
             let back = UnloadOptions { deadline: ROLLBACK, force: true, cancel: None, cause: Cause::LoadFailed };
             let _ = manager.unload_binding(&binding, &back);
             return Err(error);
@@ -228,12 +279,20 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody) -> Result<Arc<Binding>, E
 }
 
 /// Opens a port and gives it to the binding; the answer is its real address.
-fn open_port(binding: &Arc<Binding>, address: &PortAddress) -> Result<String, ErrorBody> {
-    let port = address.open(binding)?;
+fn open_port(binding: &Arc<Binding>, address: &PortAddress, over: &Over) -> Result<String, ErrorBody> {
+    let port = address.open(binding, over)?;
     let real = port.address();
     // A port that comes back goes by its drop, at once: nobody can have been served.
     binding.attach_port(port).map_err(|_| leaving(binding.name()))?;
     Ok(real)
+}
+
+fn only_run() -> ErrorBody {
+    ErrorBody::usage("'stdio' is the terminal of 'cofferdam run'; the daemon has none".to_owned())
+}
+
+fn nobody() -> Over {
+    Arc::new(|| {})
 }
 
 fn leaving(name: &str) -> ErrorBody {
@@ -249,6 +308,9 @@ pub(crate) fn find(manager: &Manager, name: &str) -> Result<Arc<Binding>, ErrorB
 /// One more port for a binding that serves.
 pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<PortChange, ErrorBody> {
     let address = PortAddress::parse(port)?;
+    if address.is_stdio() {
+        return Err(only_run());
+    }
     let binding = find(manager, name)?;
     if binding.phase() != Phase::Serving {
         return Err(leaving(name));
@@ -260,7 +322,7 @@ pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<P
     if ports.len() >= PORTS {
         return Err(ErrorBody::failed(format!("'{name}' has {PORTS} ports, more are not possible; detach one")));
     }
-    let port = open_port(&binding, &address)?;
+    let port = open_port(&binding, &address, &nobody())?;
     Ok(PortChange { binding: name.to_owned(), port, connections: None, severed: None, ports: binding.ports() })
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use cofferdam_manager::{Binding, Cancel, Cause, Certificate, Manager, Phase, UnloadOptions};
 use tokio::runtime::Runtime;
+use tokio::sync::Notify;
 
 use crate::args::RunArgs;
 use crate::control::{ErrorBody, LoadBody};
@@ -34,7 +35,13 @@ fn load_serve_unload(runtime: &Runtime, args: &RunArgs) -> Result<(), ErrorBody>
     };
     let manager = host::manager()?;
     let body = host::load_body(&args.bind, false)?;
-    let (binding, stopped) = runtime.block_on(load(&manager, body, &mut stop))?;
+    let is_terminal = host::has_stdio(&body.ports);
+    if is_terminal {
+        // Standard output is the device's, and Ctrl-C too where it is a terminal.
+        show::leave_stdout();
+    }
+    let ended = Arc::new(Notify::new());
+    let (binding, stopped) = runtime.block_on(load(&manager, body, &mut stop, Arc::clone(&ended)))?;
     let left_by_itself = if stopped {
         false
     } else {
@@ -43,9 +50,9 @@ fn load_serve_unload(runtime: &Runtime, args: &RunArgs) -> Result<(), ErrorBody>
             show::json(&serde_json::json!({ "event": "serving", "binding": binding_status }));
         } else {
             show::serving(&binding_status);
-            show::line("Ctrl-C unloads, a second one forces.");
+            show::line(if is_terminal { "Ctrl-] unloads." } else { "Ctrl-C unloads, a second one forces." });
         }
-        runtime.block_on(leaves_by_itself(&binding, &mut stop))
+        runtime.block_on(leaves_by_itself(&binding, &mut stop, &ended))
     };
     if !left_by_itself && !args.json {
         show::line("unloading");
@@ -65,9 +72,15 @@ fn load_serve_unload(runtime: &Runtime, args: &RunArgs) -> Result<(), ErrorBody>
 
 /// Loads on a thread of its own, so that a signal is heard meanwhile. A signal calls the load off; should it be too late for that, the binding is on its way out, and
 /// the second part of the answer says so.
-async fn load(manager: &Manager, body: LoadBody, stop: &mut StopSignals) -> Result<(Arc<Binding>, bool), ErrorBody> {
+async fn load(
+    manager: &Manager,
+    body: LoadBody,
+    stop: &mut StopSignals,
+    ended: Arc<Notify>,
+) -> Result<(Arc<Binding>, bool), ErrorBody> {
     let loader = manager.clone();
-    let mut loading = tokio::task::spawn_blocking(move || host::load(&loader, &body));
+    let terminal: host::Over = Arc::new(move || ended.notify_one());
+    let mut loading = tokio::task::spawn_blocking(move || host::load(&loader, &body, Some(terminal)));
     tokio::select! {
         result = &mut loading => return result.map_err(ErrorBody::failed)?.map(|binding| (binding, false)),
         () = stop.next() => {}
@@ -98,11 +111,12 @@ async fn load(manager: &Manager, body: LoadBody, stop: &mut StopSignals) -> Resu
     ))
 }
 
-/// Whether it was the binding that ended it, and not a signal.
-async fn leaves_by_itself(binding: &Binding, stop: &mut StopSignals) -> bool {
+/// Whether it was the binding that ended it, and not a signal or the user of the terminal.
+async fn leaves_by_itself(binding: &Binding, stop: &mut StopSignals, ended: &Notify) -> bool {
     loop {
         tokio::select! {
             () = stop.next() => return false,
+            () = ended.notified() => return false,
             () = tokio::time::sleep(LOOK) => {
                 if binding.phase() != Phase::Serving {
                     return true;

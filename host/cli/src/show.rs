@@ -9,6 +9,7 @@ mod explanation;
 mod table;
 
 use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cofferdam_manager::{
     BindingStatus, Certificate, DeviceId, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport,
@@ -23,7 +24,19 @@ pub(crate) use event::event;
 pub(crate) use explanation::{explanation, explanation_lines, fingerprint};
 
 pub(crate) fn line(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{}", harmless(text));
+    let text = harmless(text);
+    let _ = match STDOUT_IS_TAKEN.load(Ordering::Relaxed) {
+        false => writeln!(std::io::stdout().lock(), "{text}"),
+        true => writeln!(std::io::stderr().lock(), "{text}"),
+    };
+}
+
+/// Standard output is a device's console.
+static STDOUT_IS_TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// From here on everything goes to standard error.
+pub(crate) fn leave_stdout() {
+    STDOUT_IS_TAKEN.store(true, Ordering::Relaxed);
 }
 
 fn print(lines: &[String]) {
@@ -47,7 +60,7 @@ pub(crate) fn json<T: serde::Serialize + ?Sized>(document: &T) {
 }
 
 pub(crate) fn serving(binding: &BindingStatus) {
-    let size = bytes(binding.capacity_bytes);
+    let size = given(binding);
     line(&format!(
         "{}: {} serves {} ({size}, {})",
         binding.name,
@@ -79,6 +92,14 @@ pub(crate) fn bindings(bindings: &[BindingStatus]) {
     };
     let head = ["NAME", "STATE", "DRIVER", "DEVICE", "GEN", "AGE", "HANDLES", "IN FLIGHT", "CALLS PER CORE"];
     print(&table::lines("", head, bindings.iter().map(row)));
+}
+
+/// How large a disk is; of another device, what it is.
+fn given(binding: &BindingStatus) -> String {
+    match binding.service.as_str() {
+        "block" | "" => bytes(binding.capacity_bytes),
+        service => service.to_owned(),
+    }
 }
 
 /// `serving`, `serving (pinned)`, `draining (waiting, unload)`.
@@ -149,7 +170,7 @@ fn reachable(ports: &[String]) {
 pub(crate) fn binding(binding: &BindingStatus) {
     line(&format!("{} ({})", binding.name, state(binding)));
     line(&format!("  driver      {} (generation {})", binding.driver, binding.generation));
-    line(&format!("  device      {} ({})", binding.device, bytes(binding.capacity_bytes)));
+    line(&format!("  device      {} ({})", binding.device, given(binding)));
     line(&format!("  age         {}", age(binding.age_seconds)));
     line(&format!("  lanes       {}", binding.lanes));
     line(&format!(

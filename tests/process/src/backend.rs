@@ -107,6 +107,6 @@ fn state(task: &Path) -> Option<char> {
 pub fn tool(name: &str) -> Command {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&paths).any(|folder: PathBuf| Path::new(&folder).join(name).is_file());
-    assert!(found, "{name} is missing: apt-get install qemu-utils libnbd-bin fio");
+    assert!(found, "{name} is missing: apt-get install qemu-utils libnbd-bin fio rng-tools-debian");
     Command::new(name)
 }

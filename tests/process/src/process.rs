@@ -22,7 +22,7 @@ pub struct Process {
     stderr: Capture,
     ended: Option<ExitStatus>,
     /// Kept open: some programs end when their standard input does.
-    _stdin: Option<ChildStdin>,
+    stdin: Option<ChildStdin>,
 }
 
 /// How a process ended and what it said.
@@ -52,7 +52,7 @@ impl Process {
         let stdout = Capture::of(child.stdout.take().expect("it was asked for"));
         let stderr = Capture::of(child.stderr.take().expect("it was asked for"));
         let stdin = child.stdin.take();
-        Process { name, child, pidfd, stdout, stderr, ended: None, _stdin: stdin }
+        Process { name, child, pidfd, stdout, stderr, ended: None, stdin }
     }
 
     /// Runs `command` to its end, for at most [`PATIENCE`].
@@ -68,6 +68,12 @@ impl Process {
         let mut process = Process::start(command);
         let ended = process.end(bound);
         Ended { took: begin.elapsed(), ..ended }
+    }
+
+    /// Its standard input, for a test that has something to say there; dropping it is its end.
+    #[track_caller]
+    pub fn stdin(&mut self) -> ChildStdin {
+        self.stdin.take().expect("it is taken once")
     }
 
     /// The process's id.

@@ -47,7 +47,12 @@ pub fn zero_copy() -> PathBuf {
 
 /// The good driver.
 pub fn driver() -> PathBuf {
-    existing(target().join("drivers/virtio-blk.wasm"), "cargo xtask build")
+    shipped_driver("virtio-blk")
+}
+
+/// A driver that is shipped, by its name without `.wasm`.
+pub fn shipped_driver(name: &str) -> PathBuf {
+    existing(target().join("drivers").join(name).with_extension("wasm"), "cargo xtask build")
 }
 
 /// A driver or a misfit file of the tests, by its name in `tests/guests/hostile/behaviours.txt` or `xtask/src/guests/misfits.rs`.

@@ -21,6 +21,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cofferdam-manager", &["cofferdam-runtime", "cofferdam-lifecycle", "cofferdam-gate", "cofferdam-device"]),
     ("cofferdam-client", &[]),
     ("cofferdam-port-nbd", &["cofferdam-manager"]),
+    ("cofferdam-port-character", &["cofferdam-manager"]),
     ("cofferdam-port-data", &["cofferdam-manager", "cofferdam-client"]),
     ("cofferdam-port-tap", &["cofferdam-manager"]),
     (
@@ -29,6 +30,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "cofferdam-port-nbd",
             "cofferdam-port-data",
             "cofferdam-port-tap",
+            "cofferdam-port-character",
             "cofferdam-bus-vhost-user",
             "cofferdam-bus-pci",
             "cofferdam-manager",

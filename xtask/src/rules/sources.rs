@@ -23,6 +23,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("host/gate/tests/models/scenes.rs", "data that only the gate's order protects, for loom to watch"),
     ("host/gate/tests/seccomp.rs", "system calls that install a filter in a child process"),
     ("host/port/tap/src/ioctl.rs", "calls on the descriptors of TAP interfaces"),
+    ("host/port/character/src/ioctl.rs", "calls on /dev/random and on pseudo terminals"),
     ("host/runtime/src/cache.rs", "loading code that this program compiled and sealed earlier"),
     (
         "host/runtime/src/lifted.rs",

@@ -92,9 +92,13 @@ impl ControlQueues {
         std::mem::take(&mut self.more) || called
     }
 
-    /// What was not taken is looked for again.
+    /// What was not taken is looked for again: the device was not asked to tell of more, so the watch is woken in its stead.
     pub(super) fn look_again(&mut self) {
         self.more = true;
+        if let Some(called) = self.event_fd() {
+            // A count that is full wakes just as well.
+            let _ = rustix::io::write(called, &1_u64.to_ne_bytes());
+        }
     }
 
     /// The bytes of up to 64 used buffers, as `control.events` wants them; the buffers are posted again.

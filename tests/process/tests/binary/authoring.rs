@@ -10,7 +10,7 @@ use cofferdam_process_tests::process::Process;
 use cofferdam_process_tests::programs;
 
 /// Whether there is a port `fifo:` to serve at; until then its part of a command is left out, and what reads from it.
-const HAS_FIFO: bool = false;
+const HAS_FIFO: bool = true;
 /// It compiles a crate natively and for Wasm, with all that the SDK needs.
 const BOUND: Duration = Duration::from_secs(300);
 

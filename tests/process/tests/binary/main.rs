@@ -3,6 +3,7 @@
 mod api;
 mod attaching;
 mod authoring;
+mod character;
 mod clients;
 mod daemon;
 mod devices;
