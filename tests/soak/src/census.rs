@@ -59,21 +59,26 @@ impl Census {
 mod tests {
     use super::*;
 
-    // One test, because it looks at the whole process.
-    #[test]
-    fn what_is_left_behind_is_counted() {
+    /// Whether what is left behind between two looks shows in the second.
+    fn shows() -> bool {
         let before = Census::now().unwrap();
         let ballast = std::hint::black_box(vec![1_u8; 16 << 20]);
         let files: Vec<_> = (0..20).map(|_| fs::File::open("/proc/self/maps").unwrap()).collect();
         let (go, wait) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::spawn(move || wait.recv());
         let after = Census::now().unwrap();
-        // Other tests of this program may come and go meanwhile.
-        assert!(after.descriptors >= before.descriptors + 15, "{before:?} {after:?}");
-        assert!(after.rss_kib >= before.rss_kib + 12 * 1024, "{before:?} {after:?}");
-        // The ballast, and the thread's stack with its guard.
-        assert!(after.mappings > before.mappings && after.threads > 1, "{before:?} {after:?}");
         drop((ballast, files, go));
         let _ = thread.join();
+        after.descriptors >= before.descriptors + 15
+            && after.rss_kib >= before.rss_kib + 12 * 1024
+            // The ballast, and the thread's stack with its guard.
+            && after.mappings > before.mappings
+            && after.threads > 1
+    }
+
+    // Other tests of this program come and go meanwhile, and take with them what they had: so it is looked at more than once.
+    #[test]
+    fn what_is_left_behind_is_counted() {
+        assert!((0..50).any(|_| shows()), "in none of 50 looks");
     }
 }

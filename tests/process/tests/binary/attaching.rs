@@ -80,8 +80,11 @@ fn a_port_that_is_there_or_is_not_or_cannot_be_is_refused_and_nothing_changes() 
     let daemon = Daemon::start();
     let (sim, other) = (Backend::sim(&["--memory", "16M"]), Backend::sim(&["--memory", "16M"]));
     let socket = daemon.serve(&sim.address(), "disk", &[]);
-    daemon.serve(&other.address(), "other", &[]);
+    let other_socket = daemon.serve(&other.address(), "other", &[]);
     let here = address(&socket);
+    // Whoever has been answered has found every thread at work.
+    connect(&socket);
+    connect(&other_socket);
     let before = daemon.census();
     daemon.run(&["port", "attach", "disk", &here]).expect_error(1, &["'disk' is served at", "already"]);
     daemon.run(&["port", "attach", "other", &here]).expect_error(1, &["in use"]);
