@@ -93,7 +93,7 @@ fn a_port_that_is_there_or_is_not_or_cannot_be_is_refused_and_nothing_changes() 
     let ended = daemon.run(&["port", "detach", "disk", "nbd:/nothing.nbd", "--json"]).expect(3);
     assert_eq!((error(&ended)["code"].as_str(), ended.stdout.as_str()), (Some("no-such-thing"), ""));
     for how in ["attach", "detach"] {
-        for wrong in ["nbd", "nbd:", "nbd:relative.nbd", "nbd:192.0.2.1:1", "tap:x", "", "nbd:/x\n/"] {
+        for wrong in ["nbd", "nbd:", "nbd:relative.nbd", "nbd:192.0.2.1:1", "tup:x", "", "nbd:/x\n/"] {
             daemon.run(&["port", how, "disk", wrong]).expect_error(2, &["nbd"]);
         }
         for name in ["nothing", "../disk", ""] {

@@ -27,7 +27,7 @@ fn a_port_that_cannot_be_had_fails_the_load_and_leaves_nothing() {
         "nbd:127.0.0.1",
         "nbd:localhost:10809",
         "nbd:/directory/",
-        "tap:x",
+        "tup:x",
         "",
         &format!("nbd:/{}", "x".repeat(120)),
     ] {

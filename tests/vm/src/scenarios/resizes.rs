@@ -47,7 +47,7 @@ fn verify(vm: &Vm, mib: u64) -> Result<()> {
 fn resized(vm: &mut Vm, via: &str) -> Result<()> {
     let disk = DISK0.function()?;
     let host = Host::start(vm)?;
-    host.load_disk(vm, &disk, via, "nbd:/tmp/disk.sock", &["--call-deadline-ms", "5000"])?;
+    host.load_disk(vm, &disk, via, "nbd:/tmp/disk.sock", &[])?;
     ensure!(told()? == 64, "the disk has 64 MiB");
     vm.step("grow");
     resize(vm, 96)?;
