@@ -18,10 +18,11 @@ package wasi:io@0.2.6 { interface poll { resource pollable { block: func(); } } 
 package wasi:clocks@0.2.6 { interface monotonic-clock { use wasi:io/poll@0.2.6.{pollable}; subscribe-duration: func(when: u64) -> pollable; } }
 world sleeper { include cofferdam:driver/virtio-block-driver@0.1.0; import wasi:clocks/monotonic-clock@0.2.6; }";
 
-/// Where the results of the exports are: at 256; plans at 320, the ordinary response (one byte, 0) at 400. The window is the last page.
+/// Where the results of the exports are: at 256; plans of 32 bytes at 320, the ordinary response (one byte, 0) at 400. The window is the last page.
 const CORE: &str = r#"(module $sleeper
   (import "cofferdam:driver/virtio@0.1.0" "[method]device.negotiate" (func $negotiate (param i32 i64 i32)))
   (import "cofferdam:driver/virtio@0.1.0" "[method]device.max-queues" (func $max-queues (param i32) (result i32)))
+  (import "cofferdam:driver/virtio@0.1.0" "[method]device.max-lanes" (func $max-lanes (param i32) (result i32)))
   (import "cofferdam:driver/virtio@0.1.0" "[resource-drop]device" (func $drop-device (param i32)))
   (import "wasi:clocks/monotonic-clock@0.2.6" "subscribe-duration" (func $subscribe (param i64) (result i32)))
   (import "wasi:io/poll@0.2.6" "[method]pollable.block" (func $block (param i32)))
@@ -43,7 +44,9 @@ const CORE: &str = r#"(module $sleeper
   (func (export "cofferdam:driver/driver@0.1.0#attach") (param $dev i32) (result i32) (local $queues i32)
     ATTACH-FIRST
     (local.set $queues (call $max-queues (local.get $dev)))
+    (if (i32.gt_u (local.get $queues) (call $max-lanes (local.get $dev))) (then (local.set $queues (call $max-lanes (local.get $dev)))))
     (if (i32.gt_u (local.get $queues) (i32.const 2)) (then (local.set $queues (i32.const 2))))
+    (memory.fill (i32.const 320) (i32.const 0) (i32.const 64))
     ;; VIRTIO_BLK_F_FLUSH
     (call $negotiate (local.get $dev) (i64.const 0x200) (i32.const 512))
     (call $drop-device (local.get $dev))
@@ -53,8 +56,10 @@ const CORE: &str = r#"(module $sleeper
     (i64.store (i32.const 280) (i64.const 0))
     (i32.store16 (i32.const 320) (i32.const 0)) (i32.store16 (i32.const 322) (i32.const 128))
     (i32.store8 (i32.const 324) (i32.const 1)) (i32.store (i32.const 328) (i32.const 400)) (i32.store (i32.const 332) (i32.const 1))
-    (i32.store16 (i32.const 336) (i32.const 1)) (i32.store16 (i32.const 338) (i32.const 128))
-    (i32.store8 (i32.const 340) (i32.const 1)) (i32.store (i32.const 344) (i32.const 400)) (i32.store (i32.const 348) (i32.const 1))
+    ;; The second plan: queue 1 of set 1. Neither is posted.
+    (i32.store16 (i32.const 352) (i32.const 1)) (i32.store16 (i32.const 354) (i32.const 128))
+    (i32.store8 (i32.const 356) (i32.const 1)) (i32.store (i32.const 360) (i32.const 400)) (i32.store (i32.const 364) (i32.const 1))
+    (i32.store16 (i32.const 370) (i32.const 1))
     (i32.const 256))
   (func (export "cofferdam:driver/driver@0.1.0#config-changed") (param $dev i32) (result i32)
     (call $drop-device (local.get $dev)) (i32.store8 (i32.const 256) (i32.const 0)) (i32.const 256))
