@@ -38,7 +38,7 @@ pub struct Profile {
     /// VIRTIO_BLK_F_BLK_SIZE with this many bytes; requests must be multiples of it, and torn writes are torn at it.
     pub block_bytes: Option<u32>,
     /// VIRTIO_BLK_F_SEG_MAX: most data segments of one request. A driver that gives more is served, and put on record
-    /// ([`crate::Sim::violations`]).
+    /// ([`crate::SimDevice::violations`]).
     pub seg_max: Option<u32>,
     /// VIRTIO_BLK_F_SIZE_MAX: longest data segment in bytes; the same holds.
     pub size_max: Option<u32>,
