@@ -118,6 +118,13 @@ impl Arrivals {
         result
     }
 
+    /// Whether an arrival names the buffer at `index` of what was given.
+    #[must_use]
+    pub fn is_named(&self, index: usize) -> bool {
+        // A piece has a byte at least, so it ends behind 0.
+        self.named.get(index).is_some_and(|end| *end > 0)
+    }
+
     /// Forgets everything, keeping the memory.
     pub fn clear(&mut self) {
         self.heads.clear();
@@ -193,6 +200,7 @@ mod tests {
         assert_eq!((head.flags, head.argument, head.goes_on), (0x21, 6 << 32 | 5, true));
         assert_eq!(pieces, [Piece { buffer: 1, offset: 12, length: 8 }, Piece { buffer: 4, offset: 0, length: 4096 }]);
         assert_eq!(all[1].1, [Piece { buffer: 1, offset: 20, length: 80 }]);
+        assert_eq!([0, 1, 2, 3].map(|index| arrivals.is_named(index)), [true, false, true, false]);
         assert!(arrivals.parse(&[], &GIVEN).is_ok() && arrivals.iter().count() == 0);
     }
 

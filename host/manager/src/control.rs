@@ -154,7 +154,7 @@ impl ControlLane {
         let called = match queues.as_ref().map(|queues| queues.try_lock()) {
             None => Some(false),
             Some(None) => None,
-            Some(Some(mut queues)) => Some(queues.was_called()),
+            Some(Some(queues)) => Some(queues.was_called()),
         };
         let mut turn = self.turn.lock();
         turn.changed |= changed;

@@ -144,7 +144,7 @@ impl Lane {
         let LaneParts { driver, queue, arena, offer, set, posted, requests, binding, wake, reaper } = parts;
         let call = queue.events.call;
         let (posted, posted_call) = posted.unzip();
-        let returns = posted.as_ref().map(|posted| Arc::clone(posted.pool()));
+        let pool = posted.as_ref().map(|posted| Arc::clone(posted.pool()));
         // Of what is filled the client is told how much, which only the response says.
         let ordinary = queue.ordinary.filter(|_| !matches!(*offer, Offer::Entropy(_)));
         let queue = Inside::queue(queue.ring, queue.events.doorbell, ordinary);
@@ -153,7 +153,7 @@ impl Lane {
             arena,
             call,
             posted_call,
-            pool: returns,
+            pool,
             receiver: AtomicU64::new(0),
             arrived: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -284,8 +284,8 @@ impl Lane {
 
     /// Becomes the one that takes what arrives; false where somebody else is, or nothing does.
     pub(crate) fn claim_receiver(&self, handle: u64) -> bool {
-        let taken = self.receiver.compare_exchange(0, handle + 1, Ordering::AcqRel, Ordering::Acquire);
-        self.posted_call.is_some() && taken.is_ok()
+        let take = || self.receiver.compare_exchange(0, handle + 1, Ordering::AcqRel, Ordering::Acquire);
+        self.posted_call.is_some() && take().is_ok()
     }
 
     /// Stops taking it.

@@ -40,8 +40,6 @@ pub(crate) struct ControlQueues {
     posted: Option<Posted>,
     /// A command was not answered in time, or the ring was broken: nothing is sent any more.
     given_up: Option<String>,
-    /// There is more than was taken.
-    more: bool,
 }
 
 impl ControlQueues {
@@ -71,7 +69,7 @@ impl ControlQueues {
                 Some(Posted { queue: Queue { ring, events }, buffers: made })
             }
         };
-        Ok(ControlQueues { commands, posted, given_up: None, more: false })
+        Ok(ControlQueues { commands, posted, given_up: None })
     }
 
     /// The device runs: it is told that there are buffers.
@@ -87,14 +85,12 @@ impl ControlQueues {
     }
 
     /// Whether the device used posted buffers since this was asked last, or there are some left.
-    pub(super) fn was_called(&mut self) -> bool {
-        let called = self.event_fd().is_some_and(clear);
-        std::mem::take(&mut self.more) || called
+    pub(super) fn was_called(&self) -> bool {
+        self.event_fd().is_some_and(clear)
     }
 
     /// What was not taken is looked for again: the device was not asked to tell of more, so the watch is woken in its stead.
-    pub(super) fn look_again(&mut self) {
-        self.more = true;
+    pub(super) fn look_again(&self) {
         if let Some(called) = self.event_fd() {
             // A count that is full wakes just as well.
             let _ = rustix::io::write(called, &1_u64.to_ne_bytes());

@@ -180,8 +180,6 @@ impl Posted {
     fn deliver(&mut self, out: &mut Vec<Arrival>) -> u64 {
         let pool = &self.pool;
         let arrivals = std::mem::take(&mut self.arrivals);
-        let is_named = |buffer| arrivals.iter().any(|(_, pieces)| pieces.iter().any(|piece| piece.buffer == buffer));
-        self.given.retain(|given| !is_named(given.buffer));
         for (head, pieces) in arrivals.iter() {
             for piece in pieces {
                 pool.held[usize::from(piece.buffer)].fetch_add(1, Ordering::Relaxed);
@@ -201,9 +199,17 @@ impl Posted {
                 out.push(Arrival::new(Arc::clone(pool), head, pieces));
             }
         }
+        let mut dropped = 0;
+        let mut back = pool.back.lock();
+        for (index, given) in self.given.iter().enumerate() {
+            if !arrivals.is_named(index) {
+                back.push(given.buffer);
+                dropped += 1;
+            }
+        }
+        drop(back);
         self.arrivals = arrivals;
-        pool.back.lock().extend(self.given.iter().map(|given| given.buffer));
-        self.given.len() as u64
+        dropped
     }
 }
 
