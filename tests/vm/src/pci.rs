@@ -54,12 +54,16 @@ pub const SUITE0: Place = Place { id: "suite0", at: At::Slot(0x0a), native: VIRT
 pub const PLAIN0: Place = Place { id: "plain0", at: At::Slot(0x08), native: VIRTIO };
 /// A virtio-blk disk that refuses writes and reads as zeroes.
 pub const READONLY0: Place = Place { id: "readonly0", at: At::Slot(0x09), native: VIRTIO };
+/// A modern virtio-net function with an MTU of 9000, at one end of a cable: `52:54:00:00:00:10`.
+pub const NET0: Place = Place { id: "net0", at: At::Slot(0x0b), native: VIRTIO };
+/// The other end, which stays with the kernel, and goes round an IOMMU: `52:54:00:00:00:11`.
+pub const NET1: Place = Place { id: "net1", at: At::Slot(0x0c), native: VIRTIO };
 
 /// What a topology has, in the order above.
 pub fn places(topology: &str) -> &'static [Place] {
     match topology {
-        "uio" => &[DISK0, DISK1, LEGACY0, EDU0, RNG0, SUITE0, PLAIN0, READONLY0],
-        "vfio" => &[DISK0, DISK1, EDU0, RNG0, BYPASS0, SUITE0, PLAIN0, READONLY0],
+        "uio" => &[DISK0, DISK1, LEGACY0, EDU0, RNG0, SUITE0, PLAIN0, READONLY0, NET0, NET1],
+        "vfio" => &[DISK0, DISK1, EDU0, RNG0, BYPASS0, SUITE0, PLAIN0, READONLY0, NET0, NET1],
         _ => &[],
     }
 }

@@ -11,11 +11,21 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Loaded at boot, in this order, after what they need.
-const MODULES: &[&str] =
-    &["virtio_blk", "virtio_rng", "uio_pci_generic", "vfio_iommu_type1", "vfio-pci", "nbd", "ext4", "loop"];
+const MODULES: &[&str] = &[
+    "virtio_blk",
+    "virtio_rng",
+    "virtio_net",
+    "uio_pci_generic",
+    "vfio_iommu_type1",
+    "vfio-pci",
+    "nbd",
+    "tun",
+    "ext4",
+    "loop",
+];
 
 /// Programs of the machine or of the unpacked packages.
-const PROGRAMS: &[&str] = &["fio", "nbd-client", "mkfs.ext4", "fsck.ext4"];
+const PROGRAMS: &[&str] = &["fio", "nbd-client", "mkfs.ext4", "fsck.ext4", "ip", "iperf3"];
 
 /// Programs of this workspace.
 const OWN: &[&str] = &["cofferdam", "cofferdam-conformance", "cofferdam-vm-guest"];
@@ -61,7 +71,9 @@ pub(super) fn write(into: &Path, kernel: &Kernel, programs: &Programs) -> Result
 
     let busybox = programs.find("busybox")?;
     cpio.program("usr/bin/busybox", &read(&busybox)?)?;
-    for applet in step::output(Command::new(&busybox).arg("--list"))?.lines().filter(|applet| *applet != "busybox") {
+    // `ip` of busybox knows no network namespaces.
+    let is_own = |applet: &&str| *applet == "busybox" || PROGRAMS.contains(applet);
+    for applet in step::output(Command::new(&busybox).arg("--list"))?.lines().filter(|applet| !is_own(applet)) {
         cpio.link(&format!("usr/bin/{applet}"), "busybox")?;
     }
 

@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Not installed: `busybox-static` would replace `busybox`, and `nbd-client` would change how the machine boots. With the libraries that only these need.
-const PACKAGES: &[&str] = &["busybox-static", "nbd-client", "libnl-3-200", "libnl-genl-3-200", "zstd"];
+/// Not installed: `busybox-static` would replace `busybox`, `nbd-client` would change how the machine boots, and `iperf3` may be a service. With the libraries that only these need.
+const PACKAGES: &[&str] =
+    &["busybox-static", "nbd-client", "libnl-3-200", "libnl-genl-3-200", "iperf3", "libiperf0", "libsctp1", "zstd"];
 
 /// Where programs are looked for, below `/` and below the unpacked packages.
 const FOLDERS: [&str; 4] = ["usr/bin", "usr/sbin", "bin", "sbin"];
@@ -18,41 +19,55 @@ const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"
 
 /// Programs and what they are linked to.
 pub(super) struct Programs {
-    unpacked: PathBuf,
+    /// Where each package is unpacked.
+    packages: Vec<PathBuf>,
 }
 
 /// A file of this machine, and where it goes in the virtual one.
 pub(super) type Copy = (PathBuf, PathBuf);
 
 impl Programs {
-    /// Unpacks what is not there yet.
+    /// Unpacks what is not there yet, each package into a folder of its own.
     pub(super) fn get() -> Result<Programs> {
-        let unpacked = workspace::target().join("vm").join("programs");
-        if !unpacked.is_dir() {
-            let codename = apt::codename()
-                .context("this is no Debian: programs of the virtual machines come from Debian's archive")?;
-            Apt::new(&[&codename, &format!("{codename}-security")])?.unpack(PACKAGES, &unpacked)?;
+        let folder = workspace::target().join("vm").join("packages");
+        let mut apt = None;
+        for package in PACKAGES {
+            let into = folder.join(package);
+            if into.is_dir() {
+                continue;
+            }
+            let apt = match &mut apt {
+                Some(apt) => apt,
+                None => {
+                    let codename = apt::codename()
+                        .context("this is no Debian: programs of the virtual machines come from Debian's archive")?;
+                    apt.insert(Apt::new(&[&codename, &format!("{codename}-security")])?)
+                }
+            };
+            apt.unpack(&[package], &into)?;
         }
-        Ok(Programs { unpacked })
+        Ok(Programs { packages: PACKAGES.iter().map(|package| folder.join(package)).collect() })
     }
 
-    /// A program, the unpacked one first.
+    /// A program, an unpacked one first.
     pub(super) fn find(&self, name: &str) -> Result<PathBuf> {
-        let roots = [self.unpacked.as_path(), Path::new("/")];
-        let mut paths = roots.into_iter().flat_map(|root| FOLDERS.map(|folder| root.join(folder).join(name)));
+        let roots = self.packages.iter().map(PathBuf::as_path).chain([Path::new("/")]);
+        let mut paths = roots.flat_map(|root| FOLDERS.map(|folder| root.join(folder).join(name)));
         paths.find(|path| path.is_file()).with_context(|| format!("there is no program {name}"))
     }
 
-    /// A path on this machine as it is inside: without the folder of the unpacked packages, and in `/usr`.
+    /// A path on this machine as it is inside: without the folder of an unpacked package, and in `/usr`.
     pub(super) fn inside(&self, path: &Path) -> PathBuf {
-        let path = path.strip_prefix(&self.unpacked).or_else(|_| path.strip_prefix("/")).unwrap_or(path);
+        let mut unpacked = self.packages.iter().filter_map(|root| path.strip_prefix(root).ok());
+        let path = unpacked.next().or_else(|| path.strip_prefix("/").ok()).unwrap_or(path);
         let is_merged = ["bin", "sbin", "lib", "lib64"].iter().any(|folder| path.starts_with(folder));
         if is_merged { Path::new("usr").join(path) } else { path.to_owned() }
     }
 
     /// The shared libraries that programs need, and the loader.
     pub(super) fn libraries(&self, programs: &[PathBuf]) -> Result<Vec<Copy>> {
-        let folders = LIBRARIES.map(|folder| self.unpacked.join(folder).display().to_string());
+        let folders = self.packages.iter().flat_map(|root| LIBRARIES.map(|folder| root.join(folder)));
+        let folders: Vec<_> = folders.map(|folder| folder.display().to_string()).collect();
         let mut found = BTreeSet::new();
         for program in programs {
             let output =

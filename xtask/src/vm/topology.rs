@@ -2,6 +2,8 @@
 //!
 //! Where a device sits is fixed, and said a second time in `tests/vm/src/pci.rs`, which is how the scenarios find it. Disks on root ports can be unplugged; the last two ports are
 //! free.
+//!
+//! `net0` and `net1` are the ends of one cable: what one sends, the other gets.
 
 use std::path::Path;
 
@@ -43,6 +45,13 @@ const DISK_BYTES: u64 = 64 << 20;
 /// Memory of a machine, 192 MiB of it hugepages without an IOMMU and 64 MiB with one.
 pub(super) const MEMORY_MIB: u32 = 768;
 
+/// The ends of the cable, on the socket that is their last word.
+const CABLE: [&str; 2] =
+    ["stream,id=cable0,server=on,addr.type=unix,addr.path=", "stream,id=cable1,server=off,addr.type=unix,addr.path="];
+
+/// The far end, which stays with the kernel.
+const NET1: &str = "virtio-net-pci,id=net1,netdev=cable1,mac=52:54:00:00:00:11,host_mtu=9000,romfile=,bus=pcie.0,addr=0xc,disable-legacy=on";
+
 const PORTS: [&str; 4] = ["0x10", "0x11", "0x12", "0x13"];
 
 /// All of them.
@@ -51,7 +60,12 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
         name: "uio",
         kernel: &["hugepages=96"],
         first: &[],
-        devices: &["edu,id=edu0,bus=pcie.0,addr=0x5", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6"],
+        devices: &[
+            "edu,id=edu0,bus=pcie.0,addr=0x5",
+            "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6",
+            "virtio-net-pci,id=net0,netdev=cable0,mac=52:54:00:00:00:10,host_mtu=9000,romfile=,bus=pcie.0,addr=0xb,disable-legacy=on",
+            NET1,
+        ],
         disks: &[
             Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2"),
             Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2"),
@@ -66,7 +80,12 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
         // The device that goes round the IOMMU needs huge pages.
         kernel: &["intel_iommu=on", "hugepages=32"],
         first: &["intel-iommu,intremap=on"],
-        devices: &["edu,id=edu0,bus=pcie.0,addr=0x5", "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6"],
+        devices: &[
+            "edu,id=edu0,bus=pcie.0,addr=0x5",
+            "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6",
+            "virtio-net-pci,id=net0,netdev=cable0,mac=52:54:00:00:00:10,host_mtu=9000,romfile=,bus=pcie.0,addr=0xb,disable-legacy=on,iommu_platform=on",
+            NET1,
+        ],
         disks: &[
             Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2,iommu_platform=on"),
             Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2,iommu_platform=on"),
@@ -87,8 +106,8 @@ impl Topology {
         TOPOLOGIES.iter().find(|topology| topology.name == name)
     }
 
-    /// Makes the images in `folder`, empty, and gives QEMU's arguments for every device.
-    pub(super) fn devices(&self, folder: &Path) -> std::io::Result<Vec<String>> {
+    /// Makes the images in `folder`, empty, and gives QEMU's arguments for every device. Sockets are made in `sockets`.
+    pub(super) fn devices(&self, folder: &Path, sockets: &Path) -> std::io::Result<Vec<String>> {
         let mut arguments = Vec::new();
         let mut say = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
         for device in self.first {
@@ -113,6 +132,9 @@ impl Topology {
                 format!("driver=raw,node-name={id},read-only={access},file.driver=file,file.filename={path}"),
             );
             say("-device", format!("virtio-blk-pci,id={id},drive={id},serial={id},{properties}"));
+        }
+        for end in CABLE {
+            say("-netdev", format!("{end}{}", sockets.join("cable").display()));
         }
         for device in self.devices {
             say("-device", (*device).to_owned());

@@ -32,6 +32,7 @@ pub(super) fn boots(vm: &mut Vm) -> Result<()> {
         let expected: &[&str] = match place.id {
             "edu0" => &["1234:11e8"],
             "rng0" => &["1af4:1005", "1af4:1044"],
+            "net0" | "net1" => &["1af4:1041"],
             "legacy0" => &["1af4:1001"],
             "bypass0" => &["1af4:1042", "1af4:1001"],
             _ => &["1af4:1042"],
@@ -47,7 +48,9 @@ pub(super) fn boots(vm: &mut Vm) -> Result<()> {
         ensure!(pages.trim() == "96", "{} free hugepages", pages.trim());
         ensure!(fs::read_to_string("/proc/mounts")?.contains(" /dev/hugepages hugetlbfs "), "no hugetlbfs");
     }
-    for program in ["fio --version", "nbd-client --version", "mkfs.ext4 -V", "fsck.ext4 -V"] {
+    for program in
+        ["fio --version", "nbd-client --version", "mkfs.ext4 -V", "fsck.ext4 -V", "iperf3 --version", "ip -Version"]
+    {
         let line: Vec<_> = program.split(' ').collect();
         let took = vm.run(&line)?.success()?.took;
         vm.step(&format!("{program}: {:.2} s", took.as_secs_f64()));
