@@ -11,8 +11,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Loaded at boot, in this order, after what they need.
-const MODULES: &[&str] =
-    &["virtio_blk", "virtio_rng", "uio_pci_generic", "vfio_iommu_type1", "vfio-pci", "nbd", "ext4", "loop"];
+const MODULES: &[&str] = &[
+    "virtio_blk",
+    "virtio_rng",
+    "uio_pci_generic",
+    "vfio_iommu_type1",
+    "vfio-pci",
+    "nbd",
+    "ext4",
+    "loop",
+    "virtio_console",
+];
 
 /// Programs of the machine or of the unpacked packages.
 const PROGRAMS: &[&str] = &["fio", "nbd-client", "mkfs.ext4", "fsck.ext4"];

@@ -151,7 +151,7 @@ impl Machine {
         qemu.args(["-chardev", &socket("outside", &outside), "-serial", "chardev:outside"]);
         qemu.args(["-chardev", &socket("qmp", &qmp), "-mon", "chardev=qmp,mode=control"]);
         qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x01"]);
-        qemu.args(start.topology.devices(&start.folder.join("disks").join(start.topology.name))?);
+        qemu.args(start.topology.devices(&start.folder.join("disks").join(start.topology.name), work.path())?);
 
         let mut process = Process::start("qemu", &mut qemu, work.path())?;
         let stream = connect(&mut process, "the second serial port", &outside)?;
