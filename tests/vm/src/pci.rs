@@ -58,12 +58,18 @@ pub const READONLY0: Place = Place { id: "readonly0", at: At::Slot(0x09), native
 pub const NET0: Place = Place { id: "net0", at: At::Slot(0x0b), native: VIRTIO };
 /// The other end, which stays with the kernel, and goes round an IOMMU: `52:54:00:00:00:11`.
 pub const NET1: Place = Place { id: "net1", at: At::Slot(0x0c), native: VIRTIO };
+/// A console whose other end is [`CONSOLE1`]: port 0 is a console, port 1 is not.
+pub const CONSOLE0: Place = Place { id: "console0", at: At::Slot(0x0d), native: VIRTIO };
+/// A source of randomness that may be taken.
+pub const RNG1: Place = Place { id: "rng1", at: At::Slot(0x0e), native: VIRTIO };
+/// The other end of [`CONSOLE0`], which stays with the kernel.
+pub const CONSOLE1: Place = Place { id: "console1", at: At::Slot(0x0f), native: VIRTIO };
 
 /// What a topology has, in the order above.
 pub fn places(topology: &str) -> &'static [Place] {
     match topology {
-        "uio" => &[DISK0, DISK1, LEGACY0, EDU0, RNG0, SUITE0, PLAIN0, READONLY0, NET0, NET1],
-        "vfio" => &[DISK0, DISK1, EDU0, RNG0, BYPASS0, SUITE0, PLAIN0, READONLY0, NET0, NET1],
+        "uio" => &[DISK0, DISK1, LEGACY0, EDU0, RNG0, SUITE0, PLAIN0, READONLY0, NET0, NET1, CONSOLE0, RNG1, CONSOLE1],
+        "vfio" => &[DISK0, DISK1, EDU0, RNG0, BYPASS0, SUITE0, PLAIN0, READONLY0, NET0, NET1, CONSOLE0, RNG1, CONSOLE1],
         _ => &[],
     }
 }

@@ -22,6 +22,7 @@ const MODULES: &[&str] = &[
     "tun",
     "ext4",
     "loop",
+    "virtio_console",
 ];
 
 /// Programs of the machine or of the unpacked packages.

@@ -15,6 +15,8 @@ pub(super) struct Topology {
     pub(super) kernel: &'static [&'static str],
     /// `-device` of each device that is not a disk.
     devices: &'static [&'static str],
+    /// Consoles that are joined in pairs.
+    consoles: &'static [(Console, Console)],
     /// Devices of the machine itself that go before all others.
     first: &'static [&'static str],
     disks: &'static [Disk],
@@ -38,6 +40,16 @@ impl Disk {
         Disk { is_read_only: true, ..self }
     }
 }
+
+/// A console device (virtio 1.2, section 5.3) with a console and a port that is none.
+struct Console {
+    id: &'static str,
+    /// `virtio-serial-pci` with this.
+    properties: &'static str,
+}
+
+/// `-device` of each port of a console, in the order of their numbers. QEMU drops what a `virtconsole` writes while nobody reads, and holds a `virtserialport` back.
+const CONSOLE_PORTS: [&str; 2] = ["virtconsole", "virtserialport"];
 
 /// Size of a disk.
 const DISK_BYTES: u64 = 64 << 20;
@@ -65,7 +77,12 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
             "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6",
             "virtio-net-pci,id=net0,netdev=cable0,mac=52:54:00:00:00:10,host_mtu=9000,romfile=,bus=pcie.0,addr=0xb,disable-legacy=on",
             NET1,
+            "virtio-rng-pci,id=rng1,bus=pcie.0,addr=0xe,disable-legacy=on",
         ],
+        consoles: &[(
+            Console { id: "console0", properties: "bus=pcie.0,addr=0xd,disable-legacy=on" },
+            Console { id: "console1", properties: "bus=pcie.0,addr=0xf,disable-legacy=on" },
+        )],
         disks: &[
             Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2"),
             Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2"),
@@ -85,7 +102,12 @@ pub(super) const TOPOLOGIES: &[Topology] = &[
             "virtio-rng-pci,id=rng0,bus=pcie.0,addr=0x6",
             "virtio-net-pci,id=net0,netdev=cable0,mac=52:54:00:00:00:10,host_mtu=9000,romfile=,bus=pcie.0,addr=0xb,disable-legacy=on,iommu_platform=on",
             NET1,
+            "virtio-rng-pci,id=rng1,bus=pcie.0,addr=0xe,disable-legacy=on,iommu_platform=on",
         ],
+        consoles: &[(
+            Console { id: "console0", properties: "bus=pcie.0,addr=0xd,disable-legacy=on,iommu_platform=on" },
+            Console { id: "console1", properties: "bus=pcie.0,addr=0xf,disable-legacy=on" },
+        )],
         disks: &[
             Disk::new("disk0", "bus=port0,disable-legacy=on,num-queues=2,iommu_platform=on"),
             Disk::new("disk1", "bus=port1,disable-legacy=on,num-queues=2,iommu_platform=on"),
@@ -106,8 +128,8 @@ impl Topology {
         TOPOLOGIES.iter().find(|topology| topology.name == name)
     }
 
-    /// Makes the images in `folder`, empty, and gives QEMU's arguments for every device. Sockets are made in `sockets`.
-    pub(super) fn devices(&self, folder: &Path, sockets: &Path) -> std::io::Result<Vec<String>> {
+    /// Makes the images in `folder`, empty, and gives QEMU's arguments for every device. Sockets go to `work`, whose path is short.
+    pub(super) fn devices(&self, folder: &Path, work: &Path) -> std::io::Result<Vec<String>> {
         let mut arguments = Vec::new();
         let mut say = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
         for device in self.first {
@@ -134,10 +156,22 @@ impl Topology {
             say("-device", format!("virtio-blk-pci,id={id},drive={id},serial={id},{properties}"));
         }
         for end in CABLE {
-            say("-netdev", format!("{end}{}", sockets.join("cable").display()));
+            say("-netdev", format!("{end}{}", work.join("cable").display()));
         }
         for device in self.devices {
             say("-device", (*device).to_owned());
+        }
+        for (one, other) in self.consoles {
+            // What one writes the other reads. A client connects when it is made, so the server comes first.
+            for (Console { id, properties }, role) in [(one, ",server=on,wait=off"), (other, "")] {
+                say("-device", format!("virtio-serial-pci,id={id},max_ports={},{properties}", CONSOLE_PORTS.len()));
+                for (number, port) in CONSOLE_PORTS.iter().enumerate() {
+                    let path = work.join(format!("{}.{number}", one.id));
+                    say("-chardev", format!("socket,id={id}.{number},path={}{role}", path.display()));
+                    let name = format!("org.cofferdam.{id}.{number}");
+                    say("-device", format!("{port},bus={id}.0,nr={number},chardev={id}.{number},name={name}"));
+                }
+            }
         }
         Ok(arguments)
     }

@@ -33,6 +33,8 @@ pub(super) fn boots(vm: &mut Vm) -> Result<()> {
             "edu0" => &["1234:11e8"],
             "rng0" => &["1af4:1005", "1af4:1044"],
             "net0" | "net1" => &["1af4:1041"],
+            "rng1" => &["1af4:1044"],
+            "console0" | "console1" => &["1af4:1043"],
             "legacy0" => &["1af4:1001"],
             "bypass0" => &["1af4:1042", "1af4:1001"],
             _ => &["1af4:1042"],
