@@ -1,56 +1,203 @@
 //! The device under test.
 
-use std::any::Any;
+use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use anyhow::{Context, ensure};
-use cofferdam_manager::{Binding, Certificate, Config, LoadSpec, Manager, Transport, UnloadOptions};
+use anyhow::bail;
+use cofferdam_manager::Transport;
 
-use crate::{Case, Client};
-
-/// What a case needs of its device. A bed may give more than was wished for, never less.
-#[derive(Clone, Debug)]
-pub struct Wish {
-    /// Size of the medium; reads as zeroes at first.
-    pub capacity_bytes: u64,
-    /// Queues.
-    pub queues: u16,
-    /// Whether writes are refused.
-    pub read_only: bool,
-    /// Whether discard and write-zeroes are served.
-    pub ranges: bool,
-    /// Entries of a ring, if it matters; asked for at load.
-    pub ring_entries: Option<u16>,
-    /// Whether indirect descriptors and event indices may be offered; without them the plain ring is shown.
-    pub plain_ring: bool,
+/// What kind of device, and so which driver and which service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// virtio-blk (virtio 1.2, section 5.2).
+    Block,
+    /// virtio-net (section 5.1).
+    Net,
+    /// virtio-console (section 5.3).
+    Stream,
+    /// virtio-rng (section 5.4).
+    Entropy,
 }
 
-impl Default for Wish {
-    fn default() -> Wish {
-        Wish {
-            capacity_bytes: 16 << 20,
-            queues: 1,
-            read_only: false,
-            ranges: false,
-            ring_entries: None,
-            plain_ring: false,
+impl Class {
+    /// Every class.
+    pub const ALL: [Class; 4] = [Class::Block, Class::Net, Class::Stream, Class::Entropy];
+
+    /// The name of its service, which `ls` shows.
+    #[must_use]
+    pub fn service(self) -> &'static str {
+        match self {
+            Class::Block => "block",
+            Class::Net => "net",
+            Class::Stream => "stream",
+            Class::Entropy => "entropy",
+        }
+    }
+
+    /// The file name of its driver.
+    #[must_use]
+    pub fn driver(self) -> &'static str {
+        match self {
+            Class::Block => "virtio-blk.wasm",
+            Class::Net => "virtio-net.wasm",
+            Class::Stream => "virtio-console.wasm",
+            Class::Entropy => "virtio-rng.wasm",
+        }
+    }
+
+    /// Whether something arrives by itself.
+    #[must_use]
+    pub fn receives(self) -> bool {
+        matches!(self, Class::Net | Class::Stream)
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.service())
+    }
+}
+
+impl std::str::FromStr for Class {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> anyhow::Result<Class> {
+        match Class::ALL.into_iter().find(|class| class.service() == name) {
+            Some(class) => Ok(class),
+            None => bail!("{name}: no class; block, net, stream and entropy are"),
         }
     }
 }
 
+/// What a case needs of its device. A bed may give more than was wished for, never less.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// The class.
+    pub class: Class,
+    /// Queues for requests: of a network device, pairs.
+    pub queues: u16,
+    /// Entries of a ring, if it matters; asked for at load.
+    pub ring_entries: Option<u16>,
+    /// Whether indirect descriptors and event indices may be offered; without them the plain ring is shown.
+    pub plain_ring: bool,
+    /// Whether the other side can be told what to do.
+    pub levers: bool,
+    /// Block: size of the medium; reads as zeroes at first.
+    pub capacity_bytes: u64,
+    /// Block: whether writes are refused.
+    pub read_only: bool,
+    /// Block: whether discard and write-zeroes are served.
+    pub ranges: bool,
+    /// Net: the largest packet without its link header, in bytes.
+    pub mtu: u16,
+    /// Net: whether checksums and segments of TCP over IPv4 are left to the other side, both ways. `Some(false)`: not even offered.
+    pub offloads: Option<bool>,
+    /// Net: each packet has to lie in one buffer (no VIRTIO_NET_F_MRG_RXBUF).
+    pub single_buffers: bool,
+    /// Stream: ports that are open on the other side and give back what they are sent.
+    pub ports: usize,
+}
+
+impl Wish {
+    /// An ordinary device of the class.
+    #[must_use]
+    pub fn of(class: Class) -> Wish {
+        Wish {
+            class,
+            queues: 1,
+            ring_entries: None,
+            plain_ring: false,
+            levers: false,
+            capacity_bytes: 16 << 20,
+            read_only: false,
+            ranges: false,
+            mtu: 1500,
+            offloads: None,
+            single_buffers: false,
+            ports: 1,
+        }
+    }
+
+    /// One whose rings have neither indirect descriptors nor event indices.
+    #[must_use]
+    pub fn plain_ring(class: Class) -> Wish {
+        Wish { plain_ring: true, ..Wish::of(class) }
+    }
+
+    /// One with rings of 16 entries.
+    #[must_use]
+    pub fn small_ring(class: Class) -> Wish {
+        Wish { ring_entries: Some(16), ..Wish::of(class) }
+    }
+
+    /// One with two queues, or pairs of them.
+    #[must_use]
+    pub fn two_queues(class: Class) -> Wish {
+        Wish { queues: 2, ..Wish::of(class) }
+    }
+
+    /// One whose other side can be told what to do.
+    #[must_use]
+    pub fn with_levers(class: Class) -> Wish {
+        Wish { levers: true, ..Wish::of(class) }
+    }
+}
+
+/// What a case has the other side do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lever {
+    /// Net: the link goes up or down.
+    Link(bool),
+    /// Stream: the other side opens or closes port 0.
+    Open(bool),
+    /// Stream: the terminal of port 0 has so many columns and rows.
+    Size(u16, u16),
+    /// Stream: port 1 comes, or goes.
+    Plug(bool),
+}
+
+/// Has the other side do it.
+pub type Pull = Box<dyn Fn(Lever) + Send + Sync>;
+
+/// Claims a device for a driver.
+pub type Connect = Box<dyn Fn() -> anyhow::Result<Box<dyn Transport>> + Send + Sync>;
+
 /// A device that a bed made.
 pub struct Device {
-    /// The way to it.
-    pub transport: Box<dyn Transport>,
-    /// The size of its medium, which it has to show.
+    /// A way to it, for one driver after another.
+    pub connect: Connect,
+    /// Block: the size of its medium, which it has to show.
     pub capacity_bytes: u64,
-    /// What has to live as long as the device: a process, a directory.
-    pub keep: Box<dyn Any>,
+    /// Net: the largest packet, which it has to show.
+    pub mtu: u16,
+    /// Stream: the numbers of the ports that give back what they are sent.
+    pub ports: Vec<u32>,
+    /// Where the wish has levers.
+    pub pull: Option<Pull>,
+    /// Called when the case is over: what the device has to say against its driver. Holds what has to live as long as the device, a process or a directory.
+    pub verdict: Box<dyn FnOnce() -> anyhow::Result<()>>,
+}
+
+impl Device {
+    /// One that is as it was wished for.
+    pub fn new(
+        wish: &Wish,
+        connect: impl Fn() -> anyhow::Result<Box<dyn Transport>> + Send + Sync + 'static,
+        verdict: impl FnOnce() -> anyhow::Result<()> + 'static,
+    ) -> Device {
+        Device {
+            connect: Box::new(connect),
+            capacity_bytes: wish.capacity_bytes,
+            mtu: wish.mtu,
+            ports: (0..wish.ports as u32).collect(),
+            pull: None,
+            verdict: Box::new(verdict),
+        }
+    }
 }
 
 /// Makes devices for one transport.
-pub trait Bed {
+pub trait Bed: Sync {
     /// For the report.
     fn name(&self) -> &'static str;
 
@@ -60,9 +207,9 @@ pub trait Bed {
     /// When it should have been able to.
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>>;
 
-    /// The driver's component.
-    fn driver(&self) -> PathBuf {
-        driver_path("virtio-blk.wasm")
+    /// The component of the class's driver.
+    fn driver(&self, class: Class) -> PathBuf {
+        driver_path(class.driver())
     }
 
     /// Where compiled code is kept.
@@ -81,75 +228,8 @@ pub trait Bed {
     }
 }
 
-/// What a case works with: a driver that serves the device.
-pub struct Fixture {
-    /// The host.
-    pub manager: Manager,
-    /// The binding under test.
-    pub binding: Arc<Binding>,
-    /// The wish that was granted.
-    pub wish: Wish,
-    /// The bed's [`Bed::slowness`].
-    pub slowness: u32,
-}
-
-impl Fixture {
-    /// A client of its own on `lane`.
-    ///
-    /// # Errors
-    /// When the handle is refused.
-    pub fn client(&self, lane: usize) -> anyhow::Result<Client> {
-        Client::open(&self.binding, lane)
-    }
-
-    /// Unloads the binding, with the time that this bed needs for it.
-    ///
-    /// # Errors
-    /// What the unload says.
-    pub fn unload(&self) -> anyhow::Result<Certificate> {
-        let usual = UnloadOptions::default();
-        let deadline = usual.deadline * self.slowness;
-        Ok(self.manager.unload_binding(&self.binding, &UnloadOptions { deadline, ..usual })?)
-    }
-
-    /// Unloads the binding if the case has not, and looks at what is left.
-    fn leave(&self) -> anyhow::Result<()> {
-        if self.binding.certificate().is_none() {
-            let certificate = self.unload()?;
-            ensure!(certificate.residual.is_zero(), "after the case: {:?}", certificate.residual);
-            ensure!(certificate.leaked.bytes == 0, "after the case: {:?}", certificate.leaked);
-        }
-        Ok(())
-    }
-}
-
 /// Where `cargo xtask build` puts a driver.
 #[must_use]
 pub fn driver_path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/drivers").join(name)
-}
-
-/// Runs one case; false if the bed cannot make its device. Afterwards the binding is gone without a rest, whatever the case did.
-pub(crate) fn with_fixture(bed: &dyn Bed, case: &Case) -> anyhow::Result<bool> {
-    let wish = (case.wish)();
-    let Some(device) = bed.device(&wish)? else { return Ok(false) };
-    let wish = Wish { capacity_bytes: device.capacity_bytes, ..wish };
-    let path = bed.driver();
-    let component =
-        std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build' first", path.display()))?;
-    let manager = Manager::new(Config { cache_dir: Some(bed.cache_dir()) })?;
-    let mut spec = LoadSpec::new("virtio-blk.wasm", component, device.transport);
-    spec.queues = Some(wish.queues);
-    spec.arena_bytes = bed.arena_bytes();
-    spec.limits.call_deadline_ms *= u64::from(bed.slowness());
-    spec.limits.host_budget_ms *= u64::from(bed.slowness());
-    if let Some(entries) = wish.ring_entries {
-        spec.ring_entries = entries;
-    }
-    let binding = manager.load(spec)?;
-    let mut fixture = Fixture { manager, binding, wish, slowness: bed.slowness() };
-    let result = (case.check)(&mut fixture);
-    let left = fixture.leave();
-    drop(device.keep);
-    result.and(left).map(|()| true)
 }

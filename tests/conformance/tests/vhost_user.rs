@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
-use cofferdam_conformance::{Bed, Device, Wish};
+use cofferdam_conformance::{Bed, Class, Device, Wish};
+use cofferdam_manager::Transport;
 
 struct SimBackend;
 
@@ -16,24 +17,52 @@ impl Bed for SimBackend {
     }
 
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>> {
-        // vhost-user does not tell the largest ring, so a small one cannot be asked for.
-        // Neither backend can be told to keep a ring feature back.
-        if wish.plain_ring {
+        // Neither backend can be told to keep a ring feature back, nor what to do once it runs.
+        if wish.plain_ring || wish.levers {
             return Ok(None);
         }
         let directory = tempfile::tempdir()?;
         let socket = directory.path().join("sim.sock");
-        let mut command = Command::new(release_binary("cofferdam-sim-blk"));
-        command.arg("--socket").arg(&socket);
-        command.arg("--memory").arg(wish.capacity_bytes.to_string());
-        command.arg("--queues").arg(wish.queues.to_string());
-        if wish.read_only {
-            command.arg("--read-only");
+        let program = if wish.class == Class::Block { "cofferdam-sim-blk" } else { "cofferdam-sim" };
+        let mut command = Command::new(release_binary(program));
+        match wish.class {
+            Class::Block => {
+                command.arg("--memory").arg(wish.capacity_bytes.to_string());
+                command.arg("--queues").arg(wish.queues.to_string());
+                command.args(wish.read_only.then_some("--read-only"));
+            }
+            Class::Net => {
+                command.arg("net").arg("--mtu").arg(wish.mtu.to_string());
+                command.arg("--pairs").arg(wish.queues.to_string());
+                command.args((wish.offloads == Some(false)).then_some("--no-offloads"));
+                command.args(wish.single_buffers.then_some("--no-mergeable"));
+            }
+            Class::Stream => {
+                command.arg("console");
+                (1..wish.ports).for_each(|port| {
+                    command.arg("--port").arg(format!("port{port}"));
+                });
+            }
+            Class::Entropy => {
+                command.arg("rng").arg("--seed").arg(fastrand::u64(..).to_string());
+            }
         }
+        command.arg("--socket").arg(&socket);
         let process = start(&mut command, &socket)?;
-        let transport = Box::new(connect(&socket)?);
-        Ok(Some(Device { transport, capacity_bytes: wish.capacity_bytes, keep: Box::new((process, directory)) }))
+        Ok(Some(served(wish, socket, process, directory)))
     }
+}
+
+/// The device behind `socket`, as long as its process runs.
+fn served(wish: &Wish, socket: PathBuf, mut process: Process, directory: tempfile::TempDir) -> Device {
+    let connect = move || Ok(Box::new(connect(&socket)?) as Box<dyn Transport>);
+    let verdict = move || {
+        let ended = process.0.try_wait()?;
+        drop(directory);
+        anyhow::ensure!(ended.is_none(), "the backend has ended: {ended:?}");
+        Ok(())
+    };
+    Device::new(wish, connect, verdict)
 }
 
 /// The device has a process of its own: in this one, its mappings of the shared memory would be found as the binding's residue.
@@ -76,7 +105,7 @@ impl Bed for Qemu {
     }
 
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>> {
-        if wish.plain_ring {
+        if wish.class != Class::Block || wish.plain_ring {
             return Ok(None);
         }
         let directory = tempfile::tempdir()?;
@@ -95,8 +124,7 @@ impl Bed for Qemu {
             wish.queues
         ));
         let process = start(&mut command, &socket)?;
-        let transport = Box::new(connect(&socket)?);
-        Ok(Some(Device { transport, capacity_bytes: wish.capacity_bytes, keep: Box::new((process, directory)) }))
+        Ok(Some(served(wish, socket, process, directory)))
     }
 }
 
@@ -114,12 +142,30 @@ fn connect(socket: &Path) -> anyhow::Result<VhostUser> {
 
 #[test]
 fn a_block_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend)?, 21);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Block)?, 31);
+    Ok(())
+}
+
+#[test]
+fn a_net_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Net)?, 39);
+    Ok(())
+}
+
+#[test]
+fn a_stream_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Stream)?, 34);
+    Ok(())
+}
+
+#[test]
+fn an_entropy_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Entropy)?, 25);
     Ok(())
 }
 
 #[test]
 fn a_block_driver_conforms_on_qemu_storage_daemon() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&Qemu)?, 21);
+    assert_eq!(cofferdam_conformance::run(&Qemu, Class::Block)?, 31);
     Ok(())
 }

@@ -1,54 +1,42 @@
-//! What a block driver does on a device that behaves.
+//! What has to hold of disks.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, ensure};
 use cofferdam_manager::{IoError, IoOp};
 
-use crate::bed::{Fixture, Wish};
+use crate::bed::{Class, Wish};
 use crate::client::contents;
-use crate::{Case, Client};
+use crate::{Case, Client, Fixture};
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "properties_are_the_devices", wish: Wish::default, check: properties_are_the_devices },
-    Case { name: "random_operations_agree_with_an_oracle", wish: Wish::default, check: random_operations },
-    Case { name: "random_operations_agree_on_a_plain_ring", wish: plain, check: random_operations },
-    Case { name: "more_requests_than_the_ring_holds_are_all_answered", wish: small_ring, check: overfull_ring },
-    Case { name: "the_longest_transfer_reads_back", wish: Wish::default, check: longest_transfer },
+    Case { name: "properties_are_the_devices", wish: Wish::of, check: properties_are_the_devices },
+    Case { name: "random_operations_agree_with_an_oracle", wish: Wish::of, check: random_operations },
+    Case { name: "random_operations_agree_on_a_plain_ring", wish: Wish::plain_ring, check: random_operations },
+    Case { name: "more_requests_than_the_ring_holds_are_all_answered", wish: Wish::small_ring, check: overfull_ring },
+    Case { name: "the_longest_transfer_reads_back", wish: Wish::of, check: longest_transfer },
     Case {
         name: "requests_that_cannot_be_are_refused_and_harm_nothing",
-        wish: Wish::default,
+        wish: Wish::of,
         check: impossible_requests,
     },
     Case { name: "a_read_only_device_refuses_changes", wish: read_only, check: read_only_refuses },
     Case { name: "write_zeroes_reads_as_zeroes", wish: ranges, check: write_zeroes },
     Case { name: "discard_is_served_and_spares_its_neighbours", wish: ranges, check: discard },
-    Case { name: "flush_is_answered_after_writes", wish: Wish::default, check: flush },
-    Case { name: "two_lanes_work_side_by_side", wish: two_queues, check: two_lanes },
-    Case { name: "two_handles_of_a_lane_get_their_own_answers", wish: Wish::default, check: two_handles },
+    Case { name: "flush_is_answered_after_writes", wish: Wish::of, check: flush },
+    Case { name: "two_lanes_work_side_by_side", wish: Wish::two_queues, check: two_lanes },
+    Case { name: "two_handles_of_a_lane_get_their_own_answers", wish: Wish::of, check: two_handles },
 ];
 
-fn plain() -> Wish {
-    Wish { plain_ring: true, ..Wish::default() }
+fn read_only(class: Class) -> Wish {
+    Wish { read_only: true, ..Wish::of(class) }
 }
 
-fn small_ring() -> Wish {
-    Wish { ring_entries: Some(16), ..Wish::default() }
+fn ranges(class: Class) -> Wish {
+    Wish { ranges: true, ..Wish::of(class) }
 }
 
-fn read_only() -> Wish {
-    Wish { read_only: true, ..Wish::default() }
-}
-
-fn ranges() -> Wish {
-    Wish { ranges: true, ..Wish::default() }
-}
-
-fn two_queues() -> Wish {
-    Wish { queues: 2, ..Wish::default() }
-}
-
-fn properties_are_the_devices(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn properties_are_the_devices(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let geometry = fixture.client(0)?.geometry();
     ensure!(geometry.capacity_bytes == fixture.wish.capacity_bytes, "capacity {}", geometry.capacity_bytes);
     ensure!(geometry.logical_block_bytes.is_power_of_two() && geometry.logical_block_bytes >= 512);
@@ -59,7 +47,7 @@ fn properties_are_the_devices(fixture: &mut Fixture) -> anyhow::Result<()> {
 }
 
 /// Random reads and writes of random length, many in flight, none overlapping another in flight; a byte vector is the oracle.
-fn random_operations(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn random_operations(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     const SEED: u64 = 0x00c0_ffe2;
     let mut random = fastrand::Rng::with_seed(SEED);
     let mut client = fixture.client(0)?;
@@ -105,7 +93,7 @@ fn random_operations(fixture: &mut Fixture) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn overfull_ring(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn overfull_ring(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     let mut started = Vec::new();
     for number in 0..300_u64 {
@@ -121,7 +109,7 @@ fn overfull_ring(fixture: &mut Fixture) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn longest_transfer(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn longest_transfer(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     let block = client.geometry().logical_block_bytes;
     let half = u32::try_from(fixture.wish.capacity_bytes / 2)?;
@@ -133,7 +121,7 @@ fn longest_transfer(fixture: &mut Fixture) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn impossible_requests(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn impossible_requests(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     let geometry = client.geometry();
     let (capacity, block) = (geometry.capacity_bytes, geometry.logical_block_bytes);
@@ -156,7 +144,7 @@ fn impossible_requests(fixture: &mut Fixture) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn read_only_refuses(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn read_only_refuses(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     let block = client.geometry().logical_block_bytes;
     for op in [IoOp::Write, IoOp::Discard, IoOp::WriteZeroes] {
@@ -185,7 +173,7 @@ fn neighbours_are_whole(client: &mut Client, unit: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_zeroes(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn write_zeroes(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     ensure!(client.geometry().can_write_zeroes, "the device was to serve write-zeroes");
     let unit = pattern_around(&mut client)?;
@@ -194,7 +182,7 @@ fn write_zeroes(fixture: &mut Fixture) -> anyhow::Result<()> {
     neighbours_are_whole(&mut client, unit)
 }
 
-fn discard(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn discard(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     ensure!(client.geometry().can_discard, "the device was to serve discard");
     let unit = pattern_around(&mut client)?;
@@ -202,7 +190,7 @@ fn discard(fixture: &mut Fixture) -> anyhow::Result<()> {
     neighbours_are_whole(&mut client, unit)
 }
 
-fn flush(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn flush(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(0)?;
     client.write(0, &[5; 4096])?;
     let answer = client.one(IoOp::Flush, 0, 0, None)?;
@@ -211,7 +199,7 @@ fn flush(fixture: &mut Fixture) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn two_lanes(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn two_lanes(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     ensure!(fixture.binding.lanes() == 2, "{} lanes", fixture.binding.lanes());
     let half = fixture.wish.capacity_bytes / 2;
     std::thread::scope(|scope| {
@@ -230,7 +218,7 @@ fn two_lanes(fixture: &mut Fixture) -> anyhow::Result<()> {
     })
 }
 
-fn two_handles(fixture: &mut Fixture) -> anyhow::Result<()> {
+fn two_handles(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let (mut first, mut second) = (fixture.client(0)?, fixture.client(0)?);
     for round in 0..50_u64 {
         let a = first.start(IoOp::Write, round * 8192, 4096, Some(&[1; 4096]))?;
