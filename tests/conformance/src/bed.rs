@@ -172,6 +172,8 @@ pub struct Device {
     pub mtu: u16,
     /// Stream: the numbers of the ports that give back what they are sent.
     pub ports: Vec<u32>,
+    /// What an earlier driver was sent may still be on its way: it is taken off before the case begins.
+    pub has_past: bool,
     /// Where the wish has levers.
     pub pull: Option<Pull>,
     /// Called when the case is over: what the device has to say against its driver. Holds what has to live as long as the device, a process or a directory.
@@ -190,6 +192,7 @@ impl Device {
             capacity_bytes: wish.capacity_bytes,
             mtu: wish.mtu,
             ports: (0..wish.ports as u32).collect(),
+            has_past: false,
             pull: None,
             verdict: Box::new(verdict),
         }

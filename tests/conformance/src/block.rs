@@ -15,11 +15,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "random_operations_agree_on_a_plain_ring", wish: Wish::plain_ring, check: random_operations },
     Case { name: "more_requests_than_the_ring_holds_are_all_answered", wish: Wish::small_ring, check: overfull_ring },
     Case { name: "the_longest_transfer_reads_back", wish: Wish::of, check: longest_transfer },
-    Case {
-        name: "requests_that_cannot_be_are_refused_and_harm_nothing",
-        wish: Wish::of,
-        check: impossible_requests,
-    },
+    Case { name: "requests_that_cannot_be_are_refused_and_harm_nothing", wish: Wish::of, check: impossible_requests },
     Case { name: "a_read_only_device_refuses_changes", wish: read_only, check: read_only_refuses },
     Case { name: "write_zeroes_reads_as_zeroes", wish: ranges, check: write_zeroes },
     Case { name: "discard_is_served_and_spares_its_neighbours", wish: ranges, check: discard },

@@ -30,6 +30,7 @@ pub struct Fixture<'bed> {
     pub ports: Vec<u32>,
     /// Bytes of buffers that are leased when no client has any: what is posted.
     pub posted_bytes: u64,
+    has_past: bool,
     bed: &'bed dyn Bed,
     connect: Connect,
     pull: Option<Pull>,
@@ -170,8 +171,26 @@ impl Fixture<'_> {
                 self.binding.set_open(*port, true)?;
             }
         }
+        if self.has_past {
+            self.forget_the_past()?;
+        }
         self.posted_bytes = self.binding.status().leased_bytes;
         Ok(())
+    }
+
+    /// Takes off what arrives until a mark does that is sent now: what came before it was for an earlier driver.
+    fn forget_the_past(&self) -> anyhow::Result<()> {
+        const MARK_BYTES: usize = 64;
+        let mut client = self.receiver(self.lane()?)?;
+        // Of a number that no case uses.
+        let mark = net::numbered(fastrand::u64(1 << 63..), MARK_BYTES);
+        client.whole(&Ask { data: mark.clone(), length: MARK_BYTES as u32, ..self.ordinary(0) })??;
+        let (mut arrivals, mut came) = (Vec::new(), Vec::new());
+        self.until("the mark", || {
+            client.receive(Duration::from_millis(5), &mut arrivals);
+            arrivals.drain(..).for_each(|arrival| drop(arrival.read(&mut came)));
+            came.ends_with(&mark)
+        })
     }
 
     /// Unloads the binding if the case has not, and looks at what is left.
@@ -210,12 +229,13 @@ fn load(manager: &Manager, bed: &dyn Bed, connect: &Connect, wish: &Wish) -> any
 pub(crate) fn with(bed: &dyn Bed, class: Class, case: &Case) -> anyhow::Result<bool> {
     let wish = (case.wish)(class);
     let Some(device) = bed.device(&wish)? else { return Ok(false) };
-    let Device { connect, capacity_bytes, mtu, ports, pull, verdict } = device;
+    let Device { connect, capacity_bytes, mtu, ports, has_past, pull, verdict } = device;
     let wish = Wish { capacity_bytes, mtu, ..wish };
     let manager = Manager::new(Config { cache_dir: Some(bed.cache_dir()) })?;
     let binding = load(&manager, bed, &connect, &wish)?;
     let slowness = bed.slowness();
-    let mut fixture = Fixture { manager, binding, wish, slowness, ports, posted_bytes: 0, bed, connect, pull };
+    let mut fixture =
+        Fixture { manager, binding, wish, slowness, ports, posted_bytes: 0, has_past, bed, connect, pull };
     let result = fixture.settle().and_then(|()| (case.check)(&mut fixture));
     let left = fixture.leave();
     drop(fixture);

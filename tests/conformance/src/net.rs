@@ -210,8 +210,7 @@ fn two_lanes(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
         // A frame of the other lane's has another number, and is an error here.
         let side = move |lane: usize| {
             let mut client = fixture.receiver(lane)?;
-            exchange(fixture, &mut client, lane as u64 * 1_000_000, &[200; 500])
-                .with_context(|| format!("lane {lane}"))
+            exchange(fixture, &mut client, lane as u64 * 1_000_000, &[200; 500]).with_context(|| format!("lane {lane}"))
         };
         let other = scope.spawn(move || side(1));
         side(0)?;

@@ -17,11 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "a_revoked_handle_answers_revoked_and_closes", wish: Wish::of, check: revoked_handle },
     Case { name: "a_sleeping_client_is_woken_by_revocation", wish: Wish::of, check: sleeper_wakes },
     Case { name: "a_buffer_kept_over_the_unload_reaches_nothing", wish: Wish::of, check: kept_buffer },
-    Case {
-        name: "a_handle_closed_with_requests_in_flight_leaks_nothing",
-        wish: Wish::of,
-        check: closed_in_flight,
-    },
+    Case { name: "a_handle_closed_with_requests_in_flight_leaks_nothing", wish: Wish::of, check: closed_in_flight },
     Case { name: "two_unloaders_get_the_same_certificate", wish: Wish::of, check: two_unloaders },
     Case {
         name: "requests_of_a_closed_handle_are_answered_without_any_client",
