@@ -7,9 +7,19 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Not installed: `busybox-static` would replace `busybox`, `nbd-client` would change how the machine boots, and `iperf3` may be a service. With the libraries that only these need.
-const PACKAGES: &[&str] =
-    &["busybox-static", "nbd-client", "libnl-3-200", "libnl-genl-3-200", "iperf3", "libiperf0", "libsctp1", "zstd"];
+/// Not installed: `busybox-static` would replace `busybox`, `nbd-client` would change how the machine boots, `iperf3` may be a service, and `ping` may go into the network.
+/// With the libraries that only these need.
+const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "nbd-client",
+    "libnl-3-200",
+    "libnl-genl-3-200",
+    "iperf3",
+    "libiperf0",
+    "libsctp1",
+    "iputils-ping",
+    "zstd",
+];
 
 /// Where programs are looked for, below `/` and below the unpacked packages.
 const FOLDERS: [&str; 4] = ["usr/bin", "usr/sbin", "bin", "sbin"];
