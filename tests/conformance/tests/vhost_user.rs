@@ -1,12 +1,13 @@
 //! The suite over vhost-user: on the sim behind its socket, and on the real `qemu-storage-daemon`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
-use cofferdam_conformance::{Bed, Class, Device, Wish};
+use cofferdam_conformance::{Bed, Class, Device, Lever, Wish};
 use cofferdam_manager::Transport;
 
 struct SimBackend;
@@ -17,8 +18,8 @@ impl Bed for SimBackend {
     }
 
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>> {
-        // Neither backend can be told to keep a ring feature back, nor what to do once it runs.
-        if wish.plain_ring || wish.levers {
+        // Of a link that goes down the front end is not told: the library behind the socket has no message for it.
+        if wish.levers && wish.class != Class::Stream {
             return Ok(None);
         }
         let directory = tempfile::tempdir()?;
@@ -38,7 +39,7 @@ impl Bed for SimBackend {
                 command.args(wish.single_buffers.then_some("--no-mergeable"));
             }
             Class::Stream => {
-                command.arg("console");
+                command.arg("console").args(wish.levers.then_some("--orders"));
                 (1..wish.ports).for_each(|port| {
                     command.arg("--port").arg(format!("port{port}"));
                 });
@@ -47,10 +48,28 @@ impl Bed for SimBackend {
                 command.arg("rng").arg("--seed").arg(fastrand::u64(..).to_string());
             }
         }
-        command.arg("--socket").arg(&socket);
-        let process = start(&mut command, &socket)?;
-        Ok(Some(served(wish, socket, process, directory)))
+        command.arg("--socket").arg(&socket).args(wish.plain_ring.then_some("--plain-ring"));
+        let mut process = start(&mut command, &socket)?;
+        let orders = process.0.stdin.take().context("no standard input")?;
+        Ok(Some(Device {
+            pull: Some(Box::new(move |lever| order(&orders, lever))),
+            ..served(wish, socket, process, directory)
+        }))
     }
+}
+
+/// Has the other side of a console do it.
+fn order(mut orders: &ChildStdin, lever: Lever) {
+    let line = match lever {
+        Lever::Open(true) => "open 0".to_owned(),
+        Lever::Open(false) => "close 0".to_owned(),
+        Lever::Size(columns, rows) => format!("size {columns} {rows}"),
+        Lever::Plug(true) => "plug 1".to_owned(),
+        Lever::Plug(false) => "unplug 1".to_owned(),
+        Lever::Link(_) => return,
+    };
+    // Should the process be gone, what the case waits for does not come.
+    let _ = writeln!(orders, "{line}");
 }
 
 /// The device behind `socket`, as long as its process runs.
@@ -72,7 +91,7 @@ fn release_binary(name: &str) -> PathBuf {
 
 /// Starts a backend and waits until its socket is there.
 fn start(command: &mut Command, socket: &Path) -> anyhow::Result<Process> {
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
     let mut process = Process(child.with_context(|| {
         format!(
             "{}: run 'cargo xtask build', or install the Debian package that has it",
@@ -105,6 +124,7 @@ impl Bed for Qemu {
     }
 
     fn device(&self, wish: &Wish) -> anyhow::Result<Option<Device>> {
+        // It cannot be told to keep a ring feature back.
         if wish.class != Class::Block || wish.plain_ring {
             return Ok(None);
         }
@@ -142,25 +162,25 @@ fn connect(socket: &Path) -> anyhow::Result<VhostUser> {
 
 #[test]
 fn a_block_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Block)?, 31);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Block)?, 33);
     Ok(())
 }
 
 #[test]
 fn a_net_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Net)?, 39);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Net)?, 41);
     Ok(())
 }
 
 #[test]
 fn a_stream_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Stream)?, 34);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Stream)?, 39);
     Ok(())
 }
 
 #[test]
 fn an_entropy_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Entropy)?, 25);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Entropy)?, 27);
     Ok(())
 }
 

@@ -46,6 +46,10 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 256)]
     queue_size: u16,
 
+    /// Offer neither indirect descriptors nor event indices
+    #[arg(long)]
+    plain_ring: bool,
+
     /// Logical block size in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 512)]
     block_size: u32,
@@ -119,6 +123,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             queue_size: arguments.queue_size,
             block_bytes: Some(arguments.block_size),
             read_only: arguments.read_only,
+            indirect: !arguments.plain_ring,
+            event_idx: !arguments.plain_ring,
             ..Profile::default()
         },
         storage,

@@ -25,6 +25,10 @@ Faults are EFFECT[@WHEN][,op=OP][,queue=N]:
   OP      transmit  receive  control  message  entropy
 A tick is about a millisecond. A name that does not exist is answered with those that do.
 
+Orders, one a line; what is none of them is named on standard error:
+  open PORT  close PORT  size COLUMNS ROWS  plug PORT  unplug PORT
+With orders there is room for one port more than there are at first.
+
 Examples:
   cofferdam-sim rng --socket /tmp/rng.sock --fault lie:answer-short
   cofferdam-sim net --socket /tmp/net.sock --pairs 2 --mtu 9000
@@ -99,6 +103,10 @@ enum Class {
         /// Send bytes without end on port 0
         #[arg(long)]
         flood: bool,
+
+        /// Take orders about the other side on standard input: see below
+        #[arg(long)]
+        orders: bool,
     },
 }
 
@@ -120,6 +128,10 @@ struct Common {
     #[arg(long, value_name = "N", default_value_t = 256)]
     queue_size: u16,
 
+    /// Offer neither indirect descriptors nor event indices
+    #[arg(long)]
+    plain_ring: bool,
+
     /// Seed of everything that is drawn
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -139,7 +151,7 @@ struct Common {
 
 impl Common {
     fn rings(&self) -> Rings {
-        Rings { size: self.queue_size, ..Rings::default() }
+        Rings { size: self.queue_size, indirect: !self.plain_ring, event_idx: !self.plain_ring, ..Rings::default() }
     }
 
     fn behaviour(&self) -> Behaviour {
@@ -182,10 +194,10 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             sim.set_generator(frame.as_deref());
             program.serve(&sim, &common.socket, NAME)
         }
-        Class::Console { common, columns, rows, ports, no_multiport, flood } => {
+        Class::Console { common, columns, rows, ports, no_multiport, flood, orders } => {
             let named = ports.into_iter().map(|name| PortProfile { name: Some(name), console: false });
             let ports: Vec<_> = std::iter::once(PortProfile { name: None, console: true }).chain(named).collect();
-            let count = u16::try_from(ports.len()).unwrap_or(u16::MAX);
+            let count = u16::try_from(ports.len()).unwrap_or(u16::MAX).saturating_add(orders.into());
             let profile = ConsoleProfile {
                 size: Some((columns, rows)),
                 multiport: !no_multiport,
@@ -196,7 +208,30 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             let sim = SimConsole::new(profile, common.behaviour())?;
             (0..count).for_each(|port| sim.set_echo(port, true));
             sim.set_flood(0, flood);
+            if orders {
+                let sim = sim.clone();
+                std::thread::spawn(move || take_orders(&sim));
+            }
             program.serve(&sim, &common.socket, NAME)
+        }
+    }
+}
+
+/// Does what standard input says until it ends.
+fn take_orders(sim: &SimConsole) {
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let number = |at: usize| words.get(at).and_then(|word| word.parse().ok());
+        match (words.first().copied(), number(1), number(2)) {
+            (Some("open"), Some(port), None) => sim.set_open(port, true),
+            (Some("close"), Some(port), None) => sim.set_open(port, false),
+            (Some("size"), Some(columns), Some(rows)) => sim.resize(columns, rows),
+            (Some("plug"), Some(port), None) => {
+                sim.add_port(port, PortProfile { name: Some("plugged".into()), console: false });
+                sim.set_echo(port, true);
+            }
+            (Some("unplug"), Some(port), None) => sim.remove_port(port),
+            _ => eprintln!("{NAME}: no such order: {line}"),
         }
     }
 }
