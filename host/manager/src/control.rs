@@ -233,6 +233,10 @@ impl Binding {
         if self.phase() != cofferdam_lifecycle::Phase::Serving {
             return Err(ControlError::Revoked);
         }
+        // Another driver has nothing to call, and is not to be blamed for that.
+        if !matches!(self.offer().as_deref(), Some(Offer::Stream(_))) {
+            return Err(ControlError::NoStreams);
+        }
         let asked = {
             let mut control = self.control.control.lock();
             let control = control.as_mut().ok_or(ControlError::Revoked)?;

@@ -124,6 +124,9 @@ pub enum ControlError {
     /// The binding is going or gone, or its driver failed.
     #[error("the binding is closed")]
     Revoked,
+    /// The device is none of streams.
+    #[error("the device has no ports that are opened or closed")]
+    NoStreams,
     /// The device has no queue for it.
     #[error("the device takes no commands")]
     NoQueues,

@@ -181,8 +181,6 @@ fn closed_here(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
         client.whole(&write(port, text.as_bytes()))??;
         comes_back(fixture, &client, text.as_bytes())?;
     }
-    let refused = fixture.binding.set_open(77, true);
-    ensure!(refused.is_err(), "a port that is not there was opened");
     Ok(())
 }
 

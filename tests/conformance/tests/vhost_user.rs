@@ -162,30 +162,30 @@ fn connect(socket: &Path) -> anyhow::Result<VhostUser> {
 
 #[test]
 fn a_block_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Block)?, 33);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Block)?, 34);
     Ok(())
 }
 
 #[test]
 fn a_net_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Net)?, 41);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Net)?, 42);
     Ok(())
 }
 
 #[test]
 fn a_stream_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Stream)?, 39);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Stream)?, 40);
     Ok(())
 }
 
 #[test]
 fn an_entropy_driver_conforms_on_the_sim_behind_vhost_user() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Entropy)?, 27);
+    assert_eq!(cofferdam_conformance::run(&SimBackend, Class::Entropy)?, 28);
     Ok(())
 }
 
 #[test]
 fn a_block_driver_conforms_on_qemu_storage_daemon() -> anyhow::Result<()> {
-    assert_eq!(cofferdam_conformance::run(&Qemu, Class::Block)?, 31);
+    assert_eq!(cofferdam_conformance::run(&Qemu, Class::Block)?, 32);
     Ok(())
 }

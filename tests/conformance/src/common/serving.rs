@@ -1,7 +1,7 @@
 //! What has to hold while a driver serves.
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{HandleSpec, HandleState, IoError, IoOp, OpenError};
+use cofferdam_manager::{ControlError, HandleSpec, HandleState, IoError, IoOp, OpenError};
 
 use crate::bed::{Class, Wish};
 use crate::client::Ask;
@@ -18,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "handles_of_a_lane_are_answered_apart", wish: Wish::of, check: handles_apart },
     Case { name: "a_lane_that_is_not_there_is_refused", wish: Wish::of, check: no_such_lane },
     Case { name: "one_client_of_a_lane_receives", wish: Wish::of, check: one_receiver },
+    Case { name: "a_port_that_is_not_there_is_not_opened", wish: Wish::of, check: no_such_port },
     Case { name: "one_handle_is_revoked_and_the_others_go_on", wish: Wish::of, check: one_revoked },
     Case { name: "a_driver_that_left_is_loaded_again_on_the_same_device", wish: Wish::of, check: loaded_again },
 ];
@@ -117,6 +118,16 @@ fn one_receiver(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
         ensure!(matches!(second, Err(OpenError::Taken(taken)) if taken == lane), "{second:?}");
         drop(first);
     }
+    Ok(())
+}
+
+/// The client's mistake is not the driver's.
+fn no_such_port(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
+    let refused = fixture.binding.set_open(77, true);
+    let is_stream = fixture.wish.class == Class::Stream;
+    ensure!(matches!(refused, Err(ControlError::NoStreams)) != is_stream && refused.is_err(), "{refused:?}");
+    fixture.client(fixture.lane()?)?.whole(&fixture.ordinary(0))??;
+    ensure!(fixture.binding.status().fault.is_none(), "{:?}", fixture.binding.status());
     Ok(())
 }
 
