@@ -139,7 +139,7 @@ fn impossible_writes(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
 
 fn nobody_reads(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     const PIECE_BYTES: usize = 16 << 10;
-    const PIECES: usize = 256;
+    const PIECES: usize = 160;
     let lane = fixture.lane()?;
     let mut client = fixture.client(lane)?;
     let mut sent = vec![0; PIECES * PIECE_BYTES];
