@@ -151,7 +151,7 @@ struct Common {
 
 impl Common {
     fn rings(&self) -> Rings {
-        Rings { size: self.queue_size, indirect: !self.plain_ring, event_idx: !self.plain_ring, ..Rings::default() }
+        Rings { size: self.queue_size, indirect: !self.plain_ring, event_idx: !self.plain_ring }
     }
 
     fn behaviour(&self) -> Behaviour {
