@@ -231,8 +231,10 @@ fn load(manager: &Manager, bed: &dyn Bed, connect: &Connect, wish: &Wish) -> any
     // Each port of a console has a lane.
     spec.queues = (wish.class != Class::Stream).then_some(wish.queues);
     spec.arena_bytes = bed.arena_bytes();
-    spec.limits.call_deadline_ms *= u64::from(bed.slowness());
-    spec.limits.host_budget_ms *= u64::from(bed.slowness());
+    // Emulated processors also stand still, for a second where they are many: no case is about how long a call may take.
+    let slowness = u64::from(bed.slowness()).pow(2);
+    spec.limits.call_deadline_ms *= slowness;
+    spec.limits.host_budget_ms *= slowness;
     if let Some(entries) = wish.ring_entries {
         spec.ring_entries = entries;
     }
