@@ -68,6 +68,9 @@ pub(crate) fn build_test_guests() -> Result<()> {
         write(&folder.join(name).with_extension("wasm"), &component)?;
         count += 1;
     }
+    let stream = core_module(toolchain, "guest-hostile-stream", None)?;
+    write(&folder.join("hostile-stream.wasm"), &component(&stream)?)?;
+    count += 1;
     for (name, bytes) in misfits::all(&core)? {
         write(&folder.join(name).with_extension("wasm"), &bytes)?;
         count += 1;
