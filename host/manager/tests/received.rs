@@ -57,7 +57,7 @@ impl Bed {
         let transport = Box::new(self.sim.transport(Drive::Threads).unwrap());
         let mut spec = LoadSpec::new(component, driver, transport);
         // What eats is to come to its memory's end before its time is over.
-        spec.limits = GuestLimits { memory_bytes: 8 << 20, call_deadline_ms: 1000, ..GuestLimits::default() };
+        spec.limits = GuestLimits { memory_bytes: 32 << 20, call_deadline_ms: 1000, ..GuestLimits::default() };
         let binding = self.manager.load(spec).unwrap();
         until("the port", || match binding.offer().as_deref() {
             Some(Offer::Stream(stream)) => !stream.ports.is_empty(),
