@@ -31,6 +31,11 @@ const EDU: &[(&str, Option<&str>)] =
 /// The package of the contract; a driver imports nothing else.
 const CONTRACT: &str = "cofferdam:driver/";
 
+/// The names of the drivers that are shipped.
+pub(crate) fn shipped() -> impl Iterator<Item = &'static str> {
+    DRIVERS.iter().map(|(_, name)| *name)
+}
+
 /// Builds all drivers that are shipped into `target/drivers`.
 pub(crate) fn build_all() -> Result<()> {
     let toolchain = &Toolchain::find()?;

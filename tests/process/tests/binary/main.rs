@@ -20,6 +20,7 @@ mod misfits;
 mod network;
 mod ports;
 mod terminals;
+mod tour;
 mod traffic;
 mod why;
 mod wire;
