@@ -12,7 +12,9 @@ pub(crate) fn run() -> Result<()> {
     programs(&["cofferdam"])?;
     eprintln!("==> built in {}", step::seconds(begin.elapsed()));
     say(&workspace::program("cofferdam"));
-    say(&workspace::driver("virtio-blk"));
+    for name in guests::shipped() {
+        say(&workspace::driver(name));
+    }
     Ok(())
 }
 

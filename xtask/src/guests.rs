@@ -31,6 +31,11 @@ const EDU: &[(&str, Option<&str>)] =
 /// The package of the contract; a driver imports nothing else.
 const CONTRACT: &str = "cofferdam:driver/";
 
+/// The names of the drivers that are shipped.
+pub(crate) fn shipped() -> impl Iterator<Item = &'static str> {
+    DRIVERS.iter().map(|(_, name)| *name)
+}
+
 /// Builds all drivers that are shipped into `target/drivers`.
 pub(crate) fn build_all() -> Result<()> {
     let toolchain = &Toolchain::find()?;
@@ -68,6 +73,9 @@ pub(crate) fn build_test_guests() -> Result<()> {
         write(&folder.join(name).with_extension("wasm"), &component)?;
         count += 1;
     }
+    let stream = core_module(toolchain, "guest-hostile-stream", None)?;
+    write(&folder.join("hostile-stream.wasm"), &component(&stream)?)?;
+    count += 1;
     for (name, bytes) in misfits::all(&core)? {
         write(&folder.join(name).with_extension("wasm"), &bytes)?;
         count += 1;

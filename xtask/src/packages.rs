@@ -20,6 +20,8 @@ const NEEDS: &[Need] = &[
     Need { program: "nbdcopy", packages: &["libnbd-bin"] },
     Need { program: "fio", packages: &["fio"] },
     Need { program: "rngtest", packages: &["rng-tools-debian", "rng-tools5"] },
+    Need { program: "socat", packages: &["socat"] },
+    Need { program: "expect", packages: &["expect"] },
     Need { program: "mkfs.ext4", packages: &["e2fsprogs"] },
     Need { program: "ip", packages: &["iproute2"] },
     Need { program: "setpriv", packages: &["util-linux"] },

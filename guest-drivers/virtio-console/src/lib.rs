@@ -51,4 +51,5 @@ pub mod feature {
     pub const OF_A_CONSOLE: u64 = WANTED | EMERG_WRITE;
 }
 
+#[cfg(feature = "component")]
 cofferdam_sdk::export_stream_driver!(VirtioConsole, devices: [cofferdam_sdk::DeviceId::virtio(DEVICE_TYPE)]);

@@ -190,6 +190,18 @@ impl ErrorBody {
     pub(crate) fn failed(message: impl std::fmt::Display) -> ErrorBody {
         ErrorBody::new(ErrorCode::Failed, message.to_string())
     }
+
+    /// An error with its sources, but for those that it has named itself.
+    pub(crate) fn caused(error: &dyn std::error::Error) -> ErrorBody {
+        let mut message = error.to_string();
+        for source in std::iter::successors(error.source(), |error| error.source()) {
+            let text = source.to_string();
+            if !message.contains(&text) {
+                message = format!("{message}: {text}");
+            }
+        }
+        ErrorBody::failed(message)
+    }
 }
 
 impl std::fmt::Display for ErrorBody {

@@ -184,19 +184,19 @@ impl PortAddress {
             PortAddress::Character(address) => {
                 let over = Arc::clone(over);
                 let port = CharacterPort::start(binding, address, move || over());
-                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+                Ok(Box::new(port.map_err(|error| ErrorBody::caused(&error))?))
             }
             PortAddress::Nbd(address) => {
                 let port = NbdPort::start(Arc::clone(binding), address, NbdOptions::default());
-                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+                Ok(Box::new(port.map_err(|error| ErrorBody::caused(&error))?))
             }
             PortAddress::Data(address) => {
                 let port = DataPort::start(Arc::clone(binding), address, DataOptions::default());
-                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+                Ok(Box::new(port.map_err(|error| ErrorBody::caused(&error))?))
             }
             PortAddress::Tap(address) => {
                 let port = TapPort::start(Arc::clone(binding), address);
-                Ok(Box::new(port.map_err(ErrorBody::failed)?))
+                Ok(Box::new(port.map_err(|error| ErrorBody::caused(&error))?))
             }
         }
     }
@@ -267,7 +267,7 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody, terminal: Option<Over>) -
     spec.handle_limit = body.handles as usize;
     spec.mapped_handles = body.mapped_handles as usize;
     spec.mapped_bytes = u64::from(body.mapped_mib) << 20;
-    let binding = manager.load(spec).map_err(ErrorBody::failed)?;
+    let binding = manager.load(spec).map_err(|error| ErrorBody::caused(&error))?;
     for port in &ports {
         if let Err(error) = open_port(&binding, port, &over) {
             let back = UnloadOptions { deadline: ROLLBACK, force: true, cancel: None, cause: Cause::LoadFailed };

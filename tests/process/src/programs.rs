@@ -69,7 +69,7 @@ pub fn behaviours() -> Vec<String> {
 }
 
 /// Where the processes under test keep compiled drivers: shared by all tests, so that each driver is compiled once.
-pub(crate) fn cache() -> PathBuf {
+pub fn cache() -> PathBuf {
     let path = target().join("tmp/process-tests-cache");
     std::fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     path

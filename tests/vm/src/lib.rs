@@ -56,5 +56,6 @@ pub mod program;
 pub mod runner;
 pub mod scenarios;
 pub mod slot;
+pub mod terminal;
 pub mod verdict;
 pub mod vm;

@@ -37,8 +37,9 @@ export PATH=/usr/bin:/usr/sbin HOME=/root XDG_RUNTIME_DIR=/run XDG_CACHE_HOME=/v
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-mkdir -p /dev/shm /dev/hugepages
+mkdir -p /dev/shm /dev/hugepages /dev/pts
 mount -t tmpfs tmpfs /dev/shm
+mount -t devpts devpts /dev/pts
 mount -t hugetlbfs hugetlbfs /dev/hugepages
 while read -r module; do
     insmod "$module" || echo "vm error: insmod $module"

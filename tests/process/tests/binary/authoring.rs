@@ -15,7 +15,7 @@ const HAS_FIFO: bool = true;
 const BOUND: Duration = Duration::from_secs(300);
 
 /// What stands in front of the document's commands: the first that fails is the last, and what runs in the background ends with the shell.
-const BEGIN: &str = r#"set -eu -o pipefail
+pub(crate) const BEGIN: &str = r#"set -eu -o pipefail
 trap 'running=$(jobs -p); [ -z "$running" ] || kill $running || true; wait' EXIT
 ready() {
     for _ in $(seq 400); do
@@ -84,7 +84,7 @@ fn script(document: &str) -> String {
     script
 }
 
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 

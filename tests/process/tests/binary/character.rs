@@ -197,6 +197,8 @@ fn a_port_that_does_not_fit_is_refused_with_what_it_needs() {
     let load = |port: &str| daemon.load(&driver, &console.address(), "tty", &["--port", port]);
     load("stdio").expect_error(2, &["'cofferdam run'"]);
     load("pty:relative").expect_error(2, &["absolute path"]);
+    // What the system said is in the message.
+    load(&format!("pty:{}", at(&"n".repeat(300)))).expect_error(1, &["failed: File name too long"]);
     load(&format!("pty:{},port=9", at("a"))).expect_error(1, &["no port 9"]);
     std::fs::write(at("mine"), "mine").expect("a file");
     load(&format!("pty:{}", at("mine"))).expect_error(1, &["left alone"]);

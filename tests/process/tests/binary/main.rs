@@ -19,6 +19,8 @@ mod machine;
 mod misfits;
 mod network;
 mod ports;
+mod terminals;
+mod tour;
 mod traffic;
 mod why;
 mod wire;

@@ -4,8 +4,10 @@ mod bed;
 mod bypass;
 mod commands;
 mod conformance;
+mod console;
 mod crash;
 mod drives;
+mod entropy;
 mod finds;
 mod hostile;
 mod kernel_client;
@@ -77,6 +79,10 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_disk_is_unloaded_under_load", load::unloaded_on_uio),
         Scenario::new("uio", "uio_disk_is_unplugged_under_load", removal::unplugged_on_uio),
         Scenario::new("uio", "uio_disk_loses_its_slot_power_under_load", removal::powered_off_on_uio),
+        Scenario::new("uio", "uio_console_is_a_login_until_the_unload_hangs_up", console::login_on_uio),
+        Scenario::new("uio", "uio_console_passes_10_mib_both_ways_at_once", console::paste_on_uio),
+        Scenario::new("uio", "uio_console_holds_a_flood_back_and_is_unloaded_in_it", console::flood_on_uio),
+        Scenario::new("uio", "uio_random_bytes_come_from_a_fifo_and_go_to_the_pool_when_asked", entropy::on_uio),
         Scenario::new("vfio", "vfio_boots_and_sees_its_devices", bed::boots),
         Scenario::new("vfio", "vfio_takes_a_disk_and_gives_it_back", bed::vfio_takes_a_disk),
         Scenario::new("vfio", "vfio_disk_is_unplugged_and_plugged_again", bed::unplugs),
@@ -106,6 +112,10 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_disk_is_unloaded_under_load", load::unloaded_on_vfio),
         Scenario::new("vfio", "vfio_disk_is_unplugged_under_load", removal::unplugged_on_vfio),
         Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio).long(),
+        Scenario::new("vfio", "vfio_console_is_a_login_until_the_unload_hangs_up", console::login_on_vfio),
+        Scenario::new("vfio", "vfio_console_passes_10_mib_both_ways_at_once", console::paste_on_vfio),
+        Scenario::new("vfio", "vfio_console_holds_a_flood_back_and_is_unloaded_in_it", console::flood_on_vfio),
+        Scenario::new("vfio", "vfio_random_bytes_come_from_a_fifo_and_go_to_the_pool_when_asked", entropy::on_vfio),
     ];
     ALL
 }
