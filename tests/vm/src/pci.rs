@@ -58,6 +58,11 @@ pub const READONLY0: Place = Place { id: "readonly0", at: At::Slot(0x09), native
 pub const NET0: Place = Place { id: "net0", at: At::Slot(0x0b), native: VIRTIO };
 /// The other end, which stays with the kernel, and goes round an IOMMU: `52:54:00:00:00:11`.
 pub const NET1: Place = Place { id: "net1", at: At::Slot(0x0c), native: VIRTIO };
+/// A virtio-net function that is plugged in by who wants it, on a port that is free otherwise: before QEMU's own network, where 10.0.2.2 answers pings.
+pub const NET2: Place = Place { id: "net2", at: At::Port(0x12, "port2"), native: VIRTIO };
+
+/// What is not there at boot.
+pub const GUESTS: &[Place] = &[NET2];
 
 /// What a topology has, in the order above.
 pub fn places(topology: &str) -> &'static [Place] {
@@ -103,12 +108,18 @@ impl Place {
         Slot::open(Path::new(DEVICES).join(format!("0000:00:{slot:02x}.0/config")))
     }
 
-    /// What `device_add` needs to plug this disk in again.
+    /// What `device_add` needs to plug this in again.
     ///
     /// # Errors
     /// If it is not on a port.
     pub fn plug_arguments(&self, topology: &str) -> Result<Value> {
         let At::Port(_, port) = self.at else { bail!("{} is not on a port", self.id) };
+        if self.id == NET2.id {
+            return Ok(json!({
+                "driver": "virtio-net-pci", "id": self.id, "bus": port, "netdev": "user0", "romfile": "",
+                "disable-legacy": "on", "iommu_platform": topology == "vfio",
+            }));
+        }
         Ok(json!({
             "driver": "virtio-blk-pci", "id": self.id, "bus": port, "drive": self.id, "serial": self.id, "num-queues": 2,
             "disable-legacy": "on", "iommu_platform": topology == "vfio",
@@ -184,6 +195,13 @@ impl Function {
         let blocks = virtio.filter_map(|path| path.join("block").read_dir().ok());
         let entry = blocks.flat_map(Iterator::flatten).next()?;
         Some(Path::new("/dev").join(entry.file_name()))
+    }
+
+    /// The network interface (`eth0`) that the kernel's driver serves from it in this network namespace.
+    pub fn interface(&self) -> Option<String> {
+        let virtio = self.folder.read_dir().ok()?.flatten().map(|entry| entry.path());
+        let mut nets = virtio.filter_map(|path| path.join("net").read_dir().ok()).flatten().flatten();
+        Some(nets.next()?.file_name().to_string_lossy().into_owned())
     }
 
     /// Takes it from the driver that has it and gives it to `driver`, or to whoever takes devices of its kind. As an operator does it by hand.
