@@ -127,16 +127,24 @@ pub fn has_carrier(vm: &Vm, namespace: &str, interface: &str) -> Result<bool> {
     Ok(has("LOWER_UP"))
 }
 
-/// `count` pings of packets of `bytes` bytes that must not be fragmented, with all headers of IP; all are answered.
+/// `count` pings of packets of `bytes` bytes that must not be fragmented, with all headers of IP; all are answered, in order.
 ///
 /// # Errors
 /// When one is not.
 pub fn ping(vm: &Vm, from: &str, to: &str, bytes: u32, count: u32) -> Result<()> {
     // Of IP and ICMP.
     let payload = bytes - 28;
-    let line = format!("ping -q -n -M do -i 0.01 -W 10 -s {payload} -c {count} {to}");
-    inside(vm, from, &line)?.saying(&format!(" {count} received"))?;
+    // With `-w` it goes on until so many were answered; without, it would wait for the last answer no longer than for two others.
+    let line = format!("ping -n -M do -i 0.01 -w 20 -s {payload} -c {count} {to}");
+    let told = inside(vm, from, &line)?.stdout;
+    let answered: Vec<u32> = told.split("icmp_seq=").skip(1).filter_map(number).collect();
+    ensure!(answered == (1..=count).collect::<Vec<_>>(), "not all {count} of {bytes} bytes are answered: {told}");
     Ok(())
+}
+
+/// The number that a text begins with.
+fn number(text: &str) -> Option<u32> {
+    text.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 /// iperf3's server in the far namespace.
@@ -249,5 +257,35 @@ impl Flow {
     #[must_use]
     pub fn megabits(&self) -> f64 {
         self.bits / 1e6
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn told(end: Value) -> Value {
+        let seconds = [8e6, 0.0].map(|bits| json!({ "sum": { "bits_per_second": bits } }));
+        json!({ "start": { "connected": [{ "local_port": 40_455 }] }, "intervals": seconds, "end": end })
+    }
+
+    #[test]
+    fn what_the_receiver_has_counts() {
+        let tcp = json!({ "sum_sent": { "bits_per_second": 9e6, "retransmits": 3 }, "sum_received": { "bits_per_second": 8e6 } });
+        let flow = Flow::of(told(tcp)).unwrap();
+        assert_eq!((flow.megabits(), flow.retransmits, flow.port), (8.0, 3, 40_455));
+        assert_eq!(flow.each_second, [8e6, 0.0]);
+        let sum = json!({ "bits_per_second": 10e6, "packets": 1000, "lost_packets": 250, "lost_percent": 25.0, "seconds": 2.0 });
+        let udp = json!({ "sum": sum, "sum_received": { "packets": 1000, "bits_per_second": 1.0 } });
+        let flow = Flow::of(told(udp)).unwrap();
+        assert_eq!((flow.megabits(), flow.packets, flow.lost_percent), (7.5, 375.0, 25.0));
+    }
+
+    #[test]
+    fn a_flow_of_nothing_is_an_error() {
+        assert!(Flow::of(told(json!({ "sum_received": { "bits_per_second": 0.0 } }))).is_err());
+        assert!(Flow::of(told(json!({}))).is_err());
     }
 }

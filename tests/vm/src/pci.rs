@@ -62,7 +62,7 @@ pub const NET1: Place = Place { id: "net1", at: At::Slot(0x0c), native: VIRTIO }
 pub const NET2: Place = Place { id: "net2", at: At::Port(0x12, "port2"), native: VIRTIO };
 
 /// What is not there at boot.
-pub const GUESTS: &[Place] = &[NET2];
+pub const ON_DEMAND: &[Place] = &[NET2];
 
 /// What a topology has, in the order above.
 pub fn places(topology: &str) -> &'static [Place] {

@@ -2,7 +2,7 @@
 
 use crate::kernel_log::KernelLog;
 use crate::outside::Outside;
-use crate::pci::{GUESTS, Place, places};
+use crate::pci::{ON_DEMAND, Place, places};
 use crate::program::{Output, Running};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -111,8 +111,8 @@ impl Vm {
 
     /// Whether every device is plugged in and with the driver that it had at boot; if not, the first that is not.
     pub fn misplaced(&self) -> Option<String> {
-        if let Some(guest) = GUESTS.iter().find(|place| place.is_present()) {
-            return Some(format!("{} is plugged in", guest.id));
+        if let Some(place) = ON_DEMAND.iter().find(|place| place.is_present()) {
+            return Some(format!("{} is plugged in", place.id));
         }
         places(&self.topology).iter().find_map(|place| {
             let Ok(function) = place.function() else { return Some(format!("{} is not plugged in", place.id)) };
@@ -123,7 +123,7 @@ impl Vm {
 
     /// Puts every device back to where it was at boot.
     pub fn restore(&mut self) -> Result<()> {
-        for place in GUESTS.iter().filter(|place| place.is_present()) {
+        for place in ON_DEMAND.iter().filter(|place| place.is_present()) {
             self.unplug(place)?;
         }
         for place in places(&self.topology) {

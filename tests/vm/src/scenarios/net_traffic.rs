@@ -34,7 +34,9 @@ fn carries(vm: &Vm, seconds: u32) -> Result<()> {
         let text = inside(vm, NEAR, &format!("cat /sys/class/net/{TAP}/statistics/{count}"))?.stdout;
         ensure!(text.trim() == "0", "{count}: {text}");
     }
-    scene.end(vm)
+    scene.unload(vm)?;
+    vm.step(scene.host.process.stderr().lines().rfind(|line| line.contains("interface down")).unwrap_or("no counts"));
+    scene.host.end()
 }
 
 pub(super) fn ten_seconds(vm: &mut Vm) -> Result<()> {
@@ -64,10 +66,14 @@ const MEASURES: [Measure; 4] = [
     Measure { name: "frames of 64 bytes in, packets/s", options: "-u -b 0 -l 18 -R", of: |flow| flow.packets },
 ];
 
-fn measure(vm: &Vm, into: &mut [Vec<f64>; 4]) -> Result<()> {
+fn measure(vm: &Vm, who: &str, into: &mut [Vec<f64>; 4]) -> Result<()> {
     let server = Server::start(vm)?;
     for (measure, into) in MEASURES.iter().zip(into) {
-        into.push((measure.of)(&server.run(vm, SECONDS, measure.options)?));
+        let flow = server.run(vm, SECONDS, measure.options)?;
+        let (lost, again) = (flow.lost_percent, flow.retransmits);
+        let value = (measure.of)(&flow);
+        vm.step(&format!("{who}: {}: {value:.0}, {lost:.1} % lost, {again} segments sent again", measure.name));
+        into.push(value);
     }
     Ok(())
 }
@@ -86,10 +92,10 @@ pub(super) fn beside_the_kernel(vm: &mut Vm) -> Result<()> {
             let own = kernel_has_interface(vm, &card)?;
             let namespaces = Namespaces::new(vm, 1500)?;
             namespaces.near(vm, &own, 1500)?;
-            measure(vm, &mut kernel)?;
+            measure(vm, "kernel", &mut kernel)?;
         }
         let scene = Scene::set(vm, 1500)?;
-        measure(vm, &mut ours)?;
+        measure(vm, "ours", &mut ours)?;
         scene.end(vm)?;
         vm.step(&format!("round {round} of {ROUNDS}"));
     }
