@@ -127,7 +127,7 @@ pub fn has_carrier(vm: &Vm, namespace: &str, interface: &str) -> Result<bool> {
     Ok(has("LOWER_UP"))
 }
 
-/// `count` pings of packets of `bytes` bytes that must not be fragmented, with all headers of IP; all are answered, in order.
+/// `count` pings of packets of `bytes` bytes that must not be fragmented, with all headers of IP; all are answered.
 ///
 /// # Errors
 /// When one is not.
@@ -137,7 +137,10 @@ pub fn ping(vm: &Vm, from: &str, to: &str, bytes: u32, count: u32) -> Result<()>
     // With `-w` it goes on until so many were answered; without, it would wait for the last answer no longer than for two others.
     let line = format!("ping -n -M do -i 0.01 -w 20 -s {payload} -c {count} {to}");
     let told = inside(vm, from, &line)?.stdout;
-    let answered: Vec<u32> = told.split("icmp_seq=").skip(1).filter_map(number).collect();
+    let mut answered: Vec<u32> = told.split("icmp_seq=").skip(1).filter_map(number).collect();
+    // Where answers are slow, more is sent. And the kernel may send what waited for the other's address behind what came later.
+    answered.retain(|number| *number <= count);
+    answered.sort_unstable();
     ensure!(answered == (1..=count).collect::<Vec<_>>(), "not all {count} of {bytes} bytes are answered: {told}");
     Ok(())
 }
