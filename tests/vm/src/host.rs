@@ -23,6 +23,8 @@ const SOCKET: &str = "/tmp/cofferdam.sock";
 
 /// The component that drives disks.
 pub const BLOCK_DRIVER: &str = "/drivers/virtio-blk.wasm";
+/// The component that drives network cards.
+pub const NET_DRIVER: &str = "/drivers/virtio-net.wasm";
 
 /// Runs `cofferdam` with `line`, talking to the [`Host`] if there is one.
 ///
@@ -70,6 +72,18 @@ impl Host {
         let line = ["load", BLOCK_DRIVER, "--device", &device, via, "--name", "disk", "--port", port, "--json"];
         let loaded = cofferdam(vm, &[&line[..], MODEST, more].concat())?.success()?.json()?;
         ensure!(disk.block_device().is_none(), "the kernel still serves the disk");
+        Ok(loaded)
+    }
+
+    /// Loads the network driver on `card` as `net`, with a TAP interface of this name; what `load --json` said.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn load_net(&self, vm: &Vm, card: &Function, tap: &str) -> Result<Value> {
+        let (device, port, via) = (device(card), format!("tap:{tap}"), format!("--{}", vm.topology));
+        let line = ["load", NET_DRIVER, "--device", &device, &via, "--name", "net", "--port", &port, "--json"];
+        let loaded = cofferdam(vm, &[&line[..], MODEST].concat())?.success()?.json()?;
+        ensure!(card.interface().is_none(), "the kernel still serves the card");
         Ok(loaded)
     }
 
@@ -157,6 +171,15 @@ pub fn is_clean(certificate: &Value) -> Result<()> {
     ensure!(residual.values().all(|left| left == 0), "{certificate}");
     ensure!(certificate["leaked"]["bytes"] == 0, "{certificate}");
     Ok(())
+}
+
+/// Waits until the kernel's driver has an interface for the card; its name.
+///
+/// # Errors
+/// When it has none.
+pub fn kernel_has_interface(vm: &Vm, card: &Function) -> Result<String> {
+    vm.wait_until("the kernel's interface is there", SHORT, || Ok(card.interface().is_some()))?;
+    card.interface().context("no interface")
 }
 
 /// What `devices --json` says of a function.

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! xtask (`xtask/src/vm`) boots one machine for each topology: a kernel of Debian's, an initramfs with this program, `cofferdam`, the driver components in
-//! `/drivers` (test guests in `/drivers/test`), busybox, fio, nbd-client and e2fsprogs, and QEMU's devices. The devices of a topology are a table in
+//! `/drivers` (test guests in `/drivers/test`), busybox, fio, nbd-client, e2fsprogs, iproute2, iperf3 and ping, and QEMU's devices. The devices of a topology are a table in
 //! `xtask/src/vm/topology.rs`; where they sit is said a second time in [`pci`], because xtask and this crate know nothing of each other but the command line above, the
 //! lines this program prints and the channel of [`outside`].
 //!
@@ -50,6 +50,7 @@ pub mod fio;
 pub mod host;
 pub mod kernel_log;
 pub mod mount;
+pub mod network;
 pub mod outside;
 pub mod pci;
 pub mod program;

@@ -64,6 +64,11 @@ pub const CONSOLE0: Place = Place { id: "console0", at: At::Slot(0x0d), native: 
 pub const RNG1: Place = Place { id: "rng1", at: At::Slot(0x0e), native: VIRTIO };
 /// The other end of [`CONSOLE0`], which stays with the kernel.
 pub const CONSOLE1: Place = Place { id: "console1", at: At::Slot(0x0f), native: VIRTIO };
+/// A virtio-net function that is plugged in by who wants it, on a port that is free otherwise: before QEMU's own network, where 10.0.2.2 answers pings.
+pub const NET2: Place = Place { id: "net2", at: At::Port(0x12, "port2"), native: VIRTIO };
+
+/// What is not there at boot.
+pub const ON_DEMAND: &[Place] = &[NET2];
 
 /// What a topology has, in the order above.
 pub fn places(topology: &str) -> &'static [Place] {
@@ -109,12 +114,18 @@ impl Place {
         Slot::open(Path::new(DEVICES).join(format!("0000:00:{slot:02x}.0/config")))
     }
 
-    /// What `device_add` needs to plug this disk in again.
+    /// What `device_add` needs to plug this in again.
     ///
     /// # Errors
     /// If it is not on a port.
     pub fn plug_arguments(&self, topology: &str) -> Result<Value> {
         let At::Port(_, port) = self.at else { bail!("{} is not on a port", self.id) };
+        if self.id == NET2.id {
+            return Ok(json!({
+                "driver": "virtio-net-pci", "id": self.id, "bus": port, "netdev": "user0", "romfile": "",
+                "disable-legacy": "on", "iommu_platform": topology == "vfio",
+            }));
+        }
         Ok(json!({
             "driver": "virtio-blk-pci", "id": self.id, "bus": port, "drive": self.id, "serial": self.id, "num-queues": 2,
             "disable-legacy": "on", "iommu_platform": topology == "vfio",
@@ -190,6 +201,13 @@ impl Function {
         let blocks = virtio.filter_map(|path| path.join("block").read_dir().ok());
         let entry = blocks.flat_map(Iterator::flatten).next()?;
         Some(Path::new("/dev").join(entry.file_name()))
+    }
+
+    /// The network interface (`eth0`) that the kernel's driver serves from it in this network namespace.
+    pub fn interface(&self) -> Option<String> {
+        let virtio = self.folder.read_dir().ok()?.flatten().map(|entry| entry.path());
+        let mut nets = virtio.filter_map(|path| path.join("net").read_dir().ok()).flatten().flatten();
+        Some(nets.next()?.file_name().to_string_lossy().into_owned())
     }
 
     /// Takes it from the driver that has it and gives it to `driver`, or to whoever takes devices of its kind. As an operator does it by hand.

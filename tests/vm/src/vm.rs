@@ -2,7 +2,7 @@
 
 use crate::kernel_log::KernelLog;
 use crate::outside::Outside;
-use crate::pci::{Place, places};
+use crate::pci::{ON_DEMAND, Place, places};
 use crate::program::{Output, Running};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -93,7 +93,7 @@ impl Vm {
         self.wait_until(&format!("{} is gone", place.id), SHORT, || Ok(!place.is_present()))
     }
 
-    /// Plugs a disk in again and waits until the bus shows it.
+    /// Plugs a device in again and waits until the bus shows it.
     pub fn plug(&mut self, place: &Place) -> Result<()> {
         let arguments = place.plug_arguments(&self.topology)?;
         // The guest may be done with a device a moment before QEMU is, which then still has the name or the image in use.
@@ -111,6 +111,9 @@ impl Vm {
 
     /// Whether every device is plugged in and with the driver that it had at boot; if not, the first that is not.
     pub fn misplaced(&self) -> Option<String> {
+        if let Some(place) = ON_DEMAND.iter().find(|place| place.is_present()) {
+            return Some(format!("{} is plugged in", place.id));
+        }
         places(&self.topology).iter().find_map(|place| {
             let Ok(function) = place.function() else { return Some(format!("{} is not plugged in", place.id)) };
             let driver = function.driver();
@@ -120,6 +123,9 @@ impl Vm {
 
     /// Puts every device back to where it was at boot.
     pub fn restore(&mut self) -> Result<()> {
+        for place in ON_DEMAND.iter().filter(|place| place.is_present()) {
+            self.unplug(place)?;
+        }
         for place in places(&self.topology) {
             if !place.is_present() {
                 self.plug(place)?;

@@ -50,9 +50,15 @@ pub(super) fn boots(vm: &mut Vm) -> Result<()> {
         ensure!(pages.trim() == "96", "{} free hugepages", pages.trim());
         ensure!(fs::read_to_string("/proc/mounts")?.contains(" /dev/hugepages hugetlbfs "), "no hugetlbfs");
     }
-    for program in
-        ["fio --version", "nbd-client --version", "mkfs.ext4 -V", "fsck.ext4 -V", "iperf3 --version", "ip -Version"]
-    {
+    for program in [
+        "fio --version",
+        "nbd-client --version",
+        "mkfs.ext4 -V",
+        "fsck.ext4 -V",
+        "iperf3 --version",
+        "ip -Version",
+        "ping -V",
+    ] {
         let line: Vec<_> = program.split(' ').collect();
         let took = vm.run(&line)?.success()?.took;
         vm.step(&format!("{program}: {:.2} s", took.as_secs_f64()));
