@@ -23,6 +23,7 @@ use crate::lane::Lane;
 use crate::mapped::Regions;
 use crate::offer::Offer;
 use crate::ports::{Gone, Port, PortReport, Ports, Within};
+use crate::recovery::Recovery;
 use crate::residue::Marks;
 
 /// Longest sleep between two looks for the last answers of a handle that is being revoked.
@@ -96,6 +97,8 @@ pub struct Binding {
     /// When it entered the ladder.
     leaving_since: OnceLock<Instant>,
     fault: OnceLock<LaneFault>,
+    /// How its driver is replaced; unset where it is not.
+    pub(crate) recovery: OnceLock<Recovery>,
     /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
     pub(crate) hurried: AtomicBool,
     /// How the device is kept to its memory, once that is decided.
@@ -117,7 +120,7 @@ pub struct Binding {
     pub(crate) certificate: OnceLock<Certificate>,
     /// What the ladder had found after its last step, for callers who cannot have the parts.
     pub(crate) so_far: Mutex<Progress>,
-    /// Looks at its instances, from before each of them is made: at most one per queue, and the control lane's. Locked to add and to copy, never across a call.
+    /// Looks at its instances, from before each of them is made: one per lane, and the control lane's. Locked to add and to copy, never across a call.
     calls: Mutex<Vec<(LaneId, CallView)>>,
     /// Memory that clients have mapped.
     regions: Regions,
@@ -164,6 +167,7 @@ impl Binding {
             life: Mutex::new(Life::new(pinned)),
             leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
+            recovery: OnceLock::new(),
             hurried: AtomicBool::new(false),
             confinement: OnceLock::new(),
             judging: AtomicBool::new(false),
@@ -201,6 +205,11 @@ impl Binding {
     /// How many drivers this binding has had, from 1.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Another driver is about to be made.
+    pub(crate) fn next_generation(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Since when it exists.
@@ -292,7 +301,10 @@ impl Binding {
     /// A view for an instance that is about to be made, which the binding keeps.
     pub(crate) fn new_view(&self, lane: LaneId) -> CallView {
         let view = CallView::new();
-        self.calls.lock().push((lane, view.clone()));
+        let mut calls = self.calls.lock();
+        // Of the lane's drivers that broke down nothing is to be looked at any more.
+        calls.retain(|(of, view)| *of != lane || view.fault().is_none());
+        calls.push((lane, view.clone()));
         view
     }
 

@@ -200,6 +200,25 @@ pub enum UnloadError {
     Deferred,
 }
 
+/// A driver that had broken down was not replaced.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RestartError {
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+    /// There is nothing to restart: only a binding that is `failed` can be.
+    #[error("'{0}' has not failed (see 'cofferdam ls')")]
+    NotFailed(String),
+    /// The new instance broke down as well.
+    #[error("'{binding}' failed again: {fault}")]
+    FailedAgain {
+        /// The binding.
+        binding: String,
+        /// What broke it.
+        fault: String,
+    },
+}
+
 /// Why a binding leaves by itself.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum LaneFault {

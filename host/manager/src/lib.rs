@@ -10,6 +10,8 @@
 //! board      the ledger's essentials, readable while a driver is stuck
 //! explain    who holds what: the answer of `why`
 //! handle     a client's revocable right to operate
+//! maker      makes instances of a driver
+//! recovery   what becomes of a binding whose driver breaks down
 //! offer      what a binding gives: its service, and what the device can do of it now
 //! request    what a client asks, and what it is answered
 //! arrival    what came by itself: packets, bytes of a stream
@@ -45,11 +47,13 @@ mod ladder;
 mod lane;
 mod ledger;
 mod load;
+mod maker;
 mod manager;
 mod mapped;
 mod offer;
 mod ports;
 mod queues;
+mod recovery;
 mod registry;
 mod request;
 mod residue;
@@ -62,7 +66,8 @@ pub use binding::{Binding, RevokeReport};
 pub use block::BlockGeometry;
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
 pub use error::{
-    ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError,
+    ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RestartError, RevokeError, SubmitError,
+    UnloadError,
 };
 pub use events::{EventKind, EventReader, EventRecord};
 pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
@@ -73,6 +78,7 @@ pub use manager::{Config, Manager};
 pub use mapped::{MapError, Mapped, MappedUse};
 pub use offer::Offer;
 pub use ports::{Port, PortReport};
+pub use recovery::{MAX_RESTARTS, RestartPolicy};
 pub use request::{Completion, IoError, IoFlags, IoOp, IoRequest};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 pub use threads::{PortThreads, ThreadsEnded};

@@ -20,7 +20,7 @@ use crate::guest::{Guest, ServiceExports};
 use crate::kill::KillSwitch;
 use crate::lifted::{Lifted, Window};
 use crate::limits::{GuestLimits, Meter};
-use crate::module::{Module, mismatch};
+use crate::module::{Linked, mismatch};
 use crate::runtime::Runtime;
 use crate::service::WitProperties;
 use crate::service::{
@@ -101,12 +101,11 @@ impl fmt::Debug for Instance {
 }
 
 impl Instance {
-    pub(crate) fn new(module: &Module, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
-        module.check_grants(&spec.grants)?;
+    pub(crate) fn new(linked: &Linked, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
+        let (module, pre) = (linked.module(), linked.pre());
         let runtime = module.runtime().clone();
-        let pre = module.link(&spec.grants)?;
         spec.kill.arm(runtime.engine());
-        let rate = runtime.log_rate(&spec.binding, spec.generation, spec.limits.log_lines_per_s);
+        let rate = runtime.log_rate(&spec.binding, spec.limits.log_lines_per_s);
         let speaker = Speaker {
             binding: spec.binding,
             driver: spec.driver,

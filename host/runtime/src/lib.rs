@@ -56,7 +56,7 @@ pub use grants::{DirGrant, GrantError, Grants};
 pub use instance::{Instance, InstanceSpec, LaneId};
 pub use kill::KillSwitch;
 pub use limits::GuestLimits;
-pub use module::{Module, ModuleInfo};
+pub use module::{Linked, Module, ModuleInfo};
 pub use runtime::{Runtime, RuntimeConfig};
 pub use service::{
     Attachment, BlockProperties, EntropyProperties, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS,
