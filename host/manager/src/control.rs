@@ -17,22 +17,26 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Transport;
-use cofferdam_runtime::{CallError, Instance};
+use cofferdam_lifecycle::Phase;
+use cofferdam_runtime::{Attachment, CallError, DriverError, GuestFault, Instance, LaneId};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::binding::Binding;
 use crate::control::queues::LiveWindow;
 pub(crate) use crate::control::queues::{ControlQueues, SharedQueues};
 use crate::device::DeviceWindow;
-use crate::error::{ControlError, LaneFault};
+use crate::error::ControlError;
 use crate::events::EventKind;
 use crate::offer::Offer;
 use crate::ports::Within;
+use crate::recovery::{CONTROL, Next, cannot_replace};
 
 /// Least time between the beginnings of two calls: a device that does nothing but announce changes costs ten in a second.
 const REST: Duration = Duration::from_millis(100);
 /// Bytes of a driver's refusal that the log keeps.
 const REFUSAL_BYTES: usize = 1024;
+/// Instances in a row that may fail to take over.
+const FALSE_STARTS: u32 = 3;
 /// Calls of `control.events` in one go: what a device sends beyond that waits for the next.
 const EVENT_CALLS: usize = 4;
 
@@ -44,6 +48,10 @@ pub(crate) struct Control {
     pub(crate) ring_limit: u16,
     /// What it negotiated, which it cannot do again.
     pub(crate) negotiated: Arc<Mutex<Option<u64>>>,
+    /// What the device runs with, which any driver that takes its place has to plan as well.
+    pub(crate) attachment: Attachment,
+    /// The driver broke down, and another one is to come.
+    pub(crate) is_down: bool,
     pub(crate) arena_bytes: u64,
     pub(crate) max_lease_bytes: u32,
     /// Queues of its own.
@@ -70,11 +78,30 @@ impl Control {
     }
 
     /// Tells the driver what the device said, and asks it what the device can do now. `None`: the device is on its way out.
-    fn ask(&mut self, changed: bool) -> Option<Result<Offer, CallError>> {
-        let transport = self.transport.upgrade()?;
+    fn ask(&mut self, changed: bool) -> Result<Option<Offer>, ControlError> {
+        let Some(transport) = self.transport.upgrade() else { return Ok(None) };
         let window = DeviceWindow::new(transport, self.lane_limit, self.ring_limit, Arc::clone(&self.negotiated));
         let told = if changed { self.instance.config_changed(Box::new(window)) } else { Ok(()) };
-        Some(told.and_then(|()| self.events()).and_then(|()| self.offer()))
+        told.and_then(|()| self.events()).and_then(|()| self.offer()).map(Some).map_err(refused)
+    }
+
+    fn set_open(&mut self, port: u32, open: bool) -> Result<Option<Offer>, ControlError> {
+        let window = self.live_window().ok_or(ControlError::NoQueues)?;
+        self.instance.set_open(window, port, open).and_then(|()| self.offer()).map(Some).map_err(refused)
+    }
+
+    /// Has `instance` take over: it attaches to the device as it runs, plans what is set up, and goes live. Also what it takes over from.
+    fn adopt(&mut self, mut instance: Instance) -> Result<(Offer, Instance), CallError> {
+        let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
+        let transport = self.transport.upgrade().ok_or_else(gone)?;
+        let Attachment { features, queues, .. } = &self.attachment;
+        let window = DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, *features);
+        let attachment = instance.attach(Box::new(window))?;
+        if attachment.features != *features || attachment.queues != *queues {
+            return Err(cannot_replace(&"it plans other queues than the device runs with").into());
+        }
+        let before = std::mem::replace(&mut self.instance, instance);
+        Ok((self.live()?, before))
     }
 
     /// Hands over what the device put into the control lane's posted queue.
@@ -217,11 +244,16 @@ impl Binding {
         }
     }
 
-    fn tell_config_change(&self) {
+    fn tell_config_change(self: &Arc<Self>) {
         let changed = std::mem::take(&mut self.control.turn.lock().changed);
-        let asked = self.control.control.lock().as_mut().and_then(|control| control.ask(changed));
-        if let Some(asked) = asked {
-            self.take_offer(asked);
+        match self.with_control(|control| control.ask(changed)) {
+            Ok(()) | Err(ControlError::Revoked | ControlError::NoQueues) => {}
+            // What the device can do stays as it was known; a device that is gone is noticed elsewhere.
+            Err(ControlError::Refused(mut refused)) => {
+                refused.truncate(refused.floor_char_boundary(REFUSAL_BYTES));
+                tracing::warn!(binding = self.name(), refused, "the driver refuses a configuration change");
+                self.record(EventKind::ConfigChanged { changes: Vec::new(), refused: Some(refused) });
+            }
         }
     }
 
@@ -229,59 +261,103 @@ impl Binding {
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn set_open(&self, port: u32, open: bool) -> Result<(), ControlError> {
-        if self.phase() != cofferdam_lifecycle::Phase::Serving {
+    pub fn set_open(self: &Arc<Self>, port: u32, open: bool) -> Result<(), ControlError> {
+        if !matches!(self.phase(), Phase::Serving | Phase::Recovering) {
             return Err(ControlError::Revoked);
         }
-        let asked = {
-            let mut control = self.control.control.lock();
-            let control = control.as_mut().ok_or(ControlError::Revoked)?;
-            let window = control.live_window().ok_or(ControlError::NoQueues)?;
-            control.instance.set_open(window, port, open).and_then(|()| control.offer())
-        };
-        match asked {
-            Err(CallError::Driver(error)) => Err(ControlError::Refused(error.to_string())),
-            asked => {
-                let is_fault = asked.is_err();
-                self.take_offer(asked);
-                if is_fault { Err(ControlError::Revoked) } else { Ok(()) }
+        self.with_control(|control| control.set_open(port, open))
+    }
+
+    /// Calls the control lane and takes over what the device can do from then on. A driver that breaks down is replaced, and the next one is called once more.
+    fn with_control(
+        self: &Arc<Self>,
+        call: impl Fn(&mut Control) -> Result<Option<Offer>, ControlError>,
+    ) -> Result<(), ControlError> {
+        // Held until the lanes know: of two calls the later one's offer stands.
+        let mut locked = self.control.control.lock();
+        let control = locked.as_mut().ok_or(ControlError::Revoked)?;
+        let mut called = if control.is_down { Err(ControlError::Revoked) } else { call(control) };
+        if let Some(fault) = control.instance.fault().filter(|_| !control.is_down).cloned() {
+            called = match self.bring_control_up(control, Some(fault)) {
+                true => call(control),
+                false => Err(ControlError::Revoked),
+            };
+            if let Some(fault) = control.instance.fault().filter(|_| !control.is_down).cloned() {
+                // It is the call itself that breaks drivers down.
+                self.bring_control_up(control, Some(fault));
             }
+        }
+        if let Ok(Some(offer)) = &called {
+            self.take_offer(offer.clone());
+        }
+        called.map(drop)
+    }
+
+    /// After `fault`, or without one, another driver for the control lane; whether it has one that works.
+    fn bring_control_up(self: &Arc<Self>, control: &mut Control, mut fault: Option<GuestFault>) -> bool {
+        control.is_down = true;
+        for _ in 0..=FALSE_STARTS {
+            let next = fault.as_ref().map_or(Next::Revive, |fault| self.broke_down(CONTROL, fault));
+            match next {
+                Next::Revive => {}
+                Next::Wait | Next::Refuse => return false,
+                Next::Leave => {
+                    if let Some(lane) = self.serving.get().and_then(|serving| serving.lanes.first()) {
+                        lane.wake_watch();
+                    }
+                    return false;
+                }
+            }
+            let adopted = self.remake(LaneId::Control).map_err(CallError::Fault).and_then(|made| control.adopt(made));
+            match adopted {
+                Ok((offer, dead)) => {
+                    self.bury(CONTROL, Box::new(dead));
+                    control.is_down = false;
+                    self.take_offer(offer);
+                    self.revived(CONTROL);
+                    return true;
+                }
+                Err(CallError::Fault(again)) => fault = Some(again),
+                Err(CallError::Driver(error)) => fault = Some(cannot_replace(&error)),
+            }
+        }
+        self.cannot_revive();
+        false
+    }
+
+    /// Makes the control lane's driver if it is missing.
+    pub(crate) fn revive_control(self: &Arc<Self>) {
+        let mut locked = self.control.control.lock();
+        match locked.as_mut() {
+            Some(control) if control.is_down => drop(self.bring_control_up(control, None)),
+            _ => self.revived(CONTROL),
         }
     }
 
     /// What the device can do from now on, by its driver.
-    fn take_offer(&self, asked: Result<Offer, CallError>) {
+    fn take_offer(&self, offer: Offer) {
         let Some(serving) = self.serving.get() else { return };
         let Some(current) = &serving.offer else { return };
-        match asked {
-            Ok(offer) => {
-                let offer = Arc::new(offer);
-                let before = Arc::clone(&current.lock());
-                let changes = before.changes(&offer);
-                if changes.is_empty() {
-                    tracing::debug!(binding = self.name(), "a configuration change that the driver makes nothing of");
-                    return;
-                }
-                // Handles that are opened from here on; then what is refused from whomever.
-                *current.lock() = Arc::clone(&offer);
-                serving.lanes.iter().for_each(|lane| lane.set_offer(&offer));
-                self.offer_changed();
-                tracing::info!(binding = self.name(), ?changes, "configuration changed");
-                self.record(EventKind::ConfigChanged { changes, refused: None });
-            }
-            // What the device can do stays as it was known; a device that is gone is noticed elsewhere.
-            Err(CallError::Driver(error)) => {
-                let mut refused = error.to_string();
-                refused.truncate(refused.floor_char_boundary(REFUSAL_BYTES));
-                tracing::warn!(binding = self.name(), refused, "the driver refuses a configuration change");
-                self.record(EventKind::ConfigChanged { changes: Vec::new(), refused: Some(refused) });
-            }
-            Err(CallError::Fault(fault)) => {
-                self.set_fault(LaneFault::Guest(fault));
-                if let Some(lane) = serving.lanes.first() {
-                    lane.wake_watch();
-                }
-            }
+        let offer = Arc::new(offer);
+        let before = Arc::clone(&current.lock());
+        let changes = before.changes(&offer);
+        if changes.is_empty() {
+            tracing::debug!(binding = self.name(), "a configuration change that the driver makes nothing of");
+            return;
         }
+        // Handles that are opened from here on; then what is refused from whomever.
+        *current.lock() = Arc::clone(&offer);
+        serving.lanes.iter().for_each(|lane| lane.set_offer(&offer));
+        self.offer_changed();
+        tracing::info!(binding = self.name(), ?changes, "configuration changed");
+        self.record(EventKind::ConfigChanged { changes, refused: None });
+    }
+}
+
+/// A fault is found at the instance; here it only ends the call.
+fn refused(error: CallError) -> ControlError {
+    match error {
+        CallError::Driver(error) => ControlError::Refused(error.to_string()),
+        CallError::Fault(_) => ControlError::Revoked,
     }
 }

@@ -12,6 +12,7 @@
 //! handle     a client's revocable right to operate
 //! maker      makes instances of a driver
 //! recovery   what becomes of a binding whose driver breaks down
+//! crash      what is kept of a driver that broke down
 //! offer      what a binding gives: its service, and what the device can do of it now
 //! request    what a client asks, and what it is answered
 //! arrival    what came by itself: packets, bytes of a stream
@@ -36,6 +37,7 @@ mod block;
 mod board;
 mod certificate;
 mod control;
+mod crash;
 mod departed;
 mod device;
 mod error;
@@ -65,6 +67,7 @@ pub use arrival::Arrival;
 pub use binding::{Binding, RevokeReport};
 pub use block::BlockGeometry;
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
+pub use crash::{CrashCall, CrashReport};
 pub use error::{
     ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RestartError, RevokeError, SubmitError,
     UnloadError,

@@ -1,6 +1,7 @@
 //! From a component and a device to a binding that serves. Every failure leaves by the ladder (L4), so nothing has to be undone here.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -63,6 +64,8 @@ pub struct LoadSpec {
     pub requests_per_lane: usize,
     /// When a driver that breaks down is replaced; `None`: never, the binding leaves.
     pub restarts: Option<RestartPolicy>,
+    /// Where crashes of the driver are written down; `None`: nowhere. Made with the first crash.
+    pub crash_dir: Option<PathBuf>,
     /// Open handles of the binding.
     pub handle_limit: usize,
     /// Regions that clients may have mapped ([`crate::Handle::map`]), counted until their memory is gone.
@@ -109,6 +112,7 @@ impl LoadSpec {
             ring_entries: 256,
             requests_per_lane: 1024,
             restarts: Some(RestartPolicy::default()),
+            crash_dir: None,
             handle_limit: 4096,
             mapped_handles: 16,
             mapped_bytes: 256 << 20,
@@ -239,7 +243,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         parts.lanes.push(Arc::new(lane));
     }
     if let Some((maker, policy)) = maker.zip(spec.restarts) {
-        let _ = binding.recovery.set(Recovery::new(maker, policy));
+        let _ = binding.recovery.set(Recovery::new(maker, policy, spec.crash_dir));
     }
     transport.lock().start().map_err(device_error)?;
     parts.lanes.iter().for_each(|lane| lane.kick_posted());
@@ -258,6 +262,8 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             lane_limit,
             ring_limit: ring_entries,
             negotiated,
+            attachment,
+            is_down: false,
             arena_bytes,
             max_lease_bytes,
             queues: control_queues,

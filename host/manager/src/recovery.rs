@@ -11,15 +11,18 @@
 
 mod restarts;
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_gate::{Hold, Overdue};
 use cofferdam_lifecycle::{Event, Phase};
-use cofferdam_runtime::{CallError, GuestFault, LaneDriver, LaneId, LaneSetup};
+use cofferdam_runtime::{CallError, CallView, GuestFault, Instance, LaneDriver, LaneId, LaneSetup};
 use parking_lot::Mutex;
 
 use crate::binding::Binding;
+use crate::crash::{Crash, CrashReport, Crashes, Spool};
 use crate::error::{LaneFault, RestartError};
 use crate::maker::Maker;
 use crate::ports::Within;
@@ -46,8 +49,8 @@ pub(crate) enum Next {
 
 #[derive(Default)]
 struct Turn {
-    /// Lanes without a driver, by number.
-    down: u64,
+    /// Lanes without a driver, by number; [`CONTROL`] among them.
+    down: u128,
     /// Newcomers wait.
     hold: Option<Hold>,
     /// When the thread makes the next attempt.
@@ -56,6 +59,8 @@ struct Turn {
     thread: bool,
     /// What broke the driver last, for whoever asks for another try.
     last: Option<GuestFault>,
+    /// The number of each lane's last crash.
+    crashes: BTreeMap<u16, u64>,
 }
 
 /// A binding's means to replace its driver.
@@ -65,11 +70,15 @@ pub(crate) struct Recovery {
     restarts: Mutex<Restarts>,
     longest: Duration,
     turn: Mutex<Turn>,
+    crashes: Arc<Crashes>,
 }
 
 impl Recovery {
-    pub(crate) fn new(maker: Maker, policy: RestartPolicy) -> Recovery {
+    /// `spool`: where crashes are written down.
+    pub(crate) fn new(maker: Maker, policy: RestartPolicy, spool: Option<PathBuf>) -> Recovery {
+        let digest = maker.module().info().digest.clone();
         Recovery {
+            crashes: Crashes::new(digest, spool.map(Spool::new)),
             maker: Mutex::new(Some(maker)),
             restarts: Mutex::new(Restarts::new(policy)),
             longest: policy.longest,
@@ -77,19 +86,32 @@ impl Recovery {
         }
     }
 
-    /// The code goes.
-    pub(crate) fn end(&self) {
+    /// The code goes, also what is dead already; whether all of it is gone by `until`.
+    pub(crate) fn end(&self, until: Instant) -> bool {
         *self.maker.lock() = None;
         self.turn.lock().hold = None;
+        self.crashes.wait(until)
     }
 }
 
-fn bit(lane: u16) -> u64 {
-    1_u64.checked_shl(u32::from(lane)).unwrap_or(0)
+/// The control lane, behind the 64 data lanes that there can be.
+pub(crate) const CONTROL: u16 = 64;
+
+fn lane_id(lane: u16) -> LaneId {
+    if lane == CONTROL { LaneId::Control } else { LaneId::Data(lane) }
+}
+
+fn bit(lane: u16) -> u128 {
+    1_u128.checked_shl(u32::from(lane)).unwrap_or(0)
+}
+
+/// The fault of an instance that could not be made in another one's place.
+pub(crate) fn cannot_replace(error: &dyn std::fmt::Display) -> GuestFault {
+    GuestFault::layout(format!("in place of a driver that broke down: {error}"))
 }
 
 impl Binding {
-    /// The driver of a data lane broke down. The lane's lease is held.
+    /// The driver of a lane broke down. The lane's lease, or the control lane, is held.
     pub(crate) fn broke_down(self: &Arc<Self>, lane: u16, fault: &GuestFault) -> Next {
         let leave = || {
             self.set_fault(LaneFault::Guest(fault.clone()));
@@ -105,6 +127,11 @@ impl Binding {
         }
         turn.down |= bit(lane);
         turn.last = Some(fault.clone());
+        let views = self.views();
+        // The latest one of the lane is that of the instance that broke down, or of one that did not come to be.
+        let view = views.iter().rev().find(|(of, _)| *of == lane_id(lane)).map(|(_, view)| view);
+        let number = recovery.crashes.note(&self.crash(lane, fault, view));
+        turn.crashes.insert(lane, number);
         self.record(LaneFault::Guest(fault.clone()).to_event());
         let next = recovery.restarts.lock().next(Instant::now());
         match next {
@@ -119,6 +146,35 @@ impl Binding {
             }
             None => self.give_up(&mut turn),
         }
+    }
+
+    fn crash<'a>(&'a self, lane: u16, fault: &'a GuestFault, view: Option<&'a CallView>) -> Crash<'a> {
+        Crash {
+            binding: self.name(),
+            driver: self.driver(),
+            device: self.device(),
+            generation: self.generation(),
+            lane: lane_id(lane).to_string(),
+            fault,
+            view,
+        }
+    }
+
+    /// The instance that broke down on a lane, of which somebody else has taken the place.
+    pub(crate) fn bury(&self, lane: u16, driver: Box<dyn LaneDriver>) {
+        let Some(recovery) = self.recovery.get() else { return };
+        let number = recovery.turn.lock().crashes.get(&lane).copied().unwrap_or(0);
+        recovery.crashes.bury(number, driver);
+    }
+
+    /// How its driver broke down, the last 16 times, the oldest first.
+    pub fn crashes(&self) -> Vec<CrashReport> {
+        self.recovery.get().map(|recovery| recovery.crashes.reports()).unwrap_or_default()
+    }
+
+    /// How often its driver broke down.
+    pub fn crash_count(&self) -> u64 {
+        self.recovery.get().map_or(0, |recovery| recovery.crashes.count())
     }
 
     /// The lane cannot even be given another driver.
@@ -156,18 +212,22 @@ impl Binding {
         Next::Refuse
     }
 
-    /// Another instance for a lane.
-    pub(crate) fn remake(&self, lane: u16, setup: &LaneSetup) -> Result<Box<dyn LaneDriver>, GuestFault> {
-        let refused = |error: &dyn std::fmt::Display| GuestFault::layout(format!("in place of a driver: {error}"));
-        let recovery = self.recovery.get().ok_or_else(|| refused(&"it cannot be replaced"))?;
+    /// One more instance, in the place of one that broke down.
+    pub(crate) fn remake(&self, lane: LaneId) -> Result<Instance, GuestFault> {
+        let recovery = self.recovery.get().ok_or_else(|| cannot_replace(&"its binding has no means to"))?;
         // Not held while the guest starts.
-        let maker = recovery.maker.lock().clone().ok_or_else(|| refused(&"its code is gone"))?;
+        let maker = recovery.maker.lock().clone().ok_or_else(|| cannot_replace(&"its code is gone"))?;
         self.next_generation();
-        let mut driver = maker.make(self, LaneId::Data(lane)).map_err(|error| refused(&error))?;
+        maker.make(self, lane).map_err(|error| cannot_replace(&error))
+    }
+
+    /// Another driver for a data lane.
+    pub(crate) fn remake_lane(&self, lane: u16, setup: &LaneSetup) -> Result<Box<dyn LaneDriver>, GuestFault> {
+        let mut driver = self.remake(LaneId::Data(lane))?;
         match driver.start(setup) {
             Ok(()) => Ok(Box::new(driver)),
             Err(CallError::Fault(fault)) => Err(fault),
-            Err(CallError::Driver(error)) => Err(refused(&error)),
+            Err(CallError::Driver(error)) => Err(cannot_replace(&error)),
         }
     }
 
@@ -228,6 +288,9 @@ impl Binding {
             for lane in serving.lanes.iter().filter(|lane| down & bit(lane.number()) != 0) {
                 lane.revive(self);
             }
+            if down & bit(CONTROL) != 0 {
+                self.revive_control();
+            }
         }
     }
 
@@ -247,9 +310,10 @@ impl Binding {
             if turn.hold.is_none() {
                 turn.hold = self.gate().hold_for(recovery.longest + HOLD, Overdue::Open).ok();
             }
-            turn.down = serving.lanes.iter().fold(0, |down, lane| down | bit(lane.number()));
+            turn.down = serving.lanes.iter().fold(bit(CONTROL), |down, lane| down | bit(lane.number()));
             turn.last = None;
         }
+        self.revive_control();
         for lane in &serving.lanes {
             lane.revive(self);
         }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Binding, Completion, Config, EventKind, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, LoadSpec, Manager,
-    Outcome, Phase, RestartError, RestartPolicy, SubmitError, UnloadOptions,
+    Binding, Completion, Config, CrashReport, EventKind, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest,
+    LoadSpec, Manager, Outcome, Phase, RestartError, RestartPolicy, SubmitError, UnloadOptions,
 };
 use cofferdam_sim::{Drive, Effect, Options, Profile, Rule, Sim, Storage, When};
 
@@ -28,6 +28,7 @@ struct Bed {
     manager: Manager,
     binding: Arc<Binding>,
     sim: Sim,
+    spool: tempfile::TempDir,
 }
 
 fn bed(driver: &str, restarts: RestartPolicy, lanes: u16) -> Bed {
@@ -38,9 +39,11 @@ fn bed(driver: &str, restarts: RestartPolicy, lanes: u16) -> Bed {
     let path = format!("{}/../../target/drivers/test/{driver}.wasm", env!("CARGO_MANIFEST_DIR"));
     let component = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
     let mut spec = LoadSpec::new(driver, component, Box::new(sim.transport(Drive::Threads).unwrap()));
+    let spool = tempfile::tempdir().unwrap();
     (spec.restarts, spec.queues) = (Some(restarts), Some(lanes));
+    spec.crash_dir = Some(spool.path().join("crashes"));
     let binding = manager.load(spec).unwrap();
-    Bed { manager, binding, sim }
+    Bed { manager, binding, sim, spool }
 }
 
 impl Bed {
@@ -288,4 +291,66 @@ fn unloads_in_the_middle_of_crashes_leave_nothing() {
             assert_eq!(bed.sim.violations(), []);
         });
     }
+}
+
+#[test]
+fn a_control_lane_that_breaks_down_is_replaced_and_what_changed_is_known() {
+    let bed = bed("trap-config-changed", ALWAYS, 1);
+    let handle = bed.open(0);
+    let bytes = 24 << 20;
+    bed.sim.resize(bytes).unwrap();
+    bed.sim.announce_config();
+    until("the new capacity", || bed.binding.geometry().is_some_and(|disk| disk.capacity_bytes == bytes));
+    bed.until(Phase::Serving);
+    let far = bytes - u64::from(BLOCK);
+    assert_eq!(results(&ask(&handle, vec![request(&handle, 1, IoOp::Write, far, 7)])), [Ok(())], "by an old handle");
+    // It breaks down whenever it is told: told once more, it is replaced once more.
+    until("two faults", || bed.faults() == 2);
+    drop(handle);
+    bed.is_clean();
+}
+
+#[test]
+fn a_control_lane_that_breaks_down_too_often_fails_the_binding() {
+    let bed = bed("trap-config-changed", RestartPolicy { limit: 0, ..RestartPolicy::default() }, 1);
+    let handle = bed.open(0);
+    bed.sim.announce_config();
+    bed.until(Phase::Failed);
+    until("errors", || {
+        results(&ask(&handle, vec![request(&handle, 1, IoOp::Write, 0, 7)])) == [Err(IoError::DeviceFault)]
+    });
+    bed.binding.restart().unwrap();
+    assert_eq!(results(&ask(&handle, vec![request(&handle, 2, IoOp::Write, 0, 7)])), [Ok(())]);
+    drop(handle);
+    bed.is_clean();
+}
+
+#[test]
+fn a_crash_is_reported_with_its_cause_its_calls_and_a_core_dump() {
+    let bed = bed("on-command", ALWAYS, 1);
+    let handle = bed.open(0);
+    assert_eq!(results(&ask(&handle, vec![request(&handle, 1, IoOp::Write, 0, 7)])), [Ok(())]);
+    ask(&handle, vec![request(&handle, 2, IoOp::Write, TRAP, 7), request(&handle, 3, IoOp::Write, 0, 7)]);
+    drop(handle);
+    // The certificate waits for what is written down.
+    bed.is_clean();
+    let crashes = bed.binding.crashes();
+    assert_eq!((crashes.len() as u64, bed.binding.crash_count()), (2, 2), "{crashes:#?}");
+    let first = &crashes[0];
+    assert_eq!((first.number, first.generation, first.kind.as_str(), first.lane.as_str()), (1, 1, "trap", "0"));
+    assert!(first.backtrace.iter().any(|frame| frame.contains("#submit")), "{:?}", first.backtrace);
+    let calls: Vec<_> = first.calls.iter().map(|call| call.export.as_str()).collect();
+    assert_eq!(calls[..2], ["submit", "submit"], "the latest first: {calls:?}");
+    assert_eq!(calls.last(), Some(&"instantiate"));
+    let core = std::fs::read(first.core.as_ref().expect("a trap leaves a core dump")).unwrap();
+    assert_eq!(&core[..8], b"\0asm\x01\0\0\0");
+    assert!(core.windows(4).any(|window| window == b"core") && core.len() as u64 > 65_536, "{} bytes", core.len());
+    // Written down as it is told.
+    let folder = bed.spool.path().join("crashes");
+    let mut written: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
+    written.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    written.sort();
+    let reports: Vec<CrashReport> =
+        written.iter().map(|path| serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()).collect();
+    assert_eq!(reports, crashes);
 }

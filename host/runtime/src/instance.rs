@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use cofferdam_device::Function;
 use cofferdam_gate::Gate;
-use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
+use wasmtime::{Store, UpdateDeadline, WasmBacktrace, WasmCoreDump};
 
 use crate::activity::{Activity, Export};
 use crate::capability::device::{DeviceCapability, the_device};
@@ -91,6 +91,8 @@ pub struct Instance {
     view: CallView,
     inside: bool,
     lane: LaneId,
+    /// What it was when it trapped.
+    core: Option<WasmCoreDump>,
     runtime: Runtime,
 }
 
@@ -151,7 +153,7 @@ impl Instance {
         };
         let made = made.map_err(|error| activity.die(classify(&mut store, &error)).clone())?;
         let guest = Guest::new(module.info().service, &mut store, &made).map_err(|error| mismatch(&error))?;
-        Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, runtime })
+        Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, core: None, runtime })
     }
 
     /// The lane that this instance serves.
@@ -164,6 +166,13 @@ impl Instance {
     #[must_use]
     pub fn fault(&self) -> Option<&GuestFault> {
         self.view.fault()
+    }
+
+    /// The core dump of an instance that trapped, once, in the format of the WebAssembly tool conventions (`Coredump.md`): about as long as [`Instance::memory_bytes`]. `None` after
+    /// any other end.
+    pub fn core_dump(&mut self) -> Option<Vec<u8>> {
+        let core = self.core.take()?;
+        Some(core.serialize(&mut self.store, &self.lane.to_string()))
     }
 
     /// Linear memory of the guest, in bytes.
@@ -360,6 +369,7 @@ impl Instance {
             }
             Err(error) => {
                 let fault = classify(&mut self.store, &error);
+                self.core = error.downcast().ok();
                 tracing::debug!(kind = fault.kind.as_str(), lane = %self.lane, message = fault.message, "driver fault");
                 Err(self.die(fault))
             }
@@ -415,6 +425,10 @@ impl LaneDriver for Instance {
 
     fn memory_bytes(&self) -> u64 {
         Instance::memory_bytes(self)
+    }
+
+    fn core_dump(&mut self) -> Option<Vec<u8>> {
+        Instance::core_dump(self)
     }
 }
 

@@ -154,6 +154,8 @@ fn engine_config(config: &RuntimeConfig) -> Config {
         .shared_memory(false)
         // Function names come from the name section. Source lines would make the host parse a guest's DWARF.
         .wasm_backtrace_details(WasmBacktraceDetails::Disable)
-        .wasm_backtrace_max_frames(NonZeroUsize::new(MAX_BACKTRACE_FRAMES));
+        .wasm_backtrace_max_frames(NonZeroUsize::new(MAX_BACKTRACE_FRAMES))
+        // Noted at the trap, and written down only if somebody wants it.
+        .coredump_on_trap(true);
     engine
 }

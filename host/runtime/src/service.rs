@@ -99,6 +99,11 @@ pub trait LaneDriver: Send {
         Err(CallError::Fault(GuestFault::layout("received: this driver has no posted queue".to_owned())))
     }
 
+    /// The core dump of a driver that trapped, once: see [`Instance::core_dump`](crate::Instance::core_dump).
+    fn core_dump(&mut self) -> Option<Vec<u8>> {
+        None
+    }
+
     /// Bytes of memory that only this driver has.
     fn memory_bytes(&self) -> u64 {
         0

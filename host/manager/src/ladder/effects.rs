@@ -308,7 +308,7 @@ fn drop_code(binding: &Binding, parts: &mut Parts) -> Event {
     parts.control = None;
     parts.module = None;
     if let Some(recovery) = binding.recovery.get() {
-        recovery.end();
+        kept += usize::from(!recovery.end(until));
     }
     if kept == 0 {
         return Event::CodeDropped;

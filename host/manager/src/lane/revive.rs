@@ -9,7 +9,6 @@ use cofferdam_device::Expected;
 use cofferdam_device::words::REQUEST_WORDS;
 use cofferdam_gate::HandleRefused;
 use cofferdam_lifecycle::Phase;
-use cofferdam_runtime::LaneDriver;
 
 use super::inside::{Inside, Sink};
 use super::{Lane, Stop};
@@ -141,8 +140,6 @@ impl Lane {
 
     /// After `fault`, or without one, another driver for this lane; whether it has one that works.
     fn bring_up(&self, inside: &mut Inside, binding: &Arc<Binding>, mut fault: Option<LaneFault>) -> bool {
-        // Dropped last: to take a store apart takes longer than to make another one.
-        let mut dead: Vec<Option<Box<dyn LaneDriver>>> = Vec::new();
         let mut false_starts = 0;
         loop {
             let next = match &fault {
@@ -155,6 +152,8 @@ impl Lane {
                 Some(LaneFault::Guest(_)) if false_starts >= FALSE_STARTS => binding.cannot_revive(),
                 Some(LaneFault::Guest(guest)) => binding.broke_down(self.number, guest),
             };
+            // The ladder drops what it finds; everything else is looked at first.
+            let dead = if next == Next::Leave { None } else { inside.driver.take() };
             match next {
                 Next::Revive => {}
                 Next::Wait => inside.health = Health::Waits,
@@ -165,12 +164,13 @@ impl Lane {
                 }
             }
             if next != Next::Revive {
+                dead.into_iter().for_each(|dead| binding.bury(self.number, dead));
                 return false;
             }
-            fault = match binding.remake(self.number, &self.setup) {
+            fault = match binding.remake_lane(self.number, &self.setup) {
                 Ok(driver) => {
                     false_starts = 0;
-                    dead.push(inside.driver.replace(driver));
+                    inside.driver = Some(driver);
                     inside.health = Health::Works;
                     inside.replay()
                 }
@@ -179,6 +179,8 @@ impl Lane {
                     Some(LaneFault::Guest(guest))
                 }
             };
+            // Behind its successor, for whom clients wait.
+            dead.into_iter().for_each(|dead| binding.bury(self.number, dead));
             if fault.is_none() {
                 binding.revived(self.number);
                 return true;
