@@ -44,6 +44,8 @@ pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
         .route("/v1/bindings", get(list).post(load))
         .route("/v1/bindings/{name}", get(one))
         .route("/v1/bindings/{name}/unload", post(unload))
+        .route("/v1/bindings/{name}/restart", post(restart))
+        .route("/v1/bindings/{name}/crashes", get(crashes))
         .route("/v1/bindings/{name}/why", get(why))
         .route("/v1/bindings/{name}/handles", get(handles))
         .route("/v1/bindings/{name}/handles/{handle}/revoke", post(revoke))
@@ -70,6 +72,15 @@ async fn why(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response
     let manager = api.manager.clone();
     // It waits for a guest's backtrace, some milliseconds, and has to be had when every slot is taken by a call that is stuck.
     answer(blocking(move || host::why(&manager, &name)).await)
+}
+
+async fn crashes(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    answer(host::find(&api.manager, &name).map(|binding| binding.crashes()))
+}
+
+async fn restart(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(Ok(Json(())), move |()| host::restart(&manager, &name)).await)
 }
 
 async fn load(State(api): State<Api>, body: Body<LoadBody>) -> Response {

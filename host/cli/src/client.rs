@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use cofferdam_manager::{BindingStatus, Explanation, HandleStatus, RevokeReport};
+use cofferdam_manager::{BindingStatus, CrashReport, Explanation, HandleStatus, RevokeReport};
 use hyper::Method;
 use serde::de::DeserializeOwned;
 
@@ -71,6 +71,28 @@ pub(crate) fn handles(args: NameArgs) -> Result<(), ErrorBody> {
         show::json(&handles)
     } else {
         show::handles(&args.name, &handles)
+    }
+    Ok(())
+}
+
+pub(crate) fn restart(args: NameArgs) -> Result<(), ErrorBody> {
+    let call = Call { doing: "restarting", bound: ANSWER };
+    let url = url(&args.name, "/restart")?;
+    let binding: BindingStatus = call.make(args.socket.socket.as_deref(), Method::POST, &url, None::<&()>)?;
+    if args.json {
+        show::json(&binding)
+    } else {
+        show::serving(&binding)
+    }
+    Ok(())
+}
+
+pub(crate) fn crashes(args: NameArgs) -> Result<(), ErrorBody> {
+    let crashes: Vec<CrashReport> = get(args.socket.socket.as_deref(), &url(&args.name, "/crashes")?)?;
+    if args.json {
+        show::json(&crashes)
+    } else {
+        show::crashes(&args.name, &crashes)
     }
     Ok(())
 }

@@ -6,6 +6,8 @@
 //! | `GET /v1/bindings/NAME` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings` | [`LoadBody`] | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings/NAME/unload` | [`UnloadBody`] | [`Certificate`] |
+//! | `POST /v1/bindings/NAME/restart` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
+//! | `GET /v1/bindings/NAME/crashes` | | list of [`CrashReport`](cofferdam_manager::CrashReport), the oldest first |
 //! | `GET /v1/bindings/NAME/why` | | [`Explanation`], also of a binding that left |
 //! | `GET /v1/bindings/NAME/handles` | | list of [`HandleStatus`](cofferdam_manager::HandleStatus) |
 //! | `POST /v1/bindings/NAME/handles/ID/revoke` | [`RevokeBody`] | [`RevokeReport`] |
@@ -26,8 +28,10 @@
 
 use std::time::Duration;
 
-use cofferdam_manager::{Certificate, Explanation, RevokeReport};
+use cofferdam_manager::{Certificate, Explanation, RestartPolicy, RevokeReport};
 use serde::{Deserialize, Serialize};
+
+use crate::client::millis;
 
 /// Header of every answer: which daemon gave it.
 pub(crate) const DAEMON_HEADER: &str = "x-cofferdam-daemon";
@@ -66,10 +70,30 @@ pub(crate) struct LoadBody {
     pub(crate) ring_entries: u16,
     pub(crate) requests: u32,
     pub(crate) handles: u32,
+    /// Restarts within `restart_within_ms`; none: the binding leaves when its driver breaks down.
+    #[serde(default = "restarts")]
+    pub(crate) restarts: Option<u32>,
+    #[serde(default = "restart_within_ms")]
+    pub(crate) restart_within_ms: u64,
+    #[serde(default = "restart_wait_ms")]
+    pub(crate) restart_wait_ms: u64,
     #[serde(default = "mapped_handles")]
     pub(crate) mapped_handles: u32,
     #[serde(default = "mapped_mib")]
     pub(crate) mapped_mib: u32,
+}
+
+/// As [`RestartPolicy`] has it, unless a load says otherwise.
+fn restarts() -> Option<u32> {
+    Some(RestartPolicy::default().limit)
+}
+
+fn restart_within_ms() -> u64 {
+    millis(RestartPolicy::default().within)
+}
+
+fn restart_wait_ms() -> u64 {
+    millis(RestartPolicy::default().backoff)
 }
 
 /// Clients that may share memory with the device, unless a load says otherwise.

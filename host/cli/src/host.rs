@@ -7,8 +7,9 @@ use std::time::Duration;
 use cofferdam_bus_pci::Via;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Offer,
-    Phase, Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
+    Binding, BindingStatus, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec,
+    Manager, Offer, Phase, Port, PortError, RestartPolicy, RevokeError, RevokeReport, Transport, UnloadError,
+    UnloadOptions,
 };
 use cofferdam_port_character::{CharacterAddress, CharacterError, CharacterPort};
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
@@ -16,6 +17,7 @@ use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 use cofferdam_port_tap::{TapAddress, TapError, TapPort};
 
 use crate::args::BindArgs;
+use crate::client::millis;
 use crate::control::{ErrorBody, ErrorCode, LoadBody, PortChange};
 use crate::devices;
 use crate::drivers::{self, Driver};
@@ -33,9 +35,19 @@ pub(crate) fn manager() -> Result<Manager, ErrorBody> {
 }
 
 fn cache_dir() -> Option<PathBuf> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
     Some(base.join("cofferdam"))
+}
+
+/// Where crashes are written down: the user's directory for state (XDG Base Directory Specification).
+fn crash_dir() -> Option<PathBuf> {
+    let base = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")))?;
+    Some(base.join("cofferdam/crashes"))
+}
+
+/// A directory that the environment names.
+fn absolute(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute())
 }
 
 /// What the command line asks for, with absolute paths, so that it means the same in the daemon.
@@ -65,6 +77,9 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         ring_entries: args.ring_entries,
         requests: args.requests,
         handles: args.handles,
+        restarts: args.restarts.0.map(|(count, _)| count),
+        restart_within_ms: args.restarts.0.map_or(0, |(_, within)| millis(within)),
+        restart_wait_ms: millis(args.restart_wait),
         mapped_handles: args.mapped_handles,
         mapped_mib: args.mapped_mib,
     })
@@ -261,6 +276,13 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody, terminal: Option<Over>) -
         call_deadline_ms: u64::from(body.call_deadline_ms),
         ..GuestLimits::default()
     };
+    spec.restarts = body.restarts.map(|limit| RestartPolicy {
+        limit,
+        within: Duration::from_millis(body.restart_within_ms),
+        backoff: Duration::from_millis(body.restart_wait_ms),
+        ..RestartPolicy::default()
+    });
+    spec.crash_dir = crash_dir();
     spec.arena_bytes = u64::from(body.arena_mib) << 20;
     spec.ring_entries = body.ring_entries;
     spec.requests_per_lane = body.requests as usize;
@@ -305,6 +327,13 @@ pub(crate) fn find(manager: &Manager, name: &str) -> Result<Arc<Binding>, ErrorB
     manager.get(name).ok_or_else(none)
 }
 
+/// One more try for a binding that failed.
+pub(crate) fn restart(manager: &Manager, name: &str) -> Result<BindingStatus, ErrorBody> {
+    let binding = find(manager, name)?;
+    binding.restart().map_err(ErrorBody::failed)?;
+    Ok(binding.status())
+}
+
 /// One more port for a binding that serves.
 pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<PortChange, ErrorBody> {
     let address = PortAddress::parse(port)?;
@@ -312,7 +341,7 @@ pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<P
         return Err(only_run());
     }
     let binding = find(manager, name)?;
-    if binding.phase() != Phase::Serving {
+    if !matches!(binding.phase(), Phase::Serving | Phase::Recovering) {
         return Err(leaving(name));
     }
     let ports = binding.ports();

@@ -64,6 +64,8 @@ fn main() -> ExitCode {
         Command::Events(args) => events::events(args),
         Command::Port(args) => client::port(args),
         Command::Unload(args) => unload::unload(args),
+        Command::Restart(args) => client::restart(args),
+        Command::Crashes(args) => client::crashes(args),
         Command::Devices(args) => devices::devices(args),
         Command::Bind(args) => devices::bind(args),
         Command::Unbind(args) => devices::unbind(args),
@@ -101,7 +103,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Load(args) => args.json,
         Command::Ls(args) => args.json,
         Command::Inspect(args) => args.json,
-        Command::Handles(args) | Command::Why(args) => args.json,
+        Command::Handles(args) | Command::Why(args) | Command::Restart(args) | Command::Crashes(args) => args.json,
         Command::Revoke(args) => args.json,
         Command::Events(args) => args.json,
         Command::Port(args) => match &args.command {

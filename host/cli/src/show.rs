@@ -2,6 +2,7 @@
 //!
 //! Drivers, devices and clients have a say in some of these texts, so no control character of theirs reaches a terminal. JSON is another matter: its reader unpacks it.
 
+mod crash;
 mod devices;
 mod doctor;
 mod event;
@@ -18,6 +19,7 @@ use cofferdam_manager::{
 
 use crate::control::{PortChange, mapped_handles, mapped_mib};
 
+pub(crate) use crash::crashes;
 pub(crate) use devices::{device_json, devices, handed_over, returned, steps};
 pub(crate) use doctor::{doctor, doctor_json};
 pub(crate) use event::event;
@@ -170,6 +172,10 @@ fn reachable(ports: &[String]) {
 pub(crate) fn binding(binding: &BindingStatus) {
     line(&format!("{} ({})", binding.name, state(binding)));
     line(&format!("  driver      {} (generation {})", binding.driver, binding.generation));
+    if binding.crashes > 0 {
+        let crashes = count(binding.crashes, "time");
+        line(&format!("  broke down  {crashes} (see 'cofferdam crashes {}')", binding.name));
+    }
     line(&format!("  device      {} ({})", binding.device, given(binding)));
     line(&format!("  age         {}", age(binding.age_seconds)));
     line(&format!("  lanes       {}", binding.lanes));

@@ -12,7 +12,7 @@ mod spool;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use cofferdam_runtime::{CallView, GuestFault, LaneDriver};
 use parking_lot::{Condvar, Mutex};
@@ -53,6 +53,8 @@ pub struct CrashReport {
     pub backtrace: Vec<String>,
     /// Calls of the instance, the latest first, at most 16.
     pub calls: Vec<CrashCall>,
+    /// How long the lane was without a driver, in microseconds: from when the fault was known until the next one had taken over. `None` until then.
+    pub pause_micros: Option<u64>,
     /// The core dump, in the format of the WebAssembly tool conventions, if one was written.
     pub core: Option<PathBuf>,
 }
@@ -125,6 +127,7 @@ impl Crashes {
             calls: calls
                 .map(|(export, import)| CrashCall { export: export.to_owned(), import: import.map(str::to_owned) })
                 .collect(),
+            pause_micros: None,
             core: None,
         };
         inside.reports.push_back(report);
@@ -132,6 +135,15 @@ impl Crashes {
             inside.reports.pop_front();
         }
         inside.count
+    }
+
+    /// The lane has a driver again.
+    pub(crate) fn note_pause(&self, number: u64, pause: Duration) {
+        let micros = u64::try_from(pause.as_micros()).unwrap_or(u64::MAX);
+        let mut inside = self.inside.lock();
+        if let Some(report) = inside.reports.iter_mut().find(|report| report.number == number) {
+            report.pause_micros.get_or_insert(micros);
+        }
     }
 
     /// The reports that are kept, the oldest first.

@@ -59,8 +59,8 @@ struct Turn {
     thread: bool,
     /// What broke the driver last, for whoever asks for another try.
     last: Option<GuestFault>,
-    /// The number of each lane's last crash.
-    crashes: BTreeMap<u16, u64>,
+    /// Each lane's crashes since it last worked, by number, and when they were.
+    crashes: BTreeMap<u16, Vec<(u64, Instant)>>,
 }
 
 /// A binding's means to replace its driver.
@@ -131,7 +131,7 @@ impl Binding {
         // The latest one of the lane is that of the instance that broke down, or of one that did not come to be.
         let view = views.iter().rev().find(|(of, _)| *of == lane_id(lane)).map(|(_, view)| view);
         let number = recovery.crashes.note(&self.crash(lane, fault, view));
-        turn.crashes.insert(lane, number);
+        turn.crashes.entry(lane).or_default().push((number, Instant::now()));
         self.record(LaneFault::Guest(fault.clone()).to_event());
         let next = recovery.restarts.lock().next(Instant::now());
         match next {
@@ -163,7 +163,8 @@ impl Binding {
     /// The instance that broke down on a lane, of which somebody else has taken the place.
     pub(crate) fn bury(&self, lane: u16, driver: Box<dyn LaneDriver>) {
         let Some(recovery) = self.recovery.get() else { return };
-        let number = recovery.turn.lock().crashes.get(&lane).copied().unwrap_or(0);
+        let last = recovery.turn.lock().crashes.get(&lane).and_then(|crashes| crashes.last().copied());
+        let number = last.map_or(0, |(number, _)| number);
         recovery.crashes.bury(number, driver);
     }
 
@@ -236,6 +237,9 @@ impl Binding {
         let Some(recovery) = self.recovery.get() else { return };
         let mut turn = recovery.turn.lock();
         turn.down &= !bit(lane);
+        for (number, since) in turn.crashes.remove(&lane).unwrap_or_default() {
+            recovery.crashes.note_pause(number, since.elapsed());
+        }
         if turn.down != 0 {
             return;
         }

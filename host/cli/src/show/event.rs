@@ -59,7 +59,7 @@ fn what(what: &EventKind) -> String {
 }
 
 /// UTC as RFC 3339 has it, from microseconds since 1970.
-fn time(unix_micros: u64) -> String {
+pub(super) fn time(unix_micros: u64) -> String {
     let (seconds, micros) = (unix_micros / 1_000_000, unix_micros % 1_000_000);
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = date(days);

@@ -130,6 +130,7 @@ mod tests {
             message: "unreachable".into(),
             backtrace: Vec::new(),
             calls: Vec::new(),
+            pause_micros: None,
             core: None,
         }
     }
@@ -141,7 +142,7 @@ mod tests {
         spool.keep(report(0), None);
         std::fs::write(folder.join("notes.json"), "mine").unwrap();
         for nth in 1..200 {
-            assert_eq!(spool.keep(report(nth), Some(b"core")).is_some(), true);
+            assert!(spool.keep(report(nth), Some(b"core")).is_some());
         }
         let mut entries = spool.entries().unwrap();
         entries.sort_by(|a, b| time_of(&a.stem).cmp(time_of(&b.stem)));

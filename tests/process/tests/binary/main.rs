@@ -19,6 +19,7 @@ mod machine;
 mod misfits;
 mod network;
 mod ports;
+mod recovery;
 mod traffic;
 mod why;
 mod wire;
