@@ -13,7 +13,8 @@ use cofferdam_manager::{Cancel, Cause, Certificate, Explanation, Manager, Unload
 use tokio::sync::Semaphore;
 
 use crate::control::{
-    ErrorBody, ErrorCode, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, UnloadBody,
+    ErrorBody, ErrorCode, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, RollbackBody, UnloadBody,
+    UpgradeBody,
 };
 use crate::follow::Followers;
 use crate::host;
@@ -44,6 +45,8 @@ pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
         .route("/v1/bindings", get(list).post(load))
         .route("/v1/bindings/{name}", get(one))
         .route("/v1/bindings/{name}/unload", post(unload))
+        .route("/v1/bindings/{name}/upgrade", post(upgrade))
+        .route("/v1/bindings/{name}/rollback", post(roll_back))
         .route("/v1/bindings/{name}/restart", post(restart))
         .route("/v1/bindings/{name}/crashes", get(crashes))
         .route("/v1/bindings/{name}/why", get(why))
@@ -76,6 +79,16 @@ async fn why(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response
 
 async fn crashes(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
     answer(host::find(&api.manager, &name).map(|binding| binding.crashes()))
+}
+
+async fn upgrade(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<UpgradeBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::upgrade(&manager, &name, &body)).await)
+}
+
+async fn roll_back(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<RollbackBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::roll_back(&manager, &name, &body)).await)
 }
 
 async fn restart(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {

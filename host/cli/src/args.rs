@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use cofferdam_manager::MAX_RESTARTS;
 
-use crate::control::{LONGEST_REVOKE, mapped_handles, mapped_mib};
+use crate::control::{LONGEST_HOLD, LONGEST_REVOKE, mapped_handles, mapped_mib};
 use crate::help;
 
 /// Device drivers as WebAssembly components: loaded, bound to real devices, and taken out safely while they are in use.
@@ -60,6 +60,14 @@ pub(crate) enum Command {
     /// With the deadline passed the exit code is 4, the binding admits nothing any more and stays `draining`; unload again to go on.
     #[command(after_help = help::UNLOAD)]
     Unload(UnloadArgs),
+    /// Put another version of its driver in the place of the one that serves, under its clients.
+    ///
+    /// What goes wrong brings the old one back: a refusal at once; a crash, or calls that take much longer than before, as long as the probation lasts.
+    #[command(after_help = help::UPGRADE)]
+    Upgrade(UpgradeArgs),
+    /// Put the driver back that was there before the last upgrade.
+    #[command(after_help = help::ROLLBACK)]
+    Rollback(RollbackArgs),
     /// Try once more with a binding that is 'failed' because its driver broke down too often. Its clients keep their handles.
     #[command(after_help = help::RESTART)]
     Restart(NameArgs),
@@ -199,6 +207,40 @@ pub(crate) struct InspectArgs {
     /// A component file, or the name of a binding.
     #[arg(value_name = "DRIVER.wasm|NAME")]
     pub(crate) what: String,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct UpgradeArgs {
+    /// The binding.
+    pub(crate) name: String,
+    /// The new driver, a component file.
+    #[arg(value_name = "NEW.wasm")]
+    pub(crate) driver: PathBuf,
+    /// How long clients may be held, at most 5s; after that the old driver goes on.
+    #[arg(long, default_value = "1s", value_parser = parse_hold)]
+    pub(crate) deadline: Duration,
+    /// How long the old driver comes back by itself.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub(crate) probation: Duration,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct RollbackArgs {
+    /// The binding.
+    pub(crate) name: String,
+    /// How long clients may be held, at most 5s.
+    #[arg(long, default_value = "1s", value_parser = parse_hold)]
+    pub(crate) deadline: Duration,
     #[command(flatten)]
     pub(crate) socket: SocketArg,
     /// Print JSON.
@@ -382,6 +424,13 @@ fn parse_restarts(text: &str) -> Result<Restarts, String> {
         return Err(format!("at most {MAX_RESTARTS} restarts can be asked for"));
     }
     Ok(Restarts(Some((count, parse_duration(within)?))))
+}
+
+/// What clients can be asked to wait without being told (DESIGN section 9).
+fn parse_hold(text: &str) -> Result<Duration, String> {
+    let hold = parse_duration(text)?;
+    let fits = (Duration::from_millis(1)..=LONGEST_HOLD).contains(&hold);
+    fits.then_some(hold).ok_or_else(|| format!("1ms to {LONGEST_HOLD:?}"))
 }
 
 fn parse_ring(text: &str) -> Result<u16, String> {

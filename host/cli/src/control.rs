@@ -6,6 +6,8 @@
 //! | `GET /v1/bindings/NAME` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings` | [`LoadBody`] | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings/NAME/unload` | [`UnloadBody`] | [`Certificate`] |
+//! | `POST /v1/bindings/NAME/upgrade` | [`UpgradeBody`] | [`UpgradeReport`](cofferdam_manager::UpgradeReport) |
+//! | `POST /v1/bindings/NAME/rollback` | [`RollbackBody`] | [`UpgradeReport`](cofferdam_manager::UpgradeReport) |
 //! | `POST /v1/bindings/NAME/restart` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `GET /v1/bindings/NAME/crashes` | | list of [`CrashReport`](cofferdam_manager::CrashReport), the oldest first |
 //! | `GET /v1/bindings/NAME/why` | | [`Explanation`], also of a binding that left |
@@ -37,6 +39,10 @@ use crate::client::millis;
 pub(crate) const DAEMON_HEADER: &str = "x-cofferdam-daemon";
 /// Longest wait of an unload.
 pub(crate) const LONGEST_UNLOAD: Duration = Duration::from_secs(86_400);
+/// Longest time that clients are held for an exchange of the driver.
+pub(crate) const LONGEST_HOLD: Duration = Duration::from_secs(5);
+/// Longest probation of a new driver.
+pub(crate) const LONGEST_PROBATION: Duration = Duration::from_secs(86_400);
 /// Longest wait of a revocation: it goes on without its client.
 pub(crate) const LONGEST_REVOKE: Duration = Duration::from_secs(60);
 
@@ -115,6 +121,22 @@ pub(crate) struct UnloadBody {
     /// Answer a deadline that passed with the explanation.
     #[serde(default)]
     pub(crate) explain: bool,
+}
+
+/// An upgrade. The path is absolute.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct UpgradeBody {
+    pub(crate) driver: String,
+    pub(crate) deadline_ms: u64,
+    pub(crate) probation_ms: u64,
+}
+
+/// A rollback.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RollbackBody {
+    pub(crate) deadline_ms: u64,
 }
 
 /// A revocation.

@@ -17,6 +17,8 @@ Examples:
   cofferdam events --follow &
   cofferdam why disk0
   cofferdam unload disk0 --deadline 5s --explain
+  cofferdam upgrade disk0 virtio-blk-2.wasm
+  cofferdam rollback disk0
   cofferdam crashes disk0
   cofferdam restart disk0
   cofferdam doctor
@@ -56,6 +58,24 @@ Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64
   cofferdam load virtio-rng.wasm --device vhost-user:/run/rng.sock --port fifo:/run/random --port entropy-pool
   cofferdam load virtio-console.wasm --device vhost-user:/run/console.sock --queues 2 --port pty:/run/console --port pty:/run/agent,port=1";
+
+/// `cofferdam upgrade --help`.
+pub(crate) const UPGRADE: &str = "\
+The new driver has to give the same service, to list the same devices, and to plan the queues that the device runs with; the device is not reset. Its grants and limits are those of the load.
+Exit codes: 0 the new driver serves, 1 it does not and the old one serves, 2 usage, 3 no such binding or file.
+
+Examples:
+  cofferdam upgrade disk0 virtio-blk-2.wasm
+  cofferdam upgrade disk0 virtio-blk-2.wasm --deadline 200ms --probation 1m --json
+  cofferdam rollback disk0";
+
+/// `cofferdam rollback --help`.
+pub(crate) const ROLLBACK: &str = "\
+Exit codes: 0 the driver before serves, 1 it does not and the one that was there serves, 2 usage, 3 no such binding.
+
+Examples:
+  cofferdam rollback disk0
+  cofferdam rollback disk0 --json";
 
 /// `cofferdam restart --help`.
 pub(crate) const RESTART: &str = "\

@@ -9,7 +9,7 @@ use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
     Binding, BindingStatus, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec,
     Manager, Offer, Phase, Port, PortError, RestartPolicy, RevokeError, RevokeReport, Transport, UnloadError,
-    UnloadOptions,
+    UnloadOptions, UpgradeReport, UpgradeSpec,
 };
 use cofferdam_port_character::{CharacterAddress, CharacterError, CharacterPort};
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
@@ -18,7 +18,9 @@ use cofferdam_port_tap::{TapAddress, TapError, TapPort};
 
 use crate::args::BindArgs;
 use crate::client::millis;
-use crate::control::{ErrorBody, ErrorCode, LoadBody, PortChange};
+use crate::control::{
+    ErrorBody, ErrorCode, LONGEST_HOLD, LONGEST_PROBATION, LoadBody, PortChange, RollbackBody, UpgradeBody,
+};
 use crate::devices;
 use crate::drivers::{self, Driver};
 
@@ -39,6 +41,13 @@ fn cache_dir() -> Option<PathBuf> {
     Some(base.join("cofferdam"))
 }
 
+/// A path that means the same in the daemon.
+pub(crate) fn absolute_path(path: &Path) -> Result<String, ErrorBody> {
+    let absolute =
+        std::path::absolute(path).map_err(|error| ErrorBody::usage(format!("{}: {error}", path.display())))?;
+    absolute.into_os_string().into_string().map_err(|path| ErrorBody::usage(format!("{path:?} is not UTF-8")))
+}
+
 /// Where crashes are written down: the user's directory for state (XDG Base Directory Specification).
 fn crash_dir() -> Option<PathBuf> {
     let base = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")))?;
@@ -52,11 +61,7 @@ fn absolute(variable: &str) -> Option<PathBuf> {
 
 /// What the command line asks for, with absolute paths, so that it means the same in the daemon.
 pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, ErrorBody> {
-    let absolute = |path: &PathBuf| {
-        let absolute =
-            std::path::absolute(path).map_err(|error| ErrorBody::usage(format!("{}: {error}", path.display())))?;
-        absolute.into_os_string().into_string().map_err(|path| ErrorBody::usage(format!("{path:?} is not UTF-8")))
-    };
+    let absolute = |path: &PathBuf| absolute_path(path);
     let driver = args.driver.as_ref().map(absolute).transpose()?;
     // Where a driver is named, none is looked for.
     let drivers = args.drivers.as_ref().filter(|_| driver.is_none()).map(absolute).transpose()?;
@@ -325,6 +330,25 @@ fn leaving(name: &str) -> ErrorBody {
 pub(crate) fn find(manager: &Manager, name: &str) -> Result<Arc<Binding>, ErrorBody> {
     let none = || ErrorBody::no_such_thing(format!("no binding is called '{name}' (see 'cofferdam ls')"));
     manager.get(name).ok_or_else(none)
+}
+
+/// Another version of a binding's driver, under its clients.
+pub(crate) fn upgrade(manager: &Manager, name: &str, body: &UpgradeBody) -> Result<UpgradeReport, ErrorBody> {
+    let path = Path::new(&body.driver);
+    // Before the file: a name that is wrong is the likelier mistake.
+    find(manager, name)?;
+    let component = read_component(path)?;
+    let driver = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let deadline = Duration::from_millis(body.deadline_ms).min(LONGEST_HOLD);
+    let probation = Duration::from_millis(body.probation_ms).min(LONGEST_PROBATION);
+    let spec = UpgradeSpec { driver, component, deadline, probation };
+    manager.upgrade(name, spec).map_err(ErrorBody::failed)
+}
+
+/// The version before.
+pub(crate) fn roll_back(manager: &Manager, name: &str, body: &RollbackBody) -> Result<UpgradeReport, ErrorBody> {
+    let deadline = Duration::from_millis(body.deadline_ms).min(LONGEST_HOLD);
+    find(manager, name)?.roll_back(deadline).map_err(ErrorBody::failed)
 }
 
 /// One more try for a binding that failed.

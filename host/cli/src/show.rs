@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cofferdam_manager::{
     BindingStatus, Certificate, DeviceId, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport,
-    Stage,
+    Stage, UpgradeReport,
 };
 
 use crate::control::{PortChange, mapped_handles, mapped_mib};
@@ -136,6 +136,12 @@ fn handle_lines(indent: &str, handles: &[HandleStatus]) -> Vec<String> {
     };
     let head = ["ID", "PORT", "PEER", "LANE", "AGE", "IN FLIGHT", "REQUESTS"];
     table::lines(indent, head, handles.iter().map(row))
+}
+
+pub(crate) fn upgraded(report: &UpgradeReport) {
+    let UpgradeReport { name, from, to, generation, prepare_micros, blackout_micros, .. } = report;
+    line(&format!("{name}: {from} -> {to} (generation {generation})"));
+    line(&format!("  made ready in {}, clients waited {blackout_micros} us", millis(*prepare_micros / 1000)));
 }
 
 pub(crate) fn revoked(report: &RevokeReport) {

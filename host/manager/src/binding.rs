@@ -86,7 +86,8 @@ impl Drop for Lowered<'_> {
 /// One driver joined to one device; made by [`crate::Manager::load`].
 pub struct Binding {
     name: String,
-    driver: String,
+    /// Changes with an upgrade.
+    driver: Mutex<Arc<str>>,
     device: String,
     pub(crate) pinned: bool,
     generation: AtomicU64,
@@ -158,7 +159,7 @@ impl Binding {
         gate.limit_handles(u32::try_from(handle_limit).unwrap_or(u32::MAX));
         Binding {
             name,
-            driver,
+            driver: Mutex::new(driver.into()),
             device,
             pinned,
             generation: AtomicU64::new(1),
@@ -192,9 +193,13 @@ impl Binding {
         &self.name
     }
 
-    /// The driver's file or label.
-    pub fn driver(&self) -> &str {
-        &self.driver
+    /// The driver's file or label, as it is now.
+    pub fn driver(&self) -> Arc<str> {
+        Arc::clone(&self.driver.lock())
+    }
+
+    pub(crate) fn set_driver(&self, driver: &str) {
+        *self.driver.lock() = driver.into();
     }
 
     /// The device's address.
@@ -306,6 +311,19 @@ impl Binding {
         calls.retain(|(of, view)| *of != lane || view.fault().is_none());
         calls.push((lane, view.clone()));
         view
+    }
+
+    /// After an exchange: of each lane only the latest view is that of an instance.
+    pub(crate) fn forget_old_views(&self) {
+        let mut calls = self.calls.lock();
+        let mut seen = Vec::new();
+        calls.reverse();
+        calls.retain(|(lane, _)| {
+            let is_new = !seen.contains(lane);
+            seen.push(*lane);
+            is_new
+        });
+        calls.reverse();
     }
 
     /// Has every guest end that still runs, or is about to be made. No other binding's.

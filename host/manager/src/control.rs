@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Transport;
 use cofferdam_lifecycle::Phase;
-use cofferdam_runtime::{Attachment, CallError, DriverError, GuestFault, Instance, LaneId};
+use cofferdam_runtime::{Attachment, CallError, DriverError, ExportedState, GuestFault, Instance, LaneId};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::binding::Binding;
@@ -52,6 +52,8 @@ pub(crate) struct Control {
     pub(crate) attachment: Attachment,
     /// The driver broke down, and another one is to come.
     pub(crate) is_down: bool,
+    /// The number of what its instance is made of.
+    pub(crate) made_of: u64,
     pub(crate) arena_bytes: u64,
     pub(crate) max_lease_bytes: u32,
     /// Queues of its own.
@@ -72,9 +74,40 @@ impl Control {
         self.offer()
     }
 
+    /// The same for an instance that is to take its place.
+    pub(crate) fn live_with(&self, instance: &mut Instance) -> Result<Offer, CallError> {
+        if let Some(window) = self.live_window() {
+            instance.live(window)?;
+        }
+        Ok(Offer::from_properties(instance.properties()?, self.arena_bytes, self.max_lease_bytes))
+    }
+
     fn offer(&mut self) -> Result<Offer, CallError> {
         let properties = self.instance.properties()?;
         Ok(Offer::from_properties(properties, self.arena_bytes, self.max_lease_bytes))
+    }
+
+    /// The device as it runs, for an instance that takes over.
+    fn adopting(&self) -> Result<Box<DeviceWindow>, CallError> {
+        let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
+        let transport = self.transport.upgrade().ok_or_else(gone)?;
+        let features = self.attachment.features;
+        Ok(Box::new(DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features)))
+    }
+
+    /// What it plans has to be what is set up.
+    fn check(&self, attachment: Attachment) -> Result<Attachment, CallError> {
+        let Attachment { features, queues, .. } = &self.attachment;
+        if attachment.features != *features || attachment.queues != *queues {
+            let error = "it plans other queues or features than the device runs with".to_owned();
+            return Err(DriverError::Unsupported(error).into());
+        }
+        Ok(attachment)
+    }
+
+    /// Has an instance of another component take over, with the hint of the one that is there.
+    pub(crate) fn resume(&self, instance: &mut Instance, hint: &ExportedState) -> Result<Attachment, CallError> {
+        instance.resume(self.adopting()?, hint).and_then(|attachment| self.check(attachment))
     }
 
     /// Tells the driver what the device said, and asks it what the device can do now. `None`: the device is on its way out.
@@ -92,14 +125,8 @@ impl Control {
 
     /// Has `instance` take over: it attaches to the device as it runs, plans what is set up, and goes live. Also what it takes over from.
     fn adopt(&mut self, mut instance: Instance) -> Result<(Offer, Instance), CallError> {
-        let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
-        let transport = self.transport.upgrade().ok_or_else(gone)?;
-        let Attachment { features, queues, .. } = &self.attachment;
-        let window = DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, *features);
-        let attachment = instance.attach(Box::new(window))?;
-        if attachment.features != *features || attachment.queues != *queues {
-            return Err(cannot_replace(&"it plans other queues than the device runs with").into());
-        }
+        let attachment = instance.attach(self.adopting()?)?;
+        self.check(attachment)?;
         let before = std::mem::replace(&mut self.instance, instance);
         Ok((self.live()?, before))
     }
@@ -215,6 +242,11 @@ impl ControlLane {
         queues.event_fd().and_then(|fd: BorrowedFd<'_>| fd.as_fd().try_clone_to_owned().ok())
     }
 
+    /// The control lane, as soon as no call is in it; `None` if that was not by `until`.
+    pub(crate) fn lock_until(&self, until: Instant) -> Option<MutexGuard<'_, Option<Control>>> {
+        self.control.try_lock_until(until)
+    }
+
     /// Takes the control lane out, for the ladder to drop or to keep; `Err` if a call has not left it by `until`.
     pub(crate) fn take_control(&self, until: Instant) -> Result<Option<Instance>, ()> {
         let control: Option<MutexGuard<'_, _>> = self.control.try_lock_until(until);
@@ -294,7 +326,7 @@ impl Binding {
     }
 
     /// After `fault`, or without one, another driver for the control lane; whether it has one that works.
-    fn bring_control_up(self: &Arc<Self>, control: &mut Control, mut fault: Option<GuestFault>) -> bool {
+    pub(crate) fn bring_control_up(self: &Arc<Self>, control: &mut Control, mut fault: Option<GuestFault>) -> bool {
         control.is_down = true;
         for _ in 0..=FALSE_STARTS {
             let next = fault.as_ref().map_or(Next::Revive, |fault| self.broke_down(CONTROL, fault));
@@ -308,7 +340,11 @@ impl Binding {
                     return false;
                 }
             }
-            let adopted = self.remake(LaneId::Control).map_err(CallError::Fault).and_then(|made| control.adopt(made));
+            let adopted = self.remake(LaneId::Control).map_err(CallError::Fault).and_then(|(made, version)| {
+                let (offer, dead) = control.adopt(made)?;
+                control.made_of = version.number;
+                Ok((offer, dead))
+            });
             match adopted {
                 Ok((offer, dead)) => {
                     self.bury(CONTROL, Box::new(dead));
@@ -325,6 +361,15 @@ impl Binding {
         false
     }
 
+    /// Replaces a control lane's driver that is made of something else than instances are now.
+    pub(crate) fn catch_up_control(self: &Arc<Self>) {
+        let number = self.recovery.get().and_then(|recovery| recovery.version()).map(|version| version.number);
+        let mut locked = self.control.control.lock();
+        if let Some(control) = locked.as_mut().filter(|control| !control.is_down && Some(control.made_of) != number) {
+            self.bring_control_up(control, None);
+        }
+    }
+
     /// Makes the control lane's driver if it is missing.
     pub(crate) fn revive_control(self: &Arc<Self>) {
         let mut locked = self.control.control.lock();
@@ -335,7 +380,7 @@ impl Binding {
     }
 
     /// What the device can do from now on, by its driver.
-    fn take_offer(&self, offer: Offer) {
+    pub(crate) fn take_offer(&self, offer: Offer) {
         let Some(serving) = self.serving.get() else { return };
         let Some(current) = &serving.offer else { return };
         let offer = Arc::new(offer);

@@ -71,8 +71,9 @@ pub struct CrashCall {
 /// A report that is about to be made.
 pub(crate) struct Crash<'a> {
     pub(crate) binding: &'a str,
-    pub(crate) driver: &'a str,
+    pub(crate) driver: Arc<str>,
     pub(crate) device: &'a str,
+    pub(crate) digest: Option<String>,
     pub(crate) generation: u64,
     pub(crate) lane: String,
     pub(crate) fault: &'a GuestFault,
@@ -95,15 +96,14 @@ struct Inside {
 
 /// The crashes of one binding.
 pub(crate) struct Crashes {
-    digest: String,
     spool: Option<Spool>,
     inside: Mutex<Inside>,
     done: Condvar,
 }
 
 impl Crashes {
-    pub(crate) fn new(digest: String, spool: Option<Spool>) -> Arc<Crashes> {
-        Arc::new(Crashes { digest, spool, inside: Mutex::default(), done: Condvar::new() })
+    pub(crate) fn new(spool: Option<Spool>) -> Arc<Crashes> {
+        Arc::new(Crashes { spool, inside: Mutex::default(), done: Condvar::new() })
     }
 
     /// Notes a crash; its number.
@@ -116,8 +116,8 @@ impl Crashes {
             number: inside.count,
             unix_micros: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
             binding: crash.binding.to_owned(),
-            driver: crash.driver.to_owned(),
-            digest: self.digest.clone(),
+            driver: crash.driver.to_string(),
+            digest: crash.digest.clone().unwrap_or_default(),
             device: crash.device.to_owned(),
             generation: crash.generation,
             lane: crash.lane.clone(),

@@ -219,6 +219,36 @@ pub enum RestartError {
     },
 }
 
+/// A driver was not exchanged; the one that was there serves on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UpgradeError {
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+    /// It does not serve, or was loaded so that its driver is not replaced.
+    #[error(
+        "'{0}' does not serve, or its driver is not to be replaced (--restarts never, or one that programs its device itself)"
+    )]
+    NotServing(String),
+    /// Another exchange is under way.
+    #[error("another upgrade or rollback of '{0}' is under way")]
+    Busy(String),
+    /// The component cannot take the driver's place, or did not want to.
+    #[error("the new driver cannot take over: {0}")]
+    Refused(String),
+    /// A call of the driver did not end in the time given.
+    #[error("'{binding}' was not vacant within {deadline:?}: a call of its driver is running")]
+    Deadline {
+        /// The binding.
+        binding: String,
+        /// The time.
+        deadline: Duration,
+    },
+    /// There is no component to go back to.
+    #[error("'{0}' has had no other driver")]
+    NothingBefore(String),
+}
+
 /// Why a binding leaves by itself.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum LaneFault {

@@ -42,7 +42,7 @@ pub(crate) fn attach(
     let _ = binding.confinement.set(confidence);
     if confidence == Confinement::Trusted {
         tracing::warn!(binding = binding.name(), device, "the driver is trusted with all of this machine's memory");
-        binding.record(EventKind::Trusted { driver: binding.driver().to_owned(), device: device.clone() });
+        binding.record(EventKind::Trusted { driver: binding.driver().to_string(), device: device.clone() });
     }
     let mut control = maker.make(binding, LaneId::Control)?;
     let window = FunctionWindow { transport: Arc::clone(transport) };

@@ -11,6 +11,7 @@
 //! After a fault of the driver another instance takes its place (`revive`). Where none does nothing crosses any more (L5), but the ring is the host's: what is on it is still reaped, and its ordinary answers are answered.
 //! After a fault of the device the ring is not believed any more, and what is on it waits for the ladder to silence the device (L1).
 
+mod exchange;
 mod inside;
 pub(crate) mod posted;
 mod revive;
@@ -32,6 +33,7 @@ use crate::arrival::Arrival;
 use crate::binding::Binding;
 use crate::board::{Board, Picture};
 use crate::handle::HandleShared;
+pub(crate) use crate::lane::exchange::Timing;
 use crate::lane::inside::{Inside, Reaped, Sink};
 use crate::lane::posted::{Pool, Posted};
 use crate::ledger::Stage;

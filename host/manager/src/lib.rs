@@ -12,6 +12,7 @@
 //! handle     a client's revocable right to operate
 //! maker      makes instances of a driver
 //! recovery   what becomes of a binding whose driver breaks down
+//! upgrade    another component in the place of a driver that serves
 //! crash      what is kept of a driver that broke down
 //! offer      what a binding gives: its service, and what the device can do of it now
 //! request    what a client asks, and what it is answered
@@ -61,6 +62,7 @@ mod request;
 mod residue;
 mod status;
 mod threads;
+mod upgrade;
 mod watch;
 
 pub use arrival::Arrival;
@@ -70,7 +72,7 @@ pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
 pub use crash::{CrashCall, CrashReport};
 pub use error::{
     ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RestartError, RevokeError, SubmitError,
-    UnloadError,
+    UnloadError, UpgradeError,
 };
 pub use events::{EventKind, EventReader, EventRecord};
 pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
@@ -85,6 +87,7 @@ pub use recovery::{MAX_RESTARTS, RestartPolicy};
 pub use request::{Completion, IoError, IoFlags, IoOp, IoRequest};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 pub use threads::{PortThreads, ThreadsEnded};
+pub use upgrade::{UpgradeReport, UpgradeSpec};
 
 pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;

@@ -25,7 +25,7 @@ use crate::mapped::{MapLimits, Site};
 use crate::offer::Offer;
 use crate::ports::Within;
 use crate::queues::{Layout, QueuesError, SetQueues};
-use crate::recovery::{Recovery, RestartPolicy};
+use crate::recovery::{Recovery, RestartPolicy, Version};
 use crate::residue::Marks;
 use crate::watch::Watch;
 
@@ -243,7 +243,8 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         parts.lanes.push(Arc::new(lane));
     }
     if let Some((maker, policy)) = maker.zip(spec.restarts) {
-        let _ = binding.recovery.set(Recovery::new(maker, policy, spec.crash_dir));
+        let version = Version { maker, driver: binding.driver(), state: attachment.state.clone(), number: 0 };
+        let _ = binding.recovery.set(Recovery::new(version, policy, spec.crash_dir));
     }
     transport.lock().start().map_err(device_error)?;
     parts.lanes.iter().for_each(|lane| lane.kick_posted());
@@ -264,6 +265,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             negotiated,
             attachment,
             is_down: false,
+            made_of: 0,
             arena_bytes,
             max_lease_bytes,
             queues: control_queues,

@@ -18,6 +18,11 @@ impl Maker {
         Ok(Maker { linked: module.link(&grants)?, limits })
     }
 
+    /// The same grants and limits with other code.
+    pub(crate) fn of(&self, module: &Module) -> Result<Maker, LoadError> {
+        Maker::new(module, self.linked.grants().clone(), self.limits.clone())
+    }
+
     pub(crate) fn module(&self) -> &Module {
         self.linked.module()
     }
@@ -30,7 +35,7 @@ impl Maker {
         }
         Ok(self.linked.instantiate(InstanceSpec {
             binding: binding.name().to_owned(),
-            driver: binding.driver().to_owned(),
+            driver: binding.driver().to_string(),
             device: binding.device().to_owned(),
             generation: binding.generation(),
             lane,

@@ -18,12 +18,14 @@ use std::time::{Duration, Instant};
 
 use cofferdam_gate::{Hold, Overdue};
 use cofferdam_lifecycle::{Event, Phase};
-use cofferdam_runtime::{CallError, CallView, GuestFault, Instance, LaneDriver, LaneId, LaneSetup};
+use cofferdam_runtime::{CallError, CallView, GuestFault, Instance, LaneDriver, LaneId};
 use parking_lot::Mutex;
 
 use crate::binding::Binding;
 use crate::crash::{Crash, CrashReport, Crashes, Spool};
 use crate::error::{LaneFault, RestartError};
+use crate::events::EventKind;
+use crate::lane::Lane;
 use crate::maker::Maker;
 use crate::ports::Within;
 use restarts::Restarts;
@@ -63,10 +65,38 @@ struct Turn {
     crashes: BTreeMap<u16, Vec<(u64, Instant)>>,
 }
 
+/// One of a binding's drivers: its code, and what its control lane tells its data lanes.
+#[derive(Clone)]
+pub(crate) struct Version {
+    pub(crate) maker: Maker,
+    pub(crate) driver: Arc<str>,
+    pub(crate) state: Vec<u8>,
+    /// Counts them.
+    pub(crate) number: u64,
+}
+
+/// The driver before an upgrade.
+#[derive(Clone)]
+pub(crate) struct Previous {
+    pub(crate) version: Version,
+    /// Until then it comes back by itself.
+    pub(crate) until: Option<Instant>,
+}
+
+/// What there is to make drivers of.
+#[derive(Default)]
+struct Versions {
+    /// `None` once the code is dropped.
+    current: Option<Version>,
+    previous: Option<Previous>,
+    count: u64,
+}
+
 /// A binding's means to replace its driver.
 pub(crate) struct Recovery {
-    /// `None` once the code is dropped.
-    maker: Mutex<Option<Maker>>,
+    versions: Mutex<Versions>,
+    /// Held by whoever puts another component in place.
+    pub(crate) exchanging: Mutex<()>,
     restarts: Mutex<Restarts>,
     longest: Duration,
     turn: Mutex<Turn>,
@@ -75,20 +105,71 @@ pub(crate) struct Recovery {
 
 impl Recovery {
     /// `spool`: where crashes are written down.
-    pub(crate) fn new(maker: Maker, policy: RestartPolicy, spool: Option<PathBuf>) -> Recovery {
-        let digest = maker.module().info().digest.clone();
+    pub(crate) fn new(version: Version, policy: RestartPolicy, spool: Option<PathBuf>) -> Recovery {
         Recovery {
-            crashes: Crashes::new(digest, spool.map(Spool::new)),
-            maker: Mutex::new(Some(maker)),
+            crashes: Crashes::new(spool.map(Spool::new)),
+            versions: Mutex::new(Versions { current: Some(version), previous: None, count: 0 }),
+            exchanging: Mutex::new(()),
             restarts: Mutex::new(Restarts::new(policy)),
             longest: policy.longest,
             turn: Mutex::new(Turn::default()),
         }
     }
 
+    /// What instances are made of now.
+    pub(crate) fn version(&self) -> Option<Version> {
+        self.versions.lock().current.clone()
+    }
+
+    /// From now on they are made of this; its number.
+    pub(crate) fn adopt_version(&self, version: Version) -> u64 {
+        let mut versions = self.versions.lock();
+        versions.count += 1;
+        versions.current = Some(Version { number: versions.count, ..version });
+        versions.count
+    }
+
+    /// What they were made of before.
+    pub(crate) fn previous(&self) -> Option<Version> {
+        self.versions.lock().previous.as_ref().map(|previous| previous.version.clone())
+    }
+
+    pub(crate) fn set_previous(&self, previous: Previous) {
+        self.versions.lock().previous = Some(previous);
+    }
+
+    pub(crate) fn forget_previous(&self) {
+        self.versions.lock().previous = None;
+    }
+
+    /// The driver of this number has stood its probation.
+    pub(crate) fn end_probation(&self, number: u64) {
+        let mut versions = self.versions.lock();
+        if versions.current.as_ref().is_some_and(|version| version.number == number)
+            && let Some(previous) = &mut versions.previous
+        {
+            previous.until = None;
+        }
+    }
+
+    /// A driver on probation has broken down: instances are made of the one before it again. Names of both, if that is so.
+    fn fall_back(&self) -> Option<(Arc<str>, Arc<str>)> {
+        let mut versions = self.versions.lock();
+        let until = versions.previous.as_ref()?.until?;
+        let from = Arc::clone(&versions.current.as_ref()?.driver);
+        if Instant::now() >= until {
+            return None;
+        }
+        let version = versions.previous.take()?.version;
+        let to = Arc::clone(&version.driver);
+        versions.count += 1;
+        versions.current = Some(Version { number: versions.count, ..version });
+        Some((from, to))
+    }
+
     /// The code goes, also what is dead already; whether all of it is gone by `until`.
     pub(crate) fn end(&self, until: Instant) -> bool {
-        *self.maker.lock() = None;
+        *self.versions.lock() = Versions::default();
         self.turn.lock().hold = None;
         self.crashes.wait(until)
     }
@@ -133,6 +214,15 @@ impl Binding {
         let number = recovery.crashes.note(&self.crash(lane, fault, view));
         turn.crashes.entry(lane).or_default().push((number, Instant::now()));
         self.record(LaneFault::Guest(fault.clone()).to_event());
+        if let Some((from, to)) = recovery.fall_back() {
+            drop(turn);
+            self.set_driver(&to);
+            let (from, to, reason) = (from.to_string(), to.to_string(), fault.to_string());
+            tracing::warn!(binding = self.name(), from, to, reason, "rolled back");
+            self.record(EventKind::RolledBack { from, to, reason });
+            self.fall_back_elsewhere();
+            return Next::Revive;
+        }
         let next = recovery.restarts.lock().next(Instant::now());
         match next {
             Some(wait) if wait.is_zero() => Next::Revive,
@@ -153,6 +243,11 @@ impl Binding {
             binding: self.name(),
             driver: self.driver(),
             device: self.device(),
+            digest: self
+                .recovery
+                .get()
+                .and_then(Recovery::version)
+                .map(|version| version.maker.module().info().digest.clone()),
             generation: self.generation(),
             lane: lane_id(lane).to_string(),
             fault,
@@ -214,19 +309,19 @@ impl Binding {
     }
 
     /// One more instance, in the place of one that broke down.
-    pub(crate) fn remake(&self, lane: LaneId) -> Result<Instance, GuestFault> {
+    pub(crate) fn remake(&self, lane: LaneId) -> Result<(Instance, Version), GuestFault> {
         let recovery = self.recovery.get().ok_or_else(|| cannot_replace(&"its binding has no means to"))?;
-        // Not held while the guest starts.
-        let maker = recovery.maker.lock().clone().ok_or_else(|| cannot_replace(&"its code is gone"))?;
+        let version = recovery.version().ok_or_else(|| cannot_replace(&"its code is gone"))?;
         self.next_generation();
-        maker.make(self, lane).map_err(|error| cannot_replace(&error))
+        let made = version.maker.make(self, lane).map_err(|error| cannot_replace(&error))?;
+        Ok((made, version))
     }
 
-    /// Another driver for a data lane.
-    pub(crate) fn remake_lane(&self, lane: u16, setup: &LaneSetup) -> Result<Box<dyn LaneDriver>, GuestFault> {
-        let mut driver = self.remake(LaneId::Data(lane))?;
-        match driver.start(setup) {
-            Ok(()) => Ok(Box::new(driver)),
+    /// Another driver for a data lane, and the number of what it is made of.
+    pub(crate) fn remake_lane(&self, lane: &Lane) -> Result<(Box<dyn LaneDriver>, u64), GuestFault> {
+        let (mut driver, version) = self.remake(LaneId::Data(lane.number()))?;
+        match driver.start(&lane.setup(&version.state)) {
+            Ok(()) => Ok((Box::new(driver), version.number)),
             Err(CallError::Fault(fault)) => Err(fault),
             Err(CallError::Driver(error)) => Err(cannot_replace(&error)),
         }
@@ -267,6 +362,21 @@ impl Binding {
             Err(error) => tracing::error!(binding = self.name(), %error, "no thread to replace the driver on"),
         }
         turn.thread
+    }
+
+    /// The lanes that did not break down get the driver before, too.
+    fn fall_back_elsewhere(self: &Arc<Self>) {
+        let binding = Arc::clone(self);
+        let fall_back = move || {
+            let _within = Within::enter();
+            if let Some(serving) = binding.serving.get() {
+                serving.lanes.iter().for_each(|lane| lane.catch_up(&binding));
+            }
+            binding.catch_up_control();
+        };
+        if let Err(error) = std::thread::Builder::new().name("cofferdam-revert".into()).spawn(fall_back) {
+            tracing::error!(binding = self.name(), %error, "no thread to take the new driver out of the other lanes");
+        }
     }
 
     fn revive_all(self: &Arc<Self>) {

@@ -129,7 +129,7 @@ impl Binding {
             state: life.phase().to_string(),
             stage: life.state().to_string(),
             cause: life.cause().map(|cause| cause.to_string()),
-            driver: self.driver().to_owned(),
+            driver: self.driver().to_string(),
             device: self.device().to_owned(),
             generation: self.generation(),
             crashes: self.crash_count(),

@@ -38,10 +38,12 @@ pub(crate) enum Export {
     Live,
     Events,
     SetOpen,
+    Suspend,
+    Resume,
 }
 
 /// By number of [`Export`].
-const EXPORTS: [&str; 13] = [
+const EXPORTS: [&str; 15] = [
     "instantiate",
     "attach",
     "config-changed",
@@ -55,6 +57,8 @@ const EXPORTS: [&str; 13] = [
     "control.live",
     "control.events",
     "stream-control.set-open",
+    "suspend",
+    "resume",
 ];
 
 /// A call out of the guest. Functions of this project's interfaces one by one, those of WASI by interface.

@@ -24,7 +24,7 @@ use crate::module::{Linked, mismatch};
 use crate::runtime::Runtime;
 use crate::service::WitProperties;
 use crate::service::{
-    Attachment, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, Properties,
+    Attachment, ExportedState, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, Properties,
 };
 use crate::state::LaneState;
 use crate::view::CallView;
@@ -189,6 +189,34 @@ impl Instance {
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
         let words = self.with_device(Export::Attach, device, |store, guest| {
             guest.virtio()?.driver.cofferdam_driver_driver().call_attach(store, the_device())
+        })?;
+        let attachment = words.map_err(DriverError::from)?;
+        Attachment::check(attachment).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane: another instance is about to take its place. What it exports is for [`Instance::resume`] of that one, and only a hint.
+    ///
+    /// # Errors
+    /// [`CallError::Fault`] when the driver faulted, also by exporting more than the 4,096 bytes of `wit/virtio.wit`.
+    pub fn suspend(&mut self) -> Result<ExportedState, CallError> {
+        let words = self.call(Export::Suspend, |store, guest| {
+            guest.virtio()?.driver.cofferdam_driver_driver().call_suspend(store)
+        })?;
+        ExportedState::check(words).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane, in the place of [`Instance::attach`]: takes over a device that runs.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn resume(
+        &mut self,
+        device: Box<dyn DeviceCapability>,
+        state: &ExportedState,
+    ) -> Result<Attachment, CallError> {
+        let state = state.into();
+        let words = self.with_device(Export::Resume, device, |store, guest| {
+            guest.virtio()?.driver.cofferdam_driver_driver().call_resume(store, the_device(), &state)
         })?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))

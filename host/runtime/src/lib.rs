@@ -59,8 +59,9 @@ pub use limits::GuestLimits;
 pub use module::{Linked, Module, ModuleInfo};
 pub use runtime::{Runtime, RuntimeConfig};
 pub use service::{
-    Attachment, BlockProperties, EntropyProperties, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS,
-    MAX_CHAIN_WORDS, NetProperties, Offloads, Posting, Properties, QueueOwner, QueuePlan, StreamPort, StreamProperties,
+    Attachment, BlockProperties, EntropyProperties, ExportedState, LaneDriver, LaneSetup, MAX_ANSWER_WORDS,
+    MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, NetProperties, Offloads, Posting, Properties, QueueOwner, QueuePlan,
+    StreamPort, StreamProperties,
 };
 pub use text::clean;
 pub use view::{CallView, RunningCall, Whereabouts};

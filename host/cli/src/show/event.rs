@@ -50,6 +50,10 @@ fn what(what: &EventKind) -> String {
         EventKind::HandleRevoked { handle, port, peer } => format!("handle {handle} revoked: {port}, {peer}"),
         EventKind::ConfigChanged { refused: Some(why), .. } => format!("configuration changed, refused: {why}"),
         EventKind::ConfigChanged { changes, refused: None } => format!("configuration changed: {}", changes.join(", ")),
+        EventKind::Upgraded { from, to, blackout_micros } => {
+            format!("upgraded: {from} -> {to}, clients waited {blackout_micros} us")
+        }
+        EventKind::RolledBack { from, to, reason } => format!("rolled back: {from} -> {to}: {reason}"),
         EventKind::Trusted { driver, device } => {
             format!("{driver} is trusted (--trust-dma): it may have {device} reach any memory of this machine")
         }

@@ -16,6 +16,7 @@ use cofferdam_runtime::{CallError, FaultKind, GuestFault, LaneDriver};
 
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
+use crate::lane::exchange::Timing;
 use crate::lane::posted::Posted;
 use crate::lane::revive::{Aside, Health, POISON};
 use crate::ledger::{Ledger, Stage, Taken};
@@ -43,6 +44,10 @@ pub(super) struct Inside {
     pub(super) device_fault: Option<DeviceFault>,
     /// Whether the driver may be called.
     pub(super) health: Health,
+    /// The number of what its driver is made of.
+    pub(super) made_of: u64,
+    /// How long calls take, while somebody wants to know.
+    pub(super) timing: Option<Box<Timing>>,
     /// What a driver that broke down was given and had not taken to the device, in order. At most a batch.
     pub(super) aside: VecDeque<Aside>,
     /// Notifies of pollers that armed the ring, found nothing, and have not polled since: they may be asleep. As many as there are clients at the most.
@@ -126,6 +131,8 @@ impl Inside {
             parked: VecDeque::new(),
             device_fault: None,
             health: Health::Works,
+            made_of: 0,
+            timing: None,
             aside: VecDeque::new(),
             sleepers: Vec::new(),
             interrupted: 0,
@@ -147,10 +154,12 @@ impl Inside {
         }
         // What was invalid is answered: it does not stay counted for as long as the driver takes.
         self.ledger.settle();
+        let begun = self.begun();
         let called = match self.driver.as_mut() {
             Some(driver) => driver.submit(&self.scratch.requests, &mut self.scratch.chains),
             None => return None,
         };
+        self.ended(begun);
         let called = called.map_err(|error| guest_fault(error, "submit"));
         self.note_interruption(&called);
         let checked = called.and_then(|()| {
@@ -307,6 +316,7 @@ impl Inside {
         }
         // What is answered already does not stay counted for as long as the driver takes.
         self.ledger.settle();
+        let begun = self.begun();
         let called = match (&mut self.driver, self.health) {
             (Some(driver), Health::Works) => driver
                 .complete(&self.scratch.responses, &mut self.scratch.answers)
@@ -321,6 +331,7 @@ impl Inside {
                 return None;
             }
         };
+        self.ended(begun);
         self.note_interruption(&called);
         let checked = called.and_then(|()| {
             let Scratch { answers, tokens, verdicts, .. } = &mut self.scratch;

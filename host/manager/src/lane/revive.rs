@@ -139,7 +139,7 @@ impl Lane {
     }
 
     /// After `fault`, or without one, another driver for this lane; whether it has one that works.
-    fn bring_up(&self, inside: &mut Inside, binding: &Arc<Binding>, mut fault: Option<LaneFault>) -> bool {
+    pub(super) fn bring_up(&self, inside: &mut Inside, binding: &Arc<Binding>, mut fault: Option<LaneFault>) -> bool {
         let mut false_starts = 0;
         loop {
             let next = match &fault {
@@ -167,8 +167,9 @@ impl Lane {
                 dead.into_iter().for_each(|dead| binding.bury(self.number, dead));
                 return false;
             }
-            fault = match binding.remake_lane(self.number, &self.setup) {
-                Ok(driver) => {
+            fault = match binding.remake_lane(self) {
+                Ok((driver, made_of)) => {
+                    inside.made_of = made_of;
                     false_starts = 0;
                     inside.driver = Some(driver);
                     inside.health = Health::Works;

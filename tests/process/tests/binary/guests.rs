@@ -91,6 +91,12 @@ const SERVES: &[&str] = &[
     "long-log-line",
     "rude-log-line",
     "flood-log-submit",
+    "slow-submit",
+    "trap-suspend",
+    "huge-suspend",
+    "trap-resume",
+    "loop-resume",
+    "refuse-resume",
     "trap-config-changed",
 ];
 
