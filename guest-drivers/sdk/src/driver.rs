@@ -30,6 +30,22 @@ pub trait VirtioDriver: Sized + 'static {
     /// When the device now says what it must not; the host then gives the device up.
     fn config_changed(&mut self, device: &mut dyn VirtioDevice) -> Result<(), DriverError>;
 
+    /// Another control lane, perhaps of another version, is about to take this one's place: what it might like to know. Nothing is over yet: if the other one refuses, this one
+    /// is called again.
+    fn suspend(&self) -> ExportedState {
+        ExportedState::default()
+    }
+
+    /// Takes over a device that runs. It offers what was negotiated and nothing else, and the queues that it runs with have to be planned again. `state` is a hint: a driver
+    /// that does not understand it attaches as if it were not there.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    fn resume(device: &mut dyn VirtioDevice, state: &ExportedState) -> Result<(Self, Attachment), DriverError> {
+        let _ = state;
+        Self::attach(device)
+    }
+
     /// Starts a data lane. An instance that replaces a crashed one is started with the same words, and its lane may then be asked to
     /// `complete` requests that its predecessor submitted.
     ///
@@ -86,6 +102,15 @@ pub struct Attachment {
     pub queues: Vec<QueuePlan>,
     /// What the data lanes need to know, in the driver's own encoding: at most 4,096 bytes.
     pub state: Vec<u8>,
+}
+
+/// What one control lane leaves to the next in an upgrade.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExportedState {
+    /// The driver's own number for what the bytes mean; 0 for nothing.
+    pub version: u32,
+    /// At most 4,096 bytes.
+    pub bytes: Vec<u8>,
 }
 
 /// What a data lane is started with.

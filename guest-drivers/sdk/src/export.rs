@@ -55,6 +55,15 @@ macro_rules! export_virtio_driver {
                 ) -> ::std::result::Result<(), $crate::glue::WitDriverError> {
                     with(|instance| instance.config_changed(device))
                 }
+                fn suspend() -> $crate::glue::WitExportedState {
+                    with(|instance| instance.suspend())
+                }
+                fn resume(
+                    device: &$crate::glue::Device,
+                    state: $crate::glue::WitExportedState,
+                ) -> ::std::result::Result<$crate::glue::WitAttachment, $crate::glue::WitDriverError> {
+                    with(|instance| instance.resume(device, state))
+                }
                 fn start(setup: $crate::glue::WitLaneSetup) -> ::std::result::Result<(), $crate::glue::WitDriverError> {
                     with(|instance| instance.start(setup))
                 }

@@ -10,7 +10,7 @@ use std::sync::Once;
 #[cfg(any(feature = "stream", feature = "net"))]
 use crate::device::LiveDevice;
 use crate::device::{QueueOwner, VirtioDevice};
-use crate::driver::{Attachment, Lane, LaneSetup, VirtioDriver};
+use crate::driver::{Attachment, ExportedState, Lane, LaneSetup, VirtioDriver};
 use crate::error::{DriverError, VirtioError};
 use crate::log::Level;
 #[cfg(any(feature = "stream", feature = "net"))]
@@ -55,7 +55,7 @@ pub use bindings::export_component;
 #[cfg(any(feature = "stream", feature = "net"))]
 pub use bindings::exports::cofferdam::driver::control::Guest as ControlGuest;
 pub use bindings::exports::cofferdam::driver::driver::{
-    Attachment as WitAttachment, Guest as DriverGuest, LaneSetup as WitLaneSetup,
+    Attachment as WitAttachment, ExportedState as WitExportedState, Guest as DriverGuest, LaneSetup as WitLaneSetup,
 };
 pub use service::*;
 pub use wit_bindgen::rt;
@@ -113,6 +113,22 @@ impl<D: VirtioDriver> Instance<D> {
         let mut driver = self.driver.borrow_mut();
         let driver = driver.as_mut().ok_or_else(not_attached)?;
         Ok(driver.config_changed(&mut HostDevice(device))?)
+    }
+
+    /// `driver.suspend`.
+    pub fn suspend(&self) -> WitExportedState {
+        let driver = self.driver.borrow();
+        let ExportedState { version, bytes } = driver.as_ref().map(D::suspend).unwrap_or_default();
+        WitExportedState { version, bytes }
+    }
+
+    /// `driver.resume`.
+    pub fn resume(&self, device: &Device, state: WitExportedState) -> Result<WitAttachment, WitDriverError> {
+        log_panics();
+        let state = ExportedState { version: state.version, bytes: state.bytes };
+        let (driver, attachment) = D::resume(&mut HostDevice(device), &state)?;
+        *self.driver.borrow_mut() = Some(driver);
+        Ok(attachment.into())
     }
 
     /// `driver.start`.

@@ -58,7 +58,7 @@ pub use function_glue::{dma, interrupt};
 pub use block::BlockProperties;
 pub use device::{LiveDevice, Posting, QueueOwner, QueuePlan, VirtioDevice};
 pub use devices::DeviceId;
-pub use driver::{Attachment, Lane, LaneSetup, VirtioDriver};
+pub use driver::{Attachment, ExportedState, Lane, LaneSetup, VirtioDriver};
 pub use entropy::EntropyProperties;
 pub use error::{DriverError, VirtioError};
 pub use net::{NetProperties, Offloads};

@@ -13,7 +13,8 @@ use cofferdam_manager::{Cancel, Cause, Certificate, Explanation, Manager, Unload
 use tokio::sync::Semaphore;
 
 use crate::control::{
-    ErrorBody, ErrorCode, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, UnloadBody,
+    ErrorBody, ErrorCode, LONGEST_REVOKE, LONGEST_UNLOAD, LoadBody, PortBody, RevokeBody, RollbackBody, UnloadBody,
+    UpgradeBody,
 };
 use crate::follow::Followers;
 use crate::host;
@@ -44,6 +45,10 @@ pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
         .route("/v1/bindings", get(list).post(load))
         .route("/v1/bindings/{name}", get(one))
         .route("/v1/bindings/{name}/unload", post(unload))
+        .route("/v1/bindings/{name}/upgrade", post(upgrade))
+        .route("/v1/bindings/{name}/rollback", post(roll_back))
+        .route("/v1/bindings/{name}/restart", post(restart))
+        .route("/v1/bindings/{name}/crashes", get(crashes))
         .route("/v1/bindings/{name}/why", get(why))
         .route("/v1/bindings/{name}/handles", get(handles))
         .route("/v1/bindings/{name}/handles/{handle}/revoke", post(revoke))
@@ -70,6 +75,25 @@ async fn why(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response
     let manager = api.manager.clone();
     // It waits for a guest's backtrace, some milliseconds, and has to be had when every slot is taken by a call that is stuck.
     answer(blocking(move || host::why(&manager, &name)).await)
+}
+
+async fn crashes(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    answer(host::find(&api.manager, &name).map(|binding| binding.crashes()))
+}
+
+async fn upgrade(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<UpgradeBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::upgrade(&manager, &name, &body)).await)
+}
+
+async fn roll_back(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Body<RollbackBody>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(body, move |body| host::roll_back(&manager, &name, &body)).await)
+}
+
+async fn restart(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    let manager = api.manager.clone();
+    answer(api.blocking(Ok(Json(())), move |()| host::restart(&manager, &name)).await)
 }
 
 async fn load(State(api): State<Api>, body: Body<LoadBody>) -> Response {

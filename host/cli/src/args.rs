@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use cofferdam_manager::MAX_RESTARTS;
 
-use crate::control::{LONGEST_REVOKE, mapped_handles, mapped_mib};
+use crate::control::{LONGEST_HOLD, LONGEST_REVOKE, mapped_handles, mapped_mib};
 use crate::help;
 
 /// Device drivers as WebAssembly components: loaded, bound to real devices, and taken out safely while they are in use.
@@ -59,6 +60,20 @@ pub(crate) enum Command {
     /// With the deadline passed the exit code is 4, the binding admits nothing any more and stays `draining`; unload again to go on.
     #[command(after_help = help::UNLOAD)]
     Unload(UnloadArgs),
+    /// Put another version of its driver in the place of the one that serves, under its clients.
+    ///
+    /// What goes wrong brings the old one back: a refusal at once; a crash, or calls that take much longer than before, as long as the probation lasts.
+    #[command(after_help = help::UPGRADE)]
+    Upgrade(UpgradeArgs),
+    /// Put the driver back that was there before the last upgrade.
+    #[command(after_help = help::ROLLBACK)]
+    Rollback(RollbackArgs),
+    /// Try once more with a binding that is 'failed' because its driver broke down too often. Its clients keep their handles.
+    #[command(after_help = help::RESTART)]
+    Restart(NameArgs),
+    /// Show how a binding's driver broke down: the last 16 times, with the guest's stack and its last calls.
+    #[command(after_help = help::CRASHES)]
+    Crashes(NameArgs),
     /// List PCI functions: what they are, who has them, and whether uio or vfio can have them. Needs no daemon.
     #[command(after_help = help::DEVICES)]
     Devices(LsArgs),
@@ -131,6 +146,13 @@ pub(crate) struct BindArgs {
     /// Requests in flight per queue.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_535))]
     pub(crate) requests: u32,
+    /// How often a driver that breaks down is replaced while its clients wait: COUNT/TIME, or 'never': then the binding leaves with the first time. Past the limit it is
+    /// 'failed', and clients get errors until 'cofferdam restart'.
+    #[arg(long, value_name = "COUNT/TIME", default_value = "5/30m", value_parser = parse_restarts)]
+    pub(crate) restarts: Restarts,
+    /// The wait before the second restart within that time; the first is at once, and each further one waits twice as long, 10 s at most.
+    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = parse_short_duration)]
+    pub(crate) restart_wait: Duration,
     /// Open handles of the binding.
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) handles: u32,
@@ -185,6 +207,40 @@ pub(crate) struct InspectArgs {
     /// A component file, or the name of a binding.
     #[arg(value_name = "DRIVER.wasm|NAME")]
     pub(crate) what: String,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct UpgradeArgs {
+    /// The binding.
+    pub(crate) name: String,
+    /// The new driver, a component file.
+    #[arg(value_name = "NEW.wasm")]
+    pub(crate) driver: PathBuf,
+    /// How long clients may be held, at most 5s; after that the old driver goes on.
+    #[arg(long, default_value = "1s", value_parser = parse_hold)]
+    pub(crate) deadline: Duration,
+    /// How long the old driver comes back by itself.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub(crate) probation: Duration,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct RollbackArgs {
+    /// The binding.
+    pub(crate) name: String,
+    /// How long clients may be held, at most 5s.
+    #[arg(long, default_value = "1s", value_parser = parse_hold)]
+    pub(crate) deadline: Duration,
     #[command(flatten)]
     pub(crate) socket: SocketArg,
     /// Print JSON.
@@ -354,6 +410,29 @@ fn parse_short_duration(text: &str) -> Result<Duration, String> {
 }
 
 /// Ring sizes are powers of two up to 32,768 (virtio 1.2, section 2.7).
+/// What `--restarts` says: so many within so long, or never.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Restarts(pub(crate) Option<(u32, Duration)>);
+
+fn parse_restarts(text: &str) -> Result<Restarts, String> {
+    if text == "never" {
+        return Ok(Restarts(None));
+    }
+    let (count, within) = text.split_once('/').ok_or("a count and a time, 5/30m, or never")?;
+    let count: u32 = count.parse().map_err(|_| "a count and a time: 5/30m")?;
+    if count > MAX_RESTARTS {
+        return Err(format!("at most {MAX_RESTARTS} restarts can be asked for"));
+    }
+    Ok(Restarts(Some((count, parse_duration(within)?))))
+}
+
+/// What clients can be asked to wait without being told (DESIGN section 9).
+fn parse_hold(text: &str) -> Result<Duration, String> {
+    let hold = parse_duration(text)?;
+    let fits = (Duration::from_millis(1)..=LONGEST_HOLD).contains(&hold);
+    fits.then_some(hold).ok_or_else(|| format!("1ms to {LONGEST_HOLD:?}"))
+}
+
 fn parse_ring(text: &str) -> Result<u16, String> {
     let entries: u16 = text.parse().map_err(|_| "a number of entries".to_owned())?;
     if entries.is_power_of_two() && entries >= 2 {
@@ -366,6 +445,17 @@ fn parse_ring(text: &str) -> Result<u16, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn restarts_are_a_count_within_a_time_or_never() {
+        let half_an_hour = Duration::from_secs(1800);
+        assert_eq!(parse_restarts("5/30m"), Ok(Restarts(Some((5, half_an_hour)))));
+        assert_eq!(parse_restarts("0/1s"), Ok(Restarts(Some((0, Duration::from_secs(1))))));
+        assert_eq!(parse_restarts("never"), Ok(Restarts(None)));
+        for bad in ["", "5", "5/", "/5m", "-1/5m", "5/5x", "10001/1s", "always"] {
+            assert!(parse_restarts(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn durations_have_units_and_a_bound() {

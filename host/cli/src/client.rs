@@ -3,12 +3,15 @@
 use std::path::Path;
 use std::time::Duration;
 
-use cofferdam_manager::{BindingStatus, Explanation, HandleStatus, RevokeReport};
+use cofferdam_manager::{BindingStatus, CrashReport, Explanation, HandleStatus, RevokeReport, UpgradeReport};
 use hyper::Method;
 use serde::de::DeserializeOwned;
 
-use crate::args::{InspectArgs, LoadArgs, LsArgs, NameArgs, PortArgs, PortChangeArgs, PortCommand, RevokeArgs};
-use crate::control::{ErrorBody, PortBody, PortChange, RevokeBody};
+use crate::args::{
+    InspectArgs, LoadArgs, LsArgs, NameArgs, PortArgs, PortChangeArgs, PortCommand, RevokeArgs, RollbackArgs,
+    UpgradeArgs,
+};
+use crate::control::{ErrorBody, PortBody, PortChange, RevokeBody, RollbackBody, UpgradeBody};
 use crate::link::Link;
 use crate::{host, show, signals};
 
@@ -71,6 +74,61 @@ pub(crate) fn handles(args: NameArgs) -> Result<(), ErrorBody> {
         show::json(&handles)
     } else {
         show::handles(&args.name, &handles)
+    }
+    Ok(())
+}
+
+pub(crate) fn upgrade(args: UpgradeArgs) -> Result<(), ErrorBody> {
+    let body = UpgradeBody {
+        driver: host::absolute_path(&args.driver)?,
+        deadline_ms: millis(args.deadline),
+        probation_ms: millis(args.probation),
+    };
+    let call = Call { doing: "upgrading (a new driver is compiled once)", bound: LOAD };
+    exchange(&call, &args.name, "/upgrade", args.socket.socket.as_deref(), &body, args.json)
+}
+
+pub(crate) fn roll_back(args: RollbackArgs) -> Result<(), ErrorBody> {
+    let body = RollbackBody { deadline_ms: millis(args.deadline) };
+    let call = Call { doing: "rolling back", bound: ANSWER };
+    exchange(&call, &args.name, "/rollback", args.socket.socket.as_deref(), &body, args.json)
+}
+
+fn exchange(
+    call: &Call,
+    name: &str,
+    rest: &str,
+    socket: Option<&Path>,
+    body: &impl serde::Serialize,
+    json: bool,
+) -> Result<(), ErrorBody> {
+    let report: UpgradeReport = call.make(socket, Method::POST, &url(name, rest)?, Some(body))?;
+    if json {
+        show::json(&report)
+    } else {
+        show::upgraded(&report)
+    }
+    Ok(())
+}
+
+pub(crate) fn restart(args: NameArgs) -> Result<(), ErrorBody> {
+    let call = Call { doing: "restarting", bound: ANSWER };
+    let url = url(&args.name, "/restart")?;
+    let binding: BindingStatus = call.make(args.socket.socket.as_deref(), Method::POST, &url, None::<&()>)?;
+    if args.json {
+        show::json(&binding)
+    } else {
+        show::serving(&binding)
+    }
+    Ok(())
+}
+
+pub(crate) fn crashes(args: NameArgs) -> Result<(), ErrorBody> {
+    let crashes: Vec<CrashReport> = get(args.socket.socket.as_deref(), &url(&args.name, "/crashes")?)?;
+    if args.json {
+        show::json(&crashes)
+    } else {
+        show::crashes(&args.name, &crashes)
     }
     Ok(())
 }

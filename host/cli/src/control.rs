@@ -6,6 +6,10 @@
 //! | `GET /v1/bindings/NAME` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings` | [`LoadBody`] | [`BindingStatus`](cofferdam_manager::BindingStatus) |
 //! | `POST /v1/bindings/NAME/unload` | [`UnloadBody`] | [`Certificate`] |
+//! | `POST /v1/bindings/NAME/upgrade` | [`UpgradeBody`] | [`UpgradeReport`](cofferdam_manager::UpgradeReport) |
+//! | `POST /v1/bindings/NAME/rollback` | [`RollbackBody`] | [`UpgradeReport`](cofferdam_manager::UpgradeReport) |
+//! | `POST /v1/bindings/NAME/restart` | | [`BindingStatus`](cofferdam_manager::BindingStatus) |
+//! | `GET /v1/bindings/NAME/crashes` | | list of [`CrashReport`](cofferdam_manager::CrashReport), the oldest first |
 //! | `GET /v1/bindings/NAME/why` | | [`Explanation`], also of a binding that left |
 //! | `GET /v1/bindings/NAME/handles` | | list of [`HandleStatus`](cofferdam_manager::HandleStatus) |
 //! | `POST /v1/bindings/NAME/handles/ID/revoke` | [`RevokeBody`] | [`RevokeReport`] |
@@ -26,13 +30,19 @@
 
 use std::time::Duration;
 
-use cofferdam_manager::{Certificate, Explanation, RevokeReport};
+use cofferdam_manager::{Certificate, Explanation, RestartPolicy, RevokeReport};
 use serde::{Deserialize, Serialize};
+
+use crate::client::millis;
 
 /// Header of every answer: which daemon gave it.
 pub(crate) const DAEMON_HEADER: &str = "x-cofferdam-daemon";
 /// Longest wait of an unload.
 pub(crate) const LONGEST_UNLOAD: Duration = Duration::from_secs(86_400);
+/// Longest time that clients are held for an exchange of the driver.
+pub(crate) const LONGEST_HOLD: Duration = Duration::from_secs(5);
+/// Longest probation of a new driver.
+pub(crate) const LONGEST_PROBATION: Duration = Duration::from_secs(86_400);
 /// Longest wait of a revocation: it goes on without its client.
 pub(crate) const LONGEST_REVOKE: Duration = Duration::from_secs(60);
 
@@ -66,10 +76,30 @@ pub(crate) struct LoadBody {
     pub(crate) ring_entries: u16,
     pub(crate) requests: u32,
     pub(crate) handles: u32,
+    /// Restarts within `restart_within_ms`; none: the binding leaves when its driver breaks down.
+    #[serde(default = "restarts")]
+    pub(crate) restarts: Option<u32>,
+    #[serde(default = "restart_within_ms")]
+    pub(crate) restart_within_ms: u64,
+    #[serde(default = "restart_wait_ms")]
+    pub(crate) restart_wait_ms: u64,
     #[serde(default = "mapped_handles")]
     pub(crate) mapped_handles: u32,
     #[serde(default = "mapped_mib")]
     pub(crate) mapped_mib: u32,
+}
+
+/// As [`RestartPolicy`] has it, unless a load says otherwise.
+fn restarts() -> Option<u32> {
+    Some(RestartPolicy::default().limit)
+}
+
+fn restart_within_ms() -> u64 {
+    millis(RestartPolicy::default().within)
+}
+
+fn restart_wait_ms() -> u64 {
+    millis(RestartPolicy::default().backoff)
 }
 
 /// Clients that may share memory with the device, unless a load says otherwise.
@@ -91,6 +121,22 @@ pub(crate) struct UnloadBody {
     /// Answer a deadline that passed with the explanation.
     #[serde(default)]
     pub(crate) explain: bool,
+}
+
+/// An upgrade. The path is absolute.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct UpgradeBody {
+    pub(crate) driver: String,
+    pub(crate) deadline_ms: u64,
+    pub(crate) probation_ms: u64,
+}
+
+/// A rollback.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RollbackBody {
+    pub(crate) deadline_ms: u64,
 }
 
 /// A revocation.

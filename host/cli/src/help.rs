@@ -17,6 +17,10 @@ Examples:
   cofferdam events --follow &
   cofferdam why disk0
   cofferdam unload disk0 --deadline 5s --explain
+  cofferdam upgrade disk0 virtio-blk-2.wasm
+  cofferdam rollback disk0
+  cofferdam crashes disk0
+  cofferdam restart disk0
   cofferdam doctor
   cofferdam devices
   cofferdam bind pci:0000:00:04.0 --dry-run";
@@ -54,6 +58,43 @@ Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64
   cofferdam load virtio-rng.wasm --device vhost-user:/run/rng.sock --port fifo:/run/random --port entropy-pool
   cofferdam load virtio-console.wasm --device vhost-user:/run/console.sock --queues 2 --port pty:/run/console --port pty:/run/agent,port=1";
+
+/// `cofferdam upgrade --help`.
+pub(crate) const UPGRADE: &str = "\
+The new driver has to give the same service, to list the same devices, and to plan the queues that the device runs with; the device is not reset. Its grants and limits are those of the load.
+Exit codes: 0 the new driver serves, 1 it does not and the old one serves, 2 usage, 3 no such binding or file.
+
+Examples:
+  cofferdam upgrade disk0 virtio-blk-2.wasm
+  cofferdam upgrade disk0 virtio-blk-2.wasm --deadline 200ms --probation 1m --json
+  cofferdam rollback disk0";
+
+/// `cofferdam rollback --help`.
+pub(crate) const ROLLBACK: &str = "\
+Exit codes: 0 the driver before serves, 1 it does not and the one that was there serves, 2 usage, 3 no such binding.
+
+Examples:
+  cofferdam rollback disk0
+  cofferdam rollback disk0 --json";
+
+/// `cofferdam restart --help`.
+pub(crate) const RESTART: &str = "\
+What was lost to the failure was answered with errors; what is on the device's rings was not touched and is answered as it completes.
+Exit codes: 0 it serves, 1 it failed again or has not failed, 2 usage, 3 no such binding.
+
+Examples:
+  cofferdam restart disk0
+  cofferdam restart disk0 --json";
+
+/// `cofferdam crashes --help`.
+pub(crate) const CRASHES: &str = "\
+Reports and core dumps are written to $XDG_STATE_HOME/cofferdam/crashes [default: ~/.local/state/cofferdam/crashes], at most 64 and 256 MiB of them, the oldest go first.
+A core dump is in the format of the WebAssembly tool conventions (Coredump.md).
+Exit codes: 0 done, 1 failed, 2 usage, 3 no such binding.
+
+Examples:
+  cofferdam crashes disk0
+  cofferdam crashes disk0 --json";
 
 /// `cofferdam ls --help`.
 pub(crate) const LS: &str = "\

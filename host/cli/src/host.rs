@@ -7,8 +7,9 @@ use std::time::Duration;
 use cofferdam_bus_pci::Via;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
-    Binding, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec, Manager, Offer,
-    Phase, Port, PortError, RevokeError, RevokeReport, Transport, UnloadError, UnloadOptions,
+    Binding, BindingStatus, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec,
+    Manager, Offer, Phase, Port, PortError, RestartPolicy, RevokeError, RevokeReport, Transport, UnloadError,
+    UnloadOptions, UpgradeReport, UpgradeSpec,
 };
 use cofferdam_port_character::{CharacterAddress, CharacterError, CharacterPort};
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
@@ -16,7 +17,10 @@ use cofferdam_port_nbd::{NbdAddress, NbdError, NbdOptions, NbdPort};
 use cofferdam_port_tap::{TapAddress, TapError, TapPort};
 
 use crate::args::BindArgs;
-use crate::control::{ErrorBody, ErrorCode, LoadBody, PortChange};
+use crate::client::millis;
+use crate::control::{
+    ErrorBody, ErrorCode, LONGEST_HOLD, LONGEST_PROBATION, LoadBody, PortChange, RollbackBody, UpgradeBody,
+};
 use crate::devices;
 use crate::drivers::{self, Driver};
 
@@ -33,18 +37,31 @@ pub(crate) fn manager() -> Result<Manager, ErrorBody> {
 }
 
 fn cache_dir() -> Option<PathBuf> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
     Some(base.join("cofferdam"))
 }
 
+/// A path that means the same in the daemon.
+pub(crate) fn absolute_path(path: &Path) -> Result<String, ErrorBody> {
+    let absolute =
+        std::path::absolute(path).map_err(|error| ErrorBody::usage(format!("{}: {error}", path.display())))?;
+    absolute.into_os_string().into_string().map_err(|path| ErrorBody::usage(format!("{path:?} is not UTF-8")))
+}
+
+/// Where crashes are written down: the user's directory for state (XDG Base Directory Specification).
+fn crash_dir() -> Option<PathBuf> {
+    let base = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")))?;
+    Some(base.join("cofferdam/crashes"))
+}
+
+/// A directory that the environment names.
+fn absolute(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
 /// What the command line asks for, with absolute paths, so that it means the same in the daemon.
 pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, ErrorBody> {
-    let absolute = |path: &PathBuf| {
-        let absolute =
-            std::path::absolute(path).map_err(|error| ErrorBody::usage(format!("{}: {error}", path.display())))?;
-        absolute.into_os_string().into_string().map_err(|path| ErrorBody::usage(format!("{path:?} is not UTF-8")))
-    };
+    let absolute = |path: &PathBuf| absolute_path(path);
     let driver = args.driver.as_ref().map(absolute).transpose()?;
     // Where a driver is named, none is looked for.
     let drivers = args.drivers.as_ref().filter(|_| driver.is_none()).map(absolute).transpose()?;
@@ -65,6 +82,9 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         ring_entries: args.ring_entries,
         requests: args.requests,
         handles: args.handles,
+        restarts: args.restarts.0.map(|(count, _)| count),
+        restart_within_ms: args.restarts.0.map_or(0, |(_, within)| millis(within)),
+        restart_wait_ms: millis(args.restart_wait),
         mapped_handles: args.mapped_handles,
         mapped_mib: args.mapped_mib,
     })
@@ -261,6 +281,13 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody, terminal: Option<Over>) -
         call_deadline_ms: u64::from(body.call_deadline_ms),
         ..GuestLimits::default()
     };
+    spec.restarts = body.restarts.map(|limit| RestartPolicy {
+        limit,
+        within: Duration::from_millis(body.restart_within_ms),
+        backoff: Duration::from_millis(body.restart_wait_ms),
+        ..RestartPolicy::default()
+    });
+    spec.crash_dir = crash_dir();
     spec.arena_bytes = u64::from(body.arena_mib) << 20;
     spec.ring_entries = body.ring_entries;
     spec.requests_per_lane = body.requests as usize;
@@ -305,6 +332,32 @@ pub(crate) fn find(manager: &Manager, name: &str) -> Result<Arc<Binding>, ErrorB
     manager.get(name).ok_or_else(none)
 }
 
+/// Another version of a binding's driver, under its clients.
+pub(crate) fn upgrade(manager: &Manager, name: &str, body: &UpgradeBody) -> Result<UpgradeReport, ErrorBody> {
+    let path = Path::new(&body.driver);
+    // Before the file: a name that is wrong is the likelier mistake.
+    find(manager, name)?;
+    let component = read_component(path)?;
+    let driver = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let deadline = Duration::from_millis(body.deadline_ms).min(LONGEST_HOLD);
+    let probation = Duration::from_millis(body.probation_ms).min(LONGEST_PROBATION);
+    let spec = UpgradeSpec { driver, component, deadline, probation };
+    manager.upgrade(name, spec).map_err(ErrorBody::failed)
+}
+
+/// The version before.
+pub(crate) fn roll_back(manager: &Manager, name: &str, body: &RollbackBody) -> Result<UpgradeReport, ErrorBody> {
+    let deadline = Duration::from_millis(body.deadline_ms).min(LONGEST_HOLD);
+    find(manager, name)?.roll_back(deadline).map_err(ErrorBody::failed)
+}
+
+/// One more try for a binding that failed.
+pub(crate) fn restart(manager: &Manager, name: &str) -> Result<BindingStatus, ErrorBody> {
+    let binding = find(manager, name)?;
+    binding.restart().map_err(ErrorBody::failed)?;
+    Ok(binding.status())
+}
+
 /// One more port for a binding that serves.
 pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<PortChange, ErrorBody> {
     let address = PortAddress::parse(port)?;
@@ -312,7 +365,7 @@ pub(crate) fn attach_port(manager: &Manager, name: &str, port: &str) -> Result<P
         return Err(only_run());
     }
     let binding = find(manager, name)?;
-    if binding.phase() != Phase::Serving {
+    if !matches!(binding.phase(), Phase::Serving | Phase::Recovering) {
         return Err(leaving(name));
     }
     let ports = binding.ports();

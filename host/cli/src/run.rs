@@ -118,7 +118,7 @@ async fn leaves_by_itself(binding: &Binding, stop: &mut StopSignals, ended: &Not
             () = stop.next() => return false,
             () = ended.notified() => return false,
             () = tokio::time::sleep(LOOK) => {
-                if binding.phase() != Phase::Serving {
+                if !matches!(binding.phase(), Phase::Serving | Phase::Recovering) {
                     return true;
                 }
             }

@@ -2,6 +2,7 @@
 //!
 //! Drivers, devices and clients have a say in some of these texts, so no control character of theirs reaches a terminal. JSON is another matter: its reader unpacks it.
 
+mod crash;
 mod devices;
 mod doctor;
 mod event;
@@ -13,11 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cofferdam_manager::{
     BindingStatus, Certificate, DeviceId, GuestLimits, HandleStatus, ImportInfo, ImportKind, ModuleInfo, RevokeReport,
-    Stage,
+    Stage, UpgradeReport,
 };
 
 use crate::control::{PortChange, mapped_handles, mapped_mib};
 
+pub(crate) use crash::crashes;
 pub(crate) use devices::{device_json, devices, handed_over, returned, steps};
 pub(crate) use doctor::{doctor, doctor_json};
 pub(crate) use event::event;
@@ -136,6 +138,12 @@ fn handle_lines(indent: &str, handles: &[HandleStatus]) -> Vec<String> {
     table::lines(indent, head, handles.iter().map(row))
 }
 
+pub(crate) fn upgraded(report: &UpgradeReport) {
+    let UpgradeReport { name, from, to, generation, prepare_micros, blackout_micros, .. } = report;
+    line(&format!("{name}: {from} -> {to} (generation {generation})"));
+    line(&format!("  made ready in {}, clients waited {blackout_micros} us", millis(*prepare_micros / 1000)));
+}
+
 pub(crate) fn revoked(report: &RevokeReport) {
     let RevokeReport { binding, handle, port, peer, .. } = report;
     line(&format!("handle {handle} of {binding} is revoked ({port}, {peer})"));
@@ -170,6 +178,10 @@ fn reachable(ports: &[String]) {
 pub(crate) fn binding(binding: &BindingStatus) {
     line(&format!("{} ({})", binding.name, state(binding)));
     line(&format!("  driver      {} (generation {})", binding.driver, binding.generation));
+    if binding.crashes > 0 {
+        let crashes = count(binding.crashes, "time");
+        line(&format!("  broke down  {crashes} (see 'cofferdam crashes {}')", binding.name));
+    }
     line(&format!("  device      {} ({})", binding.device, given(binding)));
     line(&format!("  age         {}", age(binding.age_seconds)));
     line(&format!("  lanes       {}", binding.lanes));

@@ -32,6 +32,14 @@ named! {
     pub enum EventKind {
         /// See [`Event::Loaded`].
         Loaded = "loaded",
+        /// See [`Event::Faulted`].
+        Faulted = "faulted",
+        /// See [`Event::Recovered`].
+        Recovered = "recovered",
+        /// See [`Event::Exhausted`].
+        Exhausted = "exhausted",
+        /// See [`Event::Restarted`].
+        Restarted = "restarted",
         /// See [`Event::Leave`].
         Leave = "leave",
         /// See [`Event::GateClosed`].
@@ -78,6 +86,14 @@ named! {
 pub enum Event {
     /// The binding is built, and the device runs.
     Loaded,
+    /// The driver broke down, and may be replaced.
+    Faulted,
+    /// Every lane has a driver again.
+    Recovered,
+    /// The driver broke down too often.
+    Exhausted,
+    /// An operator wants another try.
+    Restarted,
     /// An entry to the ladder. While one is under way it only adds to the marks, and goes on where somebody gave up.
     Leave {
         /// Why.
@@ -128,6 +144,10 @@ impl Event {
     pub const fn kind(self) -> EventKind {
         match self {
             Event::Loaded => EventKind::Loaded,
+            Event::Faulted => EventKind::Faulted,
+            Event::Recovered => EventKind::Recovered,
+            Event::Exhausted => EventKind::Exhausted,
+            Event::Restarted => EventKind::Restarted,
             Event::Leave { .. } => EventKind::Leave,
             Event::GateClosed => EventKind::GateClosed,
             Event::HandlesRevoked => EventKind::HandlesRevoked,

@@ -10,6 +10,10 @@ named! {
         Loading = "loading",
         /// Clients are served.
         Serving = "serving",
+        /// The driver broke down, and another instance takes its place; clients wait.
+        Recovering = "recovering",
+        /// The driver broke down too often. The device runs on, clients get errors, and an operator may try again.
+        Failed = "failed",
         /// Admission is being stopped.
         Closing = "closing",
         /// Handles are being revoked.
@@ -49,6 +53,8 @@ impl State {
         match self {
             State::Loading => Phase::Loading,
             State::Serving => Phase::Serving,
+            State::Recovering => Phase::Recovering,
+            State::Failed => Phase::Failed,
             State::Detached => Phase::Detached,
             _ => Phase::Draining,
         }
@@ -59,6 +65,8 @@ impl State {
         match self {
             State::Loading => Effect::Build,
             State::Serving => Effect::Serve,
+            State::Recovering => Effect::Recover,
+            State::Failed => Effect::Refuse,
             State::Closing => Effect::CloseGate,
             State::Revoking => Effect::RevokeHandles,
             State::Draining => Effect::Drain,
@@ -101,6 +109,10 @@ named! {
         Loading = "loading",
         /// Clients are served.
         Serving = "serving",
+        /// Its driver is being replaced; clients wait.
+        Recovering = "recovering",
+        /// Its driver is given up; clients get errors.
+        Failed = "failed",
         /// It is on the ladder.
         Draining = "draining",
         /// Over.
@@ -116,6 +128,10 @@ named! {
         Build = "build",
         /// Nothing but to watch for loss and faults.
         Serve = "serve",
+        /// Instances are made that adopt rings and requests. Newcomers wait meanwhile, within a bound.
+        Recover = "recover",
+        /// What the driver was given and the device was not is answered as failed, and so is what comes. What is on the rings is answered as the device completes it.
+        Refuse = "refuse",
         /// Admission stops for good (G1). Sleepers in host calls wake.
         CloseGate = "close-gate",
         /// Handles answer `revoked`, their sleepers wake, clients lose what they had mapped.
@@ -154,7 +170,10 @@ impl Effect {
     pub const fn results(self) -> &'static [EventKind] {
         match self {
             Effect::Build => &[EventKind::Loaded, EventKind::Leave],
-            Effect::Serve | Effect::Pause => &[EventKind::Leave],
+            Effect::Serve => &[EventKind::Faulted, EventKind::Leave],
+            Effect::Recover => &[EventKind::Recovered, EventKind::Exhausted, EventKind::Leave],
+            Effect::Refuse => &[EventKind::Restarted, EventKind::Leave],
+            Effect::Pause => &[EventKind::Leave],
             Effect::CloseGate => &[EventKind::GateClosed],
             Effect::RevokeHandles => &[EventKind::HandlesRevoked],
             Effect::Drain => &[

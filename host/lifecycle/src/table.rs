@@ -63,9 +63,16 @@ const fn row(from: S, event: E, when: When, to: S) -> Transition {
 pub const TABLE: &[Transition] = &[
     // In.
     row(S::Loading, E::Loaded, When::Always, S::Serving),
+    // A driver that breaks down.
+    row(S::Serving, E::Faulted, When::Always, S::Recovering),
+    row(S::Recovering, E::Recovered, When::Always, S::Serving),
+    row(S::Recovering, E::Exhausted, When::Always, S::Failed),
+    row(S::Failed, E::Restarted, When::Always, S::Recovering),
     // The entries.
     row(S::Loading, E::Leave, When::MayLeave, S::Closing),
     row(S::Serving, E::Leave, When::MayLeave, S::Closing),
+    row(S::Recovering, E::Leave, When::MayLeave, S::Closing),
+    row(S::Failed, E::Leave, When::MayLeave, S::Closing),
     row(S::Waiting, E::Leave, When::Always, S::Draining),
     // The ladder.
     row(S::Closing, E::GateClosed, When::Always, S::Revoking),

@@ -34,7 +34,10 @@ fn step(here: &Situation, choice: u32, names: &mut Vec<String>) -> Result<Situat
     let one = list.swap_remove(choice / LEAVES_ONE_IN % list.len());
     names.push(one.name);
     let next = must(one.next, names)?;
-    let past = !matches!(here.life.state(), State::Loading | State::Serving | State::Closing);
+    let past = !matches!(
+        here.life.state(),
+        State::Loading | State::Serving | State::Recovering | State::Failed | State::Closing
+    );
     let admitted = next.world.given > here.world.given;
     prop_assert!(!(past && admitted), "something was admitted after gate-closed: {names:#?}");
     Ok(next)

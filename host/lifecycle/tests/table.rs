@@ -41,6 +41,8 @@ fn a_row_has_a_condition_only_where_the_rules_name_one() {
     let conditional = [
         (State::Loading, EventKind::Leave),
         (State::Serving, EventKind::Leave),
+        (State::Recovering, EventKind::Leave),
+        (State::Failed, EventKind::Leave),
         (State::Draining, EventKind::CutShort),
         (State::DetachingPorts, EventKind::PortsDetached),
         (State::Retiring, EventKind::Retired),
@@ -81,7 +83,7 @@ fn a_leave_is_heard_everywhere_and_moves_only_who_is_not_on_the_way() {
     for &state in State::ALL.iter().filter(|state| **state != State::Detached) {
         let answers: Vec<_> = rows(state, EventKind::Leave).map(|row| row.to).collect();
         let next = match state {
-            State::Loading | State::Serving => State::Closing,
+            State::Loading | State::Serving | State::Recovering | State::Failed => State::Closing,
             State::Waiting => State::Draining,
             other => other,
         };

@@ -197,6 +197,16 @@ fn code_of_a_pinned_binding_dropped_is_caught() {
 }
 
 #[test]
+fn serving_after_the_last_restart_is_caught() {
+    caught(&redirected(S::Recovering, E::Exhausted, S::Serving), "it serves without a driver");
+}
+
+#[test]
+fn a_failed_binding_that_hears_nobody_is_caught() {
+    caught(&without(S::Failed, E::Leave), "refused");
+}
+
+#[test]
 fn releasing_skipped_is_caught() {
     caught(&skipped(S::Releasing, S::Detached), "the device is left");
 }

@@ -23,6 +23,7 @@ use crate::lane::Lane;
 use crate::mapped::Regions;
 use crate::offer::Offer;
 use crate::ports::{Gone, Port, PortReport, Ports, Within};
+use crate::recovery::Recovery;
 use crate::residue::Marks;
 
 /// Longest sleep between two looks for the last answers of a handle that is being revoked.
@@ -85,7 +86,8 @@ impl Drop for Lowered<'_> {
 /// One driver joined to one device; made by [`crate::Manager::load`].
 pub struct Binding {
     name: String,
-    driver: String,
+    /// Changes with an upgrade.
+    driver: Mutex<Arc<str>>,
     device: String,
     pub(crate) pinned: bool,
     generation: AtomicU64,
@@ -96,6 +98,8 @@ pub struct Binding {
     /// When it entered the ladder.
     leaving_since: OnceLock<Instant>,
     fault: OnceLock<LaneFault>,
+    /// How its driver is replaced; unset where it is not.
+    pub(crate) recovery: OnceLock<Recovery>,
     /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
     pub(crate) hurried: AtomicBool,
     /// How the device is kept to its memory, once that is decided.
@@ -117,7 +121,7 @@ pub struct Binding {
     pub(crate) certificate: OnceLock<Certificate>,
     /// What the ladder had found after its last step, for callers who cannot have the parts.
     pub(crate) so_far: Mutex<Progress>,
-    /// Looks at its instances, from before each of them is made: at most one per queue, and the control lane's. Locked to add and to copy, never across a call.
+    /// Looks at its instances, from before each of them is made: one per lane, and the control lane's. Locked to add and to copy, never across a call.
     calls: Mutex<Vec<(LaneId, CallView)>>,
     /// Memory that clients have mapped.
     regions: Regions,
@@ -155,7 +159,7 @@ impl Binding {
         gate.limit_handles(u32::try_from(handle_limit).unwrap_or(u32::MAX));
         Binding {
             name,
-            driver,
+            driver: Mutex::new(driver.into()),
             device,
             pinned,
             generation: AtomicU64::new(1),
@@ -164,6 +168,7 @@ impl Binding {
             life: Mutex::new(Life::new(pinned)),
             leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
+            recovery: OnceLock::new(),
             hurried: AtomicBool::new(false),
             confinement: OnceLock::new(),
             judging: AtomicBool::new(false),
@@ -188,9 +193,13 @@ impl Binding {
         &self.name
     }
 
-    /// The driver's file or label.
-    pub fn driver(&self) -> &str {
-        &self.driver
+    /// The driver's file or label, as it is now.
+    pub fn driver(&self) -> Arc<str> {
+        Arc::clone(&self.driver.lock())
+    }
+
+    pub(crate) fn set_driver(&self, driver: &str) {
+        *self.driver.lock() = driver.into();
     }
 
     /// The device's address.
@@ -201,6 +210,11 @@ impl Binding {
     /// How many drivers this binding has had, from 1.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Another driver is about to be made.
+    pub(crate) fn next_generation(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Since when it exists.
@@ -292,8 +306,24 @@ impl Binding {
     /// A view for an instance that is about to be made, which the binding keeps.
     pub(crate) fn new_view(&self, lane: LaneId) -> CallView {
         let view = CallView::new();
-        self.calls.lock().push((lane, view.clone()));
+        let mut calls = self.calls.lock();
+        // Of the lane's drivers that broke down nothing is to be looked at any more.
+        calls.retain(|(of, view)| *of != lane || view.fault().is_none());
+        calls.push((lane, view.clone()));
         view
+    }
+
+    /// After an exchange: of each lane only the latest view is that of an instance.
+    pub(crate) fn forget_old_views(&self) {
+        let mut calls = self.calls.lock();
+        let mut seen = Vec::new();
+        calls.reverse();
+        calls.retain(|(lane, _)| {
+            let is_new = !seen.contains(lane);
+            seen.push(*lane);
+            is_new
+        });
+        calls.reverse();
     }
 
     /// Has every guest end that still runs, or is about to be made. No other binding's.

@@ -17,22 +17,26 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Transport;
-use cofferdam_runtime::{CallError, Instance};
+use cofferdam_lifecycle::Phase;
+use cofferdam_runtime::{Attachment, CallError, DriverError, ExportedState, GuestFault, Instance, LaneId};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::binding::Binding;
 use crate::control::queues::LiveWindow;
 pub(crate) use crate::control::queues::{ControlQueues, SharedQueues};
 use crate::device::DeviceWindow;
-use crate::error::{ControlError, LaneFault};
+use crate::error::ControlError;
 use crate::events::EventKind;
 use crate::offer::Offer;
 use crate::ports::Within;
+use crate::recovery::{CONTROL, Next, cannot_replace};
 
 /// Least time between the beginnings of two calls: a device that does nothing but announce changes costs ten in a second.
 const REST: Duration = Duration::from_millis(100);
 /// Bytes of a driver's refusal that the log keeps.
 const REFUSAL_BYTES: usize = 1024;
+/// Instances in a row that may fail to take over.
+const FALSE_STARTS: u32 = 3;
 /// Calls of `control.events` in one go: what a device sends beyond that waits for the next.
 const EVENT_CALLS: usize = 4;
 
@@ -44,6 +48,12 @@ pub(crate) struct Control {
     pub(crate) ring_limit: u16,
     /// What it negotiated, which it cannot do again.
     pub(crate) negotiated: Arc<Mutex<Option<u64>>>,
+    /// What the device runs with, which any driver that takes its place has to plan as well.
+    pub(crate) attachment: Attachment,
+    /// The driver broke down, and another one is to come.
+    pub(crate) is_down: bool,
+    /// The number of what its instance is made of.
+    pub(crate) made_of: u64,
     pub(crate) arena_bytes: u64,
     pub(crate) max_lease_bytes: u32,
     /// Queues of its own.
@@ -64,17 +74,61 @@ impl Control {
         self.offer()
     }
 
+    /// The same for an instance that is to take its place.
+    pub(crate) fn live_with(&self, instance: &mut Instance) -> Result<Offer, CallError> {
+        if let Some(window) = self.live_window() {
+            instance.live(window)?;
+        }
+        Ok(Offer::from_properties(instance.properties()?, self.arena_bytes, self.max_lease_bytes))
+    }
+
     fn offer(&mut self) -> Result<Offer, CallError> {
         let properties = self.instance.properties()?;
         Ok(Offer::from_properties(properties, self.arena_bytes, self.max_lease_bytes))
     }
 
+    /// The device as it runs, for an instance that takes over.
+    fn adopting(&self) -> Result<Box<DeviceWindow>, CallError> {
+        let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
+        let transport = self.transport.upgrade().ok_or_else(gone)?;
+        let features = self.attachment.features;
+        Ok(Box::new(DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features)))
+    }
+
+    /// What it plans has to be what is set up.
+    fn check(&self, attachment: Attachment) -> Result<Attachment, CallError> {
+        let Attachment { features, queues, .. } = &self.attachment;
+        if attachment.features != *features || attachment.queues != *queues {
+            let error = "it plans other queues or features than the device runs with".to_owned();
+            return Err(DriverError::Unsupported(error).into());
+        }
+        Ok(attachment)
+    }
+
+    /// Has an instance of another component take over, with the hint of the one that is there.
+    pub(crate) fn resume(&self, instance: &mut Instance, hint: &ExportedState) -> Result<Attachment, CallError> {
+        instance.resume(self.adopting()?, hint).and_then(|attachment| self.check(attachment))
+    }
+
     /// Tells the driver what the device said, and asks it what the device can do now. `None`: the device is on its way out.
-    fn ask(&mut self, changed: bool) -> Option<Result<Offer, CallError>> {
-        let transport = self.transport.upgrade()?;
+    fn ask(&mut self, changed: bool) -> Result<Option<Offer>, ControlError> {
+        let Some(transport) = self.transport.upgrade() else { return Ok(None) };
         let window = DeviceWindow::new(transport, self.lane_limit, self.ring_limit, Arc::clone(&self.negotiated));
         let told = if changed { self.instance.config_changed(Box::new(window)) } else { Ok(()) };
-        Some(told.and_then(|()| self.events()).and_then(|()| self.offer()))
+        told.and_then(|()| self.events()).and_then(|()| self.offer()).map(Some).map_err(refused)
+    }
+
+    fn set_open(&mut self, port: u32, open: bool) -> Result<Option<Offer>, ControlError> {
+        let window = self.live_window().ok_or(ControlError::NoQueues)?;
+        self.instance.set_open(window, port, open).and_then(|()| self.offer()).map(Some).map_err(refused)
+    }
+
+    /// Has `instance` take over: it attaches to the device as it runs, plans what is set up, and goes live. Also what it takes over from.
+    fn adopt(&mut self, mut instance: Instance) -> Result<(Offer, Instance), CallError> {
+        let attachment = instance.attach(self.adopting()?)?;
+        self.check(attachment)?;
+        let before = std::mem::replace(&mut self.instance, instance);
+        Ok((self.live()?, before))
     }
 
     /// Hands over what the device put into the control lane's posted queue.
@@ -188,6 +242,11 @@ impl ControlLane {
         queues.event_fd().and_then(|fd: BorrowedFd<'_>| fd.as_fd().try_clone_to_owned().ok())
     }
 
+    /// The control lane, as soon as no call is in it; `None` if that was not by `until`.
+    pub(crate) fn lock_until(&self, until: Instant) -> Option<MutexGuard<'_, Option<Control>>> {
+        self.control.try_lock_until(until)
+    }
+
     /// Takes the control lane out, for the ladder to drop or to keep; `Err` if a call has not left it by `until`.
     pub(crate) fn take_control(&self, until: Instant) -> Result<Option<Instance>, ()> {
         let control: Option<MutexGuard<'_, _>> = self.control.try_lock_until(until);
@@ -217,11 +276,16 @@ impl Binding {
         }
     }
 
-    fn tell_config_change(&self) {
+    fn tell_config_change(self: &Arc<Self>) {
         let changed = std::mem::take(&mut self.control.turn.lock().changed);
-        let asked = self.control.control.lock().as_mut().and_then(|control| control.ask(changed));
-        if let Some(asked) = asked {
-            self.take_offer(asked);
+        match self.with_control(|control| control.ask(changed)) {
+            Ok(()) | Err(ControlError::Revoked | ControlError::NoQueues | ControlError::NoStreams) => {}
+            // What the device can do stays as it was known; a device that is gone is noticed elsewhere.
+            Err(ControlError::Refused(mut refused)) => {
+                refused.truncate(refused.floor_char_boundary(REFUSAL_BYTES));
+                tracing::warn!(binding = self.name(), refused, "the driver refuses a configuration change");
+                self.record(EventKind::ConfigChanged { changes: Vec::new(), refused: Some(refused) });
+            }
         }
     }
 
@@ -229,63 +293,120 @@ impl Binding {
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn set_open(&self, port: u32, open: bool) -> Result<(), ControlError> {
-        if self.phase() != cofferdam_lifecycle::Phase::Serving {
+    pub fn set_open(self: &Arc<Self>, port: u32, open: bool) -> Result<(), ControlError> {
+        if !matches!(self.phase(), Phase::Serving | Phase::Recovering) {
             return Err(ControlError::Revoked);
         }
         // Another driver has nothing to call, and is not to be blamed for that.
         if !matches!(self.offer().as_deref(), Some(Offer::Stream(_))) {
             return Err(ControlError::NoStreams);
         }
-        let asked = {
-            let mut control = self.control.control.lock();
-            let control = control.as_mut().ok_or(ControlError::Revoked)?;
-            let window = control.live_window().ok_or(ControlError::NoQueues)?;
-            control.instance.set_open(window, port, open).and_then(|()| control.offer())
-        };
-        match asked {
-            Err(CallError::Driver(error)) => Err(ControlError::Refused(error.to_string())),
-            asked => {
-                let is_fault = asked.is_err();
-                self.take_offer(asked);
-                if is_fault { Err(ControlError::Revoked) } else { Ok(()) }
+        self.with_control(|control| control.set_open(port, open))
+    }
+
+    /// Calls the control lane and takes over what the device can do from then on. A driver that breaks down is replaced, and the next one is called once more.
+    fn with_control(
+        self: &Arc<Self>,
+        call: impl Fn(&mut Control) -> Result<Option<Offer>, ControlError>,
+    ) -> Result<(), ControlError> {
+        // Held until the lanes know: of two calls the later one's offer stands.
+        let mut locked = self.control.control.lock();
+        let control = locked.as_mut().ok_or(ControlError::Revoked)?;
+        let mut called = if control.is_down { Err(ControlError::Revoked) } else { call(control) };
+        if let Some(fault) = control.instance.fault().filter(|_| !control.is_down).cloned() {
+            called = match self.bring_control_up(control, Some(fault)) {
+                true => call(control),
+                false => Err(ControlError::Revoked),
+            };
+            if let Some(fault) = control.instance.fault().filter(|_| !control.is_down).cloned() {
+                // It is the call itself that breaks drivers down.
+                self.bring_control_up(control, Some(fault));
             }
+        }
+        if let Ok(Some(offer)) = &called {
+            self.take_offer(offer.clone());
+        }
+        called.map(drop)
+    }
+
+    /// After `fault`, or without one, another driver for the control lane; whether it has one that works.
+    pub(crate) fn bring_control_up(self: &Arc<Self>, control: &mut Control, mut fault: Option<GuestFault>) -> bool {
+        control.is_down = true;
+        for _ in 0..=FALSE_STARTS {
+            let next = fault.as_ref().map_or(Next::Revive, |fault| self.broke_down(CONTROL, fault));
+            match next {
+                Next::Revive => {}
+                Next::Wait | Next::Refuse => return false,
+                Next::Leave => {
+                    if let Some(lane) = self.serving.get().and_then(|serving| serving.lanes.first()) {
+                        lane.wake_watch();
+                    }
+                    return false;
+                }
+            }
+            let adopted = self.remake(LaneId::Control).map_err(CallError::Fault).and_then(|(made, version)| {
+                let (offer, dead) = control.adopt(made)?;
+                control.made_of = version.number;
+                Ok((offer, dead))
+            });
+            match adopted {
+                Ok((offer, dead)) => {
+                    self.bury(CONTROL, Box::new(dead));
+                    control.is_down = false;
+                    self.take_offer(offer);
+                    self.revived(CONTROL);
+                    return true;
+                }
+                Err(CallError::Fault(again)) => fault = Some(again),
+                Err(CallError::Driver(error)) => fault = Some(cannot_replace(&error)),
+            }
+        }
+        self.cannot_revive();
+        false
+    }
+
+    /// Replaces a control lane's driver that is made of something else than instances are now.
+    pub(crate) fn catch_up_control(self: &Arc<Self>) {
+        let number = self.recovery.get().and_then(|recovery| recovery.version()).map(|version| version.number);
+        let mut locked = self.control.control.lock();
+        if let Some(control) = locked.as_mut().filter(|control| !control.is_down && Some(control.made_of) != number) {
+            self.bring_control_up(control, None);
+        }
+    }
+
+    /// Makes the control lane's driver if it is missing.
+    pub(crate) fn revive_control(self: &Arc<Self>) {
+        let mut locked = self.control.control.lock();
+        match locked.as_mut() {
+            Some(control) if control.is_down => drop(self.bring_control_up(control, None)),
+            _ => self.revived(CONTROL),
         }
     }
 
     /// What the device can do from now on, by its driver.
-    fn take_offer(&self, asked: Result<Offer, CallError>) {
+    pub(crate) fn take_offer(&self, offer: Offer) {
         let Some(serving) = self.serving.get() else { return };
         let Some(current) = &serving.offer else { return };
-        match asked {
-            Ok(offer) => {
-                let offer = Arc::new(offer);
-                let before = Arc::clone(&current.lock());
-                let changes = before.changes(&offer);
-                if changes.is_empty() {
-                    tracing::debug!(binding = self.name(), "a configuration change that the driver makes nothing of");
-                    return;
-                }
-                // Handles that are opened from here on; then what is refused from whomever.
-                *current.lock() = Arc::clone(&offer);
-                serving.lanes.iter().for_each(|lane| lane.set_offer(&offer));
-                self.offer_changed();
-                tracing::info!(binding = self.name(), ?changes, "configuration changed");
-                self.record(EventKind::ConfigChanged { changes, refused: None });
-            }
-            // What the device can do stays as it was known; a device that is gone is noticed elsewhere.
-            Err(CallError::Driver(error)) => {
-                let mut refused = error.to_string();
-                refused.truncate(refused.floor_char_boundary(REFUSAL_BYTES));
-                tracing::warn!(binding = self.name(), refused, "the driver refuses a configuration change");
-                self.record(EventKind::ConfigChanged { changes: Vec::new(), refused: Some(refused) });
-            }
-            Err(CallError::Fault(fault)) => {
-                self.set_fault(LaneFault::Guest(fault));
-                if let Some(lane) = serving.lanes.first() {
-                    lane.wake_watch();
-                }
-            }
+        let offer = Arc::new(offer);
+        let before = Arc::clone(&current.lock());
+        let changes = before.changes(&offer);
+        if changes.is_empty() {
+            tracing::debug!(binding = self.name(), "a configuration change that the driver makes nothing of");
+            return;
         }
+        // Handles that are opened from here on; then what is refused from whomever.
+        *current.lock() = Arc::clone(&offer);
+        serving.lanes.iter().for_each(|lane| lane.set_offer(&offer));
+        self.offer_changed();
+        tracing::info!(binding = self.name(), ?changes, "configuration changed");
+        self.record(EventKind::ConfigChanged { changes, refused: None });
+    }
+}
+
+/// A fault is found at the instance; here it only ends the call.
+fn refused(error: CallError) -> ControlError {
+    match error {
+        CallError::Driver(error) => ControlError::Refused(error.to_string()),
+        CallError::Fault(_) => ControlError::Revoked,
     }
 }

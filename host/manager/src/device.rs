@@ -33,6 +33,8 @@ pub(crate) struct DeviceWindow {
     /// Largest ring the host is willing to keep, in entries.
     ring_limit: u16,
     negotiated: Arc<Mutex<Option<u64>>>,
+    /// What an earlier driver negotiated of a device that runs: all that is on offer, and to be taken whole.
+    adopted: Option<u64>,
 }
 
 impl DeviceWindow {
@@ -42,7 +44,19 @@ impl DeviceWindow {
         ring_limit: u16,
         negotiated: Arc<Mutex<Option<u64>>>,
     ) -> DeviceWindow {
-        DeviceWindow { transport, lane_limit, ring_limit, negotiated }
+        DeviceWindow { transport, lane_limit, ring_limit, negotiated, adopted: None }
+    }
+
+    /// A device that runs with `features`, as a driver sees it that takes another one's place: it attaches as to any device, and nothing of that reaches the device but
+    /// reads of its configuration.
+    pub(crate) fn adopting(
+        transport: SharedTransport,
+        lane_limit: u16,
+        ring_limit: u16,
+        features: u64,
+    ) -> DeviceWindow {
+        let negotiated = Arc::new(Mutex::new(None));
+        DeviceWindow { transport, lane_limit, ring_limit, negotiated, adopted: Some(features) }
     }
 }
 
@@ -56,6 +70,9 @@ impl DeviceCapability for DeviceWindow {
     }
 
     fn offered_features(&mut self) -> u64 {
+        if let Some(features) = self.adopted {
+            return features;
+        }
         self.transport.lock().offered_features() & DEVICE_TYPE_BITS
     }
 
@@ -63,6 +80,16 @@ impl DeviceCapability for DeviceWindow {
         let mut negotiated = self.negotiated.lock();
         if negotiated.is_some() {
             return Err(DeviceError::OutOfOrder("features were negotiated already".into()));
+        }
+        if let Some(adopted) = self.adopted {
+            if features != adopted {
+                let differ = features ^ adopted;
+                return Err(DeviceError::Invalid(format!(
+                    "the device runs with features {adopted:#x}, which cannot be changed now: {differ:#x} differ"
+                )));
+            }
+            *negotiated = Some(features);
+            return Ok(());
         }
         let mut transport = self.transport.lock();
         let offered = transport.offered_features();

@@ -203,6 +203,55 @@ pub enum UnloadError {
     Deferred,
 }
 
+/// A driver that had broken down was not replaced.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RestartError {
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+    /// There is nothing to restart: only a binding that is `failed` can be.
+    #[error("'{0}' has not failed (see 'cofferdam ls')")]
+    NotFailed(String),
+    /// The new instance broke down as well.
+    #[error("'{binding}' failed again: {fault}")]
+    FailedAgain {
+        /// The binding.
+        binding: String,
+        /// What broke it.
+        fault: String,
+    },
+}
+
+/// A driver was not exchanged; the one that was there serves on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UpgradeError {
+    /// No binding has this name.
+    #[error("no binding is called '{0}' (see 'cofferdam ls')")]
+    NoSuchBinding(String),
+    /// It does not serve, or was loaded so that its driver is not replaced.
+    #[error(
+        "'{0}' does not serve, or its driver is not to be replaced (--restarts never, or one that programs its device itself)"
+    )]
+    NotServing(String),
+    /// Another exchange is under way.
+    #[error("another upgrade or rollback of '{0}' is under way")]
+    Busy(String),
+    /// The component cannot take the driver's place, or did not want to.
+    #[error("the new driver cannot take over: {0}")]
+    Refused(String),
+    /// A call of the driver did not end in the time given.
+    #[error("'{binding}' was not vacant within {deadline:?}: a call of its driver is running")]
+    Deadline {
+        /// The binding.
+        binding: String,
+        /// The time.
+        deadline: Duration,
+    },
+    /// There is no component to go back to.
+    #[error("'{0}' has had no other driver")]
+    NothingBefore(String),
+}
+
 /// Why a binding leaves by itself.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum LaneFault {

@@ -90,6 +90,24 @@ pub enum EventKind {
         /// Why the driver does not take it; everything stays as it was known then.
         refused: Option<String>,
     },
+    /// Another component took the driver's place.
+    Upgraded {
+        /// The driver before.
+        from: String,
+        /// The driver now.
+        to: String,
+        /// How long clients were held.
+        blackout_micros: u64,
+    },
+    /// The component before the last upgrade is there again.
+    RolledBack {
+        /// The driver before.
+        from: String,
+        /// The driver now.
+        to: String,
+        /// Why.
+        reason: String,
+    },
     /// The operator trusts the driver with all of the machine's memory (`--trust-dma`), and it made use of that.
     Trusted {
         /// The driver.
@@ -124,6 +142,8 @@ impl EventKind {
             EventKind::ConfigChanged { changes, refused } => {
                 changes.iter().map(String::len).sum::<usize>() + refused.as_ref().map_or(0, String::len)
             }
+            EventKind::Upgraded { from, to, .. } => from.len() + to.len(),
+            EventKind::RolledBack { from, to, reason } => from.len() + to.len() + reason.len(),
             EventKind::Trusted { driver, device } => driver.len() + device.len(),
             EventKind::Retired { reason, .. } => reason.len(),
             EventKind::Gap { .. } => 0,

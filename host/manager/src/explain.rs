@@ -32,7 +32,7 @@ const MAX_ADDRESS_BYTES: usize = 256;
 pub struct Explanation {
     /// The binding's name.
     pub name: String,
-    /// `loading`, `serving`, `draining` or `detached`.
+    /// `loading`, `serving`, `recovering`, `failed`, `draining` or `detached`.
     pub phase: String,
     /// The exact state in its life.
     pub state: String,
@@ -295,6 +295,11 @@ fn step(state: State, device: &str, binding: &Binding) -> Option<String> {
             "nobody is waiting for the drain any more: another 'cofferdam unload' goes on from here, with --force it ends in a few seconds"
                 .to_owned()
         }
+        State::Recovering => "another driver is to take the place of the one that broke down; clients wait".to_owned(),
+        State::Failed => format!(
+            "the driver broke down too often and has failed: 'cofferdam restart {0}' tries again, 'cofferdam crashes {0}' says how",
+            binding.name()
+        ),
         State::Interrupting => "the driver was told to stop and has half a second to be out".to_owned(),
         State::Quiescing => format!("{device} has a second to become silent"),
         State::DetachingPorts => format!("ports are going away: {}", clean(&binding.ports().join(", "), MAX_ADDRESS_BYTES)),

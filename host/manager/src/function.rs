@@ -10,12 +10,12 @@ use crate::binding::Binding;
 use crate::device::SharedTransport;
 use crate::error::LoadError;
 use crate::events::EventKind;
-use crate::load::InstanceMaker;
+use crate::maker::Maker;
 
 /// Lets the driver of `maker` look at the function behind `transport`. The function masters the bus only behind an IOMMU, or when the operator trusts the driver.
 pub(crate) fn attach(
     binding: &Binding,
-    maker: &InstanceMaker<'_>,
+    maker: &Maker,
     transport: &SharedTransport,
     trust: bool,
     memory: &str,
@@ -30,7 +30,7 @@ pub(crate) fn attach(
         let confidence = match (function.is_isolated(), trust) {
             (true, _) => Confinement::Iommu,
             (false, true) => Confinement::Trusted,
-            (false, false) if maker.module.wants_dma() => return Err(LoadError::NeedsTrust { device }),
+            (false, false) if maker.module().wants_dma() => return Err(LoadError::NeedsTrust { device }),
             (false, false) => Confinement::Host,
         };
         if confidence != Confinement::Host {
@@ -42,9 +42,9 @@ pub(crate) fn attach(
     let _ = binding.confinement.set(confidence);
     if confidence == Confinement::Trusted {
         tracing::warn!(binding = binding.name(), device, "the driver is trusted with all of this machine's memory");
-        binding.record(EventKind::Trusted { driver: binding.driver().to_owned(), device: device.clone() });
+        binding.record(EventKind::Trusted { driver: binding.driver().to_string(), device: device.clone() });
     }
-    let mut control = maker.make(LaneId::Control)?;
+    let mut control = maker.make(binding, LaneId::Control)?;
     let window = FunctionWindow { transport: Arc::clone(transport) };
     control.attach_function(Box::new(window)).map_err(|source| LoadError::Attach { device, source })?;
     Ok(control)

@@ -75,7 +75,7 @@ pub(crate) fn run(binding: &Arc<Binding>, options: &UnloadOptions, watch: &Watch
     let started = Instant::now();
     let wait = Wait { started, deadline: after(started, options.deadline), options };
     let span =
-        tracing::info_span!("ladder", binding = binding.name(), driver = binding.driver(), device = binding.device());
+        tracing::info_span!("ladder", binding = binding.name(), driver = %binding.driver(), device = binding.device());
     let _entered = span.enter();
     // Before anybody's turn is over: a force is heard by a run that is under way, and a load that is still at it will find that it has to roll back.
     enter(binding, options)?;

@@ -8,11 +8,13 @@
 //! The *lease* of a lane is the lock on its inside: whoever holds it runs the lane, on its own thread, to completion. A client's thread holds it for one batch; the
 //! ladder takes it when it is free. It is held across a crossing, so a wait for it is bounded by the deadline of a guest call.
 //!
-//! After a fault of the driver nothing crosses any more (L5), but the ring is the host's: what is on it is still reaped, and its ordinary answers are answered.
+//! After a fault of the driver another instance takes its place (`revive`). Where none does nothing crosses any more (L5), but the ring is the host's: what is on it is still reaped, and its ordinary answers are answered.
 //! After a fault of the device the ring is not believed any more, and what is on it waits for the ladder to silence the device (L1).
 
+mod exchange;
 mod inside;
 pub(crate) mod posted;
+mod revive;
 
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,19 +22,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use cofferdam_device::words::MAX_BATCH;
 use cofferdam_device::{DmaArena, QueueEvents, SplitQueue};
 use cofferdam_gate::{HandleRefused, Notify};
-use cofferdam_runtime::LaneDriver;
+use cofferdam_lifecycle::Phase;
+use cofferdam_runtime::{LaneDriver, LaneSetup};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::ReadWriteFlags;
 
 use crate::arrival::Arrival;
 use crate::binding::Binding;
 use crate::board::{Board, Picture};
-use crate::error::LaneFault;
 use crate::handle::HandleShared;
-use crate::lane::inside::{Inside, Sink};
+pub(crate) use crate::lane::exchange::Timing;
+use crate::lane::inside::{Inside, Reaped, Sink};
 use crate::lane::posted::{Pool, Posted};
 use crate::ledger::Stage;
 use crate::offer::Offer;
@@ -82,6 +84,8 @@ pub(crate) struct LaneParts {
     pub(crate) offer: Arc<Offer>,
     /// Its number.
     pub(crate) set: u16,
+    /// What its driver was started with, and any that takes its place.
+    pub(crate) setup: LaneSetup,
     /// The queue that it keeps filled, if its set has one.
     pub(crate) posted: Option<(Posted, OwnedFd)>,
     pub(crate) requests: usize,
@@ -106,6 +110,8 @@ pub(crate) struct Lane {
     arrived: AtomicU64,
     dropped: AtomicU64,
     binding: Weak<Binding>,
+    number: u16,
+    setup: LaneSetup,
     wake: Arc<Notify>,
     reaper: Arc<Notify>,
     board: Arc<Board>,
@@ -141,7 +147,7 @@ impl Drop for Lease<'_> {
 
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
-        let LaneParts { driver, queue, arena, offer, set, posted, requests, binding, wake, reaper } = parts;
+        let LaneParts { driver, queue, arena, offer, set, setup, posted, requests, binding, wake, reaper } = parts;
         let call = queue.events.call;
         let (posted, posted_call) = posted.unzip();
         let pool = posted.as_ref().map(|posted| Arc::clone(posted.pool()));
@@ -158,6 +164,8 @@ impl Lane {
             arrived: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             binding,
+            number: set,
+            setup,
             wake,
             reaper,
             board: Arc::clone(inside.ledger.board()),
@@ -201,10 +209,11 @@ impl Lane {
             if let Some(stop) = stop {
                 result = Err(stop);
             }
-            let fault = inside.cross_submit(owner);
-            if let Some(fault) = fault {
-                self.report(fault);
-                result = Err(Stop::Gone);
+            if let Some(fault) = inside.cross_submit()
+                && !self.report(inside, fault)
+                && taken < requests.len()
+            {
+                result = inside.why_not().map_or(Ok(()), Err);
             }
         }
         inside.ring_doorbell();
@@ -235,6 +244,10 @@ impl Lane {
     pub(crate) fn try_reap(&self) -> Option<usize> {
         let mut lease = self.try_lease()?;
         self.reap(&mut lease, true, false, &mut Sink { me: None, out: &mut Vec::new() });
+        if lease.is_waiting() && self.binding.upgrade().is_none_or(|binding| binding.phase() != Phase::Recovering) {
+            // It leaves, and nobody will come.
+            lease.give_up();
+        }
         lease.wake_all();
         let (left, unjudged) = (lease.ledger.len(), lease.unjudged.len());
         drop(lease);
@@ -260,11 +273,9 @@ impl Lane {
         // Whoever sleeps on the call descriptor was promised a notification: a poller that takes the answer it was set for has to set it again.
         let arm = arm || inside.somebody_sleeps();
         loop {
-            let (count, fault) = inside.reap_batch(cross, sink);
-            if let Some(fault) = fault {
-                self.report(fault);
-            }
-            if count == MAX_BATCH {
+            let Reaped { more, fault } = inside.reap_batch(cross, sink);
+            let revived = fault.is_some_and(|fault| self.report(inside, fault));
+            if revived || more {
                 continue;
             }
             if inside.unpark() > 0 {
@@ -311,21 +322,36 @@ impl Lane {
             clear(call);
         }
         loop {
-            let (count, fault) = lease.receive(out);
-            if let Some(fault) = fault {
-                self.report(fault);
+            let (found, fault) = lease.receive(out);
+            if found.dropped > 0 {
+                self.dropped.fetch_add(found.dropped, Ordering::Relaxed);
             }
-            if count.dropped > 0 {
-                self.dropped.fetch_add(count.dropped, Ordering::Relaxed);
+            if fault.is_some_and(|fault| self.report(&mut lease, fault)) {
+                continue;
+            }
+            if found.more {
+                // The caller comes again, also if nothing came of this look.
+                if arm && out.len() == before {
+                    self.wake_receiver();
+                }
+                break;
             }
             // Arming and looking again is one step, as in `reap`.
-            if count.used == MAX_BATCH || !(arm && lease.arm_posted()) {
+            if !(arm && lease.arm_posted()) {
                 break;
             }
         }
         let found = out.len() - before;
         self.arrived.fetch_add(found as u64, Ordering::Relaxed);
         found
+    }
+
+    /// Has whoever takes what arrives look again.
+    fn wake_receiver(&self) {
+        if let Some(call) = self.posted_fd() {
+            // A count that is full wakes just as well.
+            let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
+        }
     }
 
     /// The device runs: it is told of the buffers that are posted.
@@ -352,11 +378,9 @@ impl Lane {
         self.wake.signal();
     }
 
-    fn report(&self, fault: LaneFault) {
-        if let Some(binding) = self.binding.upgrade() {
-            binding.set_fault(fault);
-            self.wake.signal();
-        }
+    /// Its number, which is that of its set of queues.
+    pub(crate) fn number(&self) -> u16 {
+        self.number
     }
 
     /// The lease for the ladder, which waits until `until`, and once that was in vain no longer than it takes to get past a client that only polls.

@@ -10,6 +10,10 @@
 //! board      the ledger's essentials, readable while a driver is stuck
 //! explain    who holds what: the answer of `why`
 //! handle     a client's revocable right to operate
+//! maker      makes instances of a driver
+//! recovery   what becomes of a binding whose driver breaks down
+//! upgrade    another component in the place of a driver that serves
+//! crash      what is kept of a driver that broke down
 //! offer      what a binding gives: its service, and what the device can do of it now
 //! request    what a client asks, and what it is answered
 //! arrival    what came by itself: packets, bytes of a stream
@@ -34,6 +38,7 @@ mod block;
 mod board;
 mod certificate;
 mod control;
+mod crash;
 mod departed;
 mod device;
 mod error;
@@ -45,24 +50,29 @@ mod ladder;
 mod lane;
 mod ledger;
 mod load;
+mod maker;
 mod manager;
 mod mapped;
 mod offer;
 mod ports;
 mod queues;
+mod recovery;
 mod registry;
 mod request;
 mod residue;
 mod status;
 mod threads;
+mod upgrade;
 mod watch;
 
 pub use arrival::Arrival;
 pub use binding::{Binding, RevokeReport};
 pub use block::BlockGeometry;
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
+pub use crash::{CrashCall, CrashReport};
 pub use error::{
-    ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RevokeError, SubmitError, UnloadError,
+    ControlError, LeaseError, LoadError, ManagerError, OpenError, PortError, RestartError, RevokeError, SubmitError,
+    UnloadError, UpgradeError,
 };
 pub use events::{EventKind, EventReader, EventRecord};
 pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
@@ -73,9 +83,11 @@ pub use manager::{Config, Manager};
 pub use mapped::{MapError, Mapped, MappedUse};
 pub use offer::Offer;
 pub use ports::{Port, PortReport};
+pub use recovery::{MAX_RESTARTS, RestartPolicy};
 pub use request::{Completion, IoError, IoFlags, IoOp, IoRequest};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
 pub use threads::{PortThreads, ThreadsEnded};
+pub use upgrade::{UpgradeReport, UpgradeSpec};
 
 pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;

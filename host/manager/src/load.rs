@@ -1,15 +1,16 @@
 //! From a component and a device to a binding that serves. Every failure leaves by the ladder (L4), so nothing has to be undone here.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cofferdam_device::DmaArena;
 use cofferdam_device::transport::Transport;
-use cofferdam_lifecycle::{Event, Phase};
+use cofferdam_lifecycle::Event;
 use cofferdam_runtime::{
-    Attachment, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, InstanceSpec, KillSwitch,
-    LaneDriver, LaneId, LaneSetup, Module, Properties, QueueOwner, Runtime, Service,
+    Attachment, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, LaneDriver, LaneId, LaneSetup,
+    Properties, QueueOwner, Runtime, Service,
 };
 use parking_lot::Mutex;
 
@@ -19,10 +20,12 @@ use crate::device::DeviceWindow;
 use crate::error::LoadError;
 use crate::function;
 use crate::lane::{Lane, LaneParts};
+use crate::maker::Maker;
 use crate::mapped::{MapLimits, Site};
 use crate::offer::Offer;
 use crate::ports::Within;
 use crate::queues::{Layout, QueuesError, SetQueues};
+use crate::recovery::{Recovery, RestartPolicy, Version};
 use crate::residue::Marks;
 use crate::watch::Watch;
 
@@ -59,6 +62,10 @@ pub struct LoadSpec {
     pub ring_entries: u16,
     /// Operations in flight per lane, 1 to 65,535.
     pub requests_per_lane: usize,
+    /// When a driver that breaks down is replaced; `None`: never, the binding leaves.
+    pub restarts: Option<RestartPolicy>,
+    /// Where crashes of the driver are written down; `None`: nowhere. Made with the first crash.
+    pub crash_dir: Option<PathBuf>,
     /// Open handles of the binding.
     pub handle_limit: usize,
     /// Regions that clients may have mapped ([`crate::Handle::map`]), counted until their memory is gone.
@@ -104,6 +111,8 @@ impl LoadSpec {
             arena_bytes: 64 << 20,
             ring_entries: 256,
             requests_per_lane: 1024,
+            restarts: Some(RestartPolicy::default()),
+            crash_dir: None,
             handle_limit: 4096,
             mapped_handles: 16,
             mapped_bytes: 256 << 20,
@@ -136,14 +145,13 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         Some(_) => None,
         None => {
             let module = runtime.load(&component)?;
-            module.check_grants(&grants)?;
             Some(module)
         }
     };
     drop(component);
     parts.module.clone_from(&module);
-    let maker = module.as_ref().map(|module| InstanceMaker { binding, module, grants: &grants, limits: &limits });
-    if let Some(maker) = maker.as_ref().filter(|maker| maker.module.info().service == Service::Function) {
+    let maker = module.as_ref().map(|module| Maker::new(module, grants, limits)).transpose()?;
+    if let Some(maker) = maker.as_ref().filter(|maker| maker.module().info().service == Service::Function) {
         parts.control = Some(function::attach(binding, maker, &transport, spec.trust_dma, &parts.marks.memory)?);
         transport.lock().start().map_err(device_error)?;
         return open_for_business(binding, &mut parts, None, watch, &transport);
@@ -160,7 +168,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
     let attach_error = |source| LoadError::Attach { device: device.clone(), source };
     let (attachment, properties) = match (&maker, &mut native) {
         (Some(maker), _) => {
-            let mut control = maker.make(LaneId::Control)?;
+            let mut control = maker.make(binding, LaneId::Control)?;
             let attachment = control.attach(Box::new(window)).map_err(attach_error)?;
             let properties = control.properties().map_err(attach_error)?;
             parts.control = Some(control);
@@ -212,7 +220,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         let setup = LaneSetup { features, state: attachment.state.clone(), queues: indices };
         let driver: Box<dyn LaneDriver> = match (&maker, &mut native) {
             (Some(maker), _) => {
-                let mut driver = maker.make(LaneId::Data(set))?;
+                let mut driver = maker.make(binding, LaneId::Data(set))?;
                 driver.start(&setup).map_err(attach_error)?;
                 Box::new(driver)
             }
@@ -225,6 +233,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             arena: arena.clone(),
             offer: Arc::clone(&offer),
             set,
+            setup,
             posted,
             requests: requests_per_lane,
             binding: Arc::downgrade(binding),
@@ -232,6 +241,10 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             reaper: watch.reaper(),
         });
         parts.lanes.push(Arc::new(lane));
+    }
+    if let Some((maker, policy)) = maker.zip(spec.restarts) {
+        let version = Version { maker, driver: binding.driver(), state: attachment.state.clone(), number: 0 };
+        let _ = binding.recovery.set(Recovery::new(version, policy, spec.crash_dir));
     }
     transport.lock().start().map_err(device_error)?;
     parts.lanes.iter().for_each(|lane| lane.kick_posted());
@@ -250,6 +263,9 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             lane_limit,
             ring_limit: ring_entries,
             negotiated,
+            attachment,
+            is_down: false,
+            made_of: 0,
             arena_bytes,
             max_lease_bytes,
             queues: control_queues,
@@ -287,35 +303,6 @@ fn open_for_business(
         watch.add(binding, transport, fd.as_fd()).map_err(|e| LoadError::Host(e.to_string()))?;
     }
     Ok(())
-}
-
-/// Instances of one module for one binding.
-pub(crate) struct InstanceMaker<'a> {
-    binding: &'a Binding,
-    pub(crate) module: &'a Module,
-    grants: &'a Grants,
-    limits: &'a GuestLimits,
-}
-
-impl InstanceMaker<'_> {
-    pub(crate) fn make(&self, lane: LaneId) -> Result<cofferdam_runtime::Instance, LoadError> {
-        // Called off meanwhile: no more guest code is run for it.
-        if self.binding.phase() != Phase::Loading {
-            return Err(LoadError::CalledOff);
-        }
-        Ok(self.module.instantiate(InstanceSpec {
-            binding: self.binding.name().to_owned(),
-            driver: self.binding.driver().to_owned(),
-            device: self.binding.device().to_owned(),
-            generation: self.binding.generation(),
-            lane,
-            gate: *self.binding.gate(),
-            grants: self.grants.clone(),
-            limits: self.limits.clone(),
-            kill: KillSwitch::new(),
-            view: self.binding.new_view(lane),
-        })?)
-    }
 }
 
 /// The driver's words about queues, checked against the device and the contract (who can forge this: the guest).

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use crate::binding::{Binding, RevokeReport};
 use crate::certificate::{Certificate, Outcome};
 use crate::departed::Departed;
-use crate::error::{LoadError, ManagerError, RevokeError, UnloadError};
+use crate::error::{LoadError, ManagerError, RevokeError, UnloadError, UpgradeError};
 use crate::events::{EventLog, EventReader};
 use crate::explain::Explanation;
 use crate::ladder::{self, Cause, UnloadOptions};
@@ -21,6 +21,7 @@ use crate::load::{self, LoadSpec};
 use crate::ports::Within;
 use crate::registry::Registry;
 use crate::status::BindingStatus;
+use crate::upgrade::{UpgradeReport, UpgradeSpec};
 use crate::watch::{self, Watch};
 
 /// How a manager is set up.
@@ -158,7 +159,7 @@ impl Manager {
             Ok(()) => {
                 tracing::info!(
                     binding = binding.name(),
-                    driver = binding.driver(),
+                    driver = %binding.driver(),
                     device = binding.device(),
                     lanes = binding.lanes(),
                     "serving"
@@ -204,6 +205,15 @@ impl Manager {
             };
         }
         self.shared.leave(binding, options)
+    }
+
+    /// Puts another component in the place of a binding's driver, under its clients. Nobody notices but by a pause; whatever goes wrong, the driver that was there serves on, or is back.
+    ///
+    /// # Errors
+    /// [`UpgradeError`].
+    pub fn upgrade(&self, name: &str, spec: UpgradeSpec) -> Result<UpgradeReport, UpgradeError> {
+        let binding = self.get(name).ok_or_else(|| UpgradeError::NoSuchBinding(name.to_owned()))?;
+        binding.upgrade(&self.shared.runtime, spec)
     }
 
     /// Revokes one handle: see [`Binding::revoke_handle`].

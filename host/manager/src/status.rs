@@ -42,7 +42,7 @@ pub struct HandleStatus {
 pub struct BindingStatus {
     /// Its name.
     pub name: String,
-    /// `loading`, `serving`, `draining` or `detached`.
+    /// `loading`, `serving`, `recovering`, `failed`, `draining` or `detached`.
     pub state: String,
     /// Where it is exactly, a state of `docs/LIFECYCLE.md`.
     pub stage: String,
@@ -54,6 +54,9 @@ pub struct BindingStatus {
     pub device: String,
     /// How many drivers this binding has had.
     pub generation: u64,
+    /// How often its driver broke down.
+    #[serde(default)]
+    pub crashes: u64,
     /// Seconds since it was made.
     pub age_seconds: u64,
     /// Whether it was loaded `--pinned`.
@@ -126,9 +129,10 @@ impl Binding {
             state: life.phase().to_string(),
             stage: life.state().to_string(),
             cause: life.cause().map(|cause| cause.to_string()),
-            driver: self.driver().to_owned(),
+            driver: self.driver().to_string(),
             device: self.device().to_owned(),
             generation: self.generation(),
+            crashes: self.crash_count(),
             age_seconds: self.age().as_secs(),
             pinned: self.pinned,
             dma: self.confinement.get().map_or("", |confinement| confinement.as_str()).to_owned(),

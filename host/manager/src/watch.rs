@@ -224,7 +224,8 @@ fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &Shar
 
 /// A load that fails rolls back by itself; of what is draining, somebody may have given up waiting (L4).
 fn may_leave(binding: &Binding) -> bool {
-    matches!(binding.phase(), Phase::Serving | Phase::Draining) && !binding.life().state().is_settled()
+    matches!(binding.phase(), Phase::Serving | Phase::Recovering | Phase::Failed | Phase::Draining)
+        && !binding.life().state().is_settled()
 }
 
 /// Takes the binding down the ladder on a thread of its own, one at a time.

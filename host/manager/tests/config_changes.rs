@@ -30,6 +30,8 @@ fn load_on(manager: &Manager, component: &str, transport: Box<dyn Transport>) ->
     let driver = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}; run 'cargo xtask build' first"));
     let mut spec = LoadSpec::new(component, driver, transport);
     spec.queues = Some(2);
+    // What becomes of a driver that is replaced is in `recovery.rs`.
+    spec.restarts = None;
     manager.load(spec).unwrap()
 }
 

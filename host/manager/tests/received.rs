@@ -58,6 +58,8 @@ impl Bed {
         let mut spec = LoadSpec::new(component, driver, transport);
         // What eats is to come to its memory's end before its time is over.
         spec.limits = GuestLimits { memory_bytes: 32 << 20, call_deadline_ms: 1000, ..GuestLimits::default() };
+        // What becomes of a driver that is replaced is in `recovery.rs`.
+        spec.restarts = None;
         let binding = self.manager.load(spec).unwrap();
         until("the port", || match binding.offer().as_deref() {
             Some(Offer::Stream(stream)) => !stream.ports.is_empty(),

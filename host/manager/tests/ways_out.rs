@@ -357,7 +357,7 @@ fn a_driver_that_traps_leaves_the_device_time_to_answer() {
     let sim = sim(slow(400));
     let manager = manager();
     let mut spec = spec(&sim, "trapped");
-    spec.component = driver("test/trap-at-100.wasm");
+    (spec.component, spec.restarts) = (driver("test/trap-at-100.wasm"), None);
     let binding = manager.load(spec).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
     let mut sent = 0;

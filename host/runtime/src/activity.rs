@@ -12,7 +12,7 @@
 
 use std::cell::Cell;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -38,10 +38,12 @@ pub(crate) enum Export {
     Live,
     Events,
     SetOpen,
+    Suspend,
+    Resume,
 }
 
 /// By number of [`Export`].
-const EXPORTS: [&str; 13] = [
+const EXPORTS: [&str; 15] = [
     "instantiate",
     "attach",
     "config-changed",
@@ -55,6 +57,8 @@ const EXPORTS: [&str; 13] = [
     "control.live",
     "control.events",
     "stream-control.set-open",
+    "suspend",
+    "resume",
 ];
 
 /// A call out of the guest. Functions of this project's interfaces one by one, those of WASI by interface.
@@ -145,7 +149,10 @@ impl Reading {
 /// The word alone on its cache lines: its writer is on the hot path, and nobody else writes here.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Word(AtomicU64);
+struct Word(AtomicU64, [AtomicU16; RECENT]);
+
+/// Calls that are remembered: each with its export, and above it the import that it was in last.
+const RECENT: usize = 16;
 
 /// What one instance is doing, and how it ended.
 #[derive(Debug, Default)]
@@ -200,6 +207,24 @@ impl Activity {
         let thread = u64::from(thread_id()) & THREAD_MASK;
         let word = u64::from(sequence) | thread << THREAD_SHIFT | (export as u64) << EXPORT_SHIFT;
         self.word.0.store(word, Ordering::Relaxed);
+        self.slot(sequence).store(export as u16, Ordering::Relaxed);
+    }
+
+    /// Where the call of this sequence is remembered.
+    fn slot(&self, sequence: u32) -> &AtomicU16 {
+        &self.word.1[(sequence / 2) as usize % RECENT]
+    }
+
+    /// The last calls, the latest first, by name, each with the import that it was in last. For when no call is running.
+    pub(crate) fn recent(&self) -> Vec<(&'static str, Option<&'static str>)> {
+        let last = self.reading().sequence().div_ceil(2);
+        (0..last.min(RECENT as u32))
+            .map(|back| {
+                let slot = self.slot(2 * (last - back) - 1).load(Ordering::Relaxed);
+                let import = IMPORTS.get(usize::from(slot >> 8)).copied().filter(|name| !name.is_empty());
+                (EXPORTS.get(usize::from(slot & 0xff)).copied().unwrap_or("?"), import)
+            })
+            .collect()
     }
 
     /// The call has ended, however it did.
@@ -212,6 +237,8 @@ impl Activity {
     pub(crate) fn import(&self, import: Import) {
         let word = self.word.0.load(Ordering::Relaxed) & !(IMPORT_MASK << IMPORT_SHIFT);
         self.word.0.store(word | (import as u64) << IMPORT_SHIFT, Ordering::Relaxed);
+        let slot = self.slot(word as u32);
+        slot.store(slot.load(Ordering::Relaxed) & 0xff | (import as u16) << 8, Ordering::Relaxed);
     }
 
     /// The guest runs its own code.
@@ -341,6 +368,23 @@ mod tests {
             drop(within);
             assert_eq!(activity.reading().import(), None);
         }
+    }
+
+    #[test]
+    fn the_last_calls_are_remembered_with_where_they_were() {
+        let activity = Activity::default();
+        assert_eq!(activity.recent(), []);
+        activity.enter(Export::Start);
+        activity.leave();
+        activity.enter(Export::Submit);
+        drop(activity.within(Import::LogWrite));
+        activity.leave();
+        assert_eq!(activity.recent(), [("submit", Some("log.write")), ("start", None)]);
+        for _ in 0..40 {
+            activity.enter(Export::Complete);
+            activity.leave();
+        }
+        assert_eq!(activity.recent(), [("complete", None); RECENT]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use cofferdam_device::Function;
 use cofferdam_gate::Gate;
-use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
+use wasmtime::{Store, UpdateDeadline, WasmBacktrace, WasmCoreDump};
 
 use crate::activity::{Activity, Export};
 use crate::capability::device::{DeviceCapability, the_device};
@@ -20,11 +20,11 @@ use crate::guest::{Guest, ServiceExports};
 use crate::kill::KillSwitch;
 use crate::lifted::{Lifted, Window};
 use crate::limits::{GuestLimits, Meter};
-use crate::module::{Module, mismatch};
+use crate::module::{Linked, mismatch};
 use crate::runtime::Runtime;
 use crate::service::WitProperties;
 use crate::service::{
-    Attachment, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, Properties,
+    Attachment, ExportedState, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, Properties,
 };
 use crate::state::LaneState;
 use crate::view::CallView;
@@ -91,6 +91,8 @@ pub struct Instance {
     view: CallView,
     inside: bool,
     lane: LaneId,
+    /// What it was when it trapped.
+    core: Option<WasmCoreDump>,
     runtime: Runtime,
 }
 
@@ -101,12 +103,11 @@ impl fmt::Debug for Instance {
 }
 
 impl Instance {
-    pub(crate) fn new(module: &Module, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
-        module.check_grants(&spec.grants)?;
+    pub(crate) fn new(linked: &Linked, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
+        let (module, pre) = (linked.module(), linked.pre());
         let runtime = module.runtime().clone();
-        let pre = module.link(&spec.grants)?;
         spec.kill.arm(runtime.engine());
-        let rate = runtime.log_rate(&spec.binding, spec.generation, spec.limits.log_lines_per_s);
+        let rate = runtime.log_rate(&spec.binding, spec.limits.log_lines_per_s);
         let speaker = Speaker {
             binding: spec.binding,
             driver: spec.driver,
@@ -152,7 +153,7 @@ impl Instance {
         };
         let made = made.map_err(|error| activity.die(classify(&mut store, &error)).clone())?;
         let guest = Guest::new(module.info().service, &mut store, &made).map_err(|error| mismatch(&error))?;
-        Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, runtime })
+        Ok(Instance { store, guest, gate: spec.gate, view, inside: false, lane: spec.lane, core: None, runtime })
     }
 
     /// The lane that this instance serves.
@@ -165,6 +166,13 @@ impl Instance {
     #[must_use]
     pub fn fault(&self) -> Option<&GuestFault> {
         self.view.fault()
+    }
+
+    /// The core dump of an instance that trapped, once, in the format of the WebAssembly tool conventions (`Coredump.md`): about as long as [`Instance::memory_bytes`]. `None` after
+    /// any other end.
+    pub fn core_dump(&mut self) -> Option<Vec<u8>> {
+        let core = self.core.take()?;
+        Some(core.serialize(&mut self.store, &self.lane.to_string()))
     }
 
     /// Linear memory of the guest, in bytes.
@@ -181,6 +189,34 @@ impl Instance {
     pub fn attach(&mut self, device: Box<dyn DeviceCapability>) -> Result<Attachment, CallError> {
         let words = self.with_device(Export::Attach, device, |store, guest| {
             guest.virtio()?.driver.cofferdam_driver_driver().call_attach(store, the_device())
+        })?;
+        let attachment = words.map_err(DriverError::from)?;
+        Attachment::check(attachment).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane: another instance is about to take its place. What it exports is for [`Instance::resume`] of that one, and only a hint.
+    ///
+    /// # Errors
+    /// [`CallError::Fault`] when the driver faulted, also by exporting more than the 4,096 bytes of `wit/virtio.wit`.
+    pub fn suspend(&mut self) -> Result<ExportedState, CallError> {
+        let words = self.call(Export::Suspend, |store, guest| {
+            guest.virtio()?.driver.cofferdam_driver_driver().call_suspend(store)
+        })?;
+        ExportedState::check(words).map_err(|fault| self.fail(fault))
+    }
+
+    /// Control lane, in the place of [`Instance::attach`]: takes over a device that runs.
+    ///
+    /// # Errors
+    /// As [`Instance::attach`].
+    pub fn resume(
+        &mut self,
+        device: Box<dyn DeviceCapability>,
+        state: &ExportedState,
+    ) -> Result<Attachment, CallError> {
+        let state = state.into();
+        let words = self.with_device(Export::Resume, device, |store, guest| {
+            guest.virtio()?.driver.cofferdam_driver_driver().call_resume(store, the_device(), &state)
         })?;
         let attachment = words.map_err(DriverError::from)?;
         Attachment::check(attachment).map_err(|fault| self.fail(fault))
@@ -361,6 +397,7 @@ impl Instance {
             }
             Err(error) => {
                 let fault = classify(&mut self.store, &error);
+                self.core = error.downcast().ok();
                 tracing::debug!(kind = fault.kind.as_str(), lane = %self.lane, message = fault.message, "driver fault");
                 Err(self.die(fault))
             }
@@ -416,6 +453,10 @@ impl LaneDriver for Instance {
 
     fn memory_bytes(&self) -> u64 {
         Instance::memory_bytes(self)
+    }
+
+    fn core_dump(&mut self) -> Option<Vec<u8>> {
+        Instance::core_dump(self)
     }
 }
 

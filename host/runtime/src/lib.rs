@@ -56,11 +56,12 @@ pub use grants::{DirGrant, GrantError, Grants};
 pub use instance::{Instance, InstanceSpec, LaneId};
 pub use kill::KillSwitch;
 pub use limits::GuestLimits;
-pub use module::{Module, ModuleInfo};
+pub use module::{Linked, Module, ModuleInfo};
 pub use runtime::{Runtime, RuntimeConfig};
 pub use service::{
-    Attachment, BlockProperties, EntropyProperties, LaneDriver, LaneSetup, MAX_ANSWER_WORDS, MAX_BATCH_REQUESTS,
-    MAX_CHAIN_WORDS, NetProperties, Offloads, Posting, Properties, QueueOwner, QueuePlan, StreamPort, StreamProperties,
+    Attachment, BlockProperties, EntropyProperties, ExportedState, LaneDriver, LaneSetup, MAX_ANSWER_WORDS,
+    MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, NetProperties, Offloads, Posting, Properties, QueueOwner, QueuePlan,
+    StreamPort, StreamProperties,
 };
 pub use text::clean;
 pub use view::{CallView, RunningCall, Whereabouts};

@@ -81,7 +81,7 @@ impl Module {
     /// [`InstantiateError::Load`] when the grants do not cover the imports or the types do not match, [`InstantiateError::Fault`] when the guest goes over a
     /// bound or traps.
     pub fn instantiate(&self, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
-        Instance::new(self, spec)
+        self.link(&spec.grants)?.instantiate(spec)
     }
 
     /// Whether the driver hands addresses to its device: it imports `dma`.
@@ -94,8 +94,17 @@ impl Module {
         &self.inner.runtime
     }
 
-    /// Everything that `grants` and the device give, joined to what the component asks for.
-    pub(crate) fn link(&self, grants: &Grants) -> Result<InstancePre<LaneState>, LoadError> {
+    /// Joins everything that `grants` and the device give to what the component asks for. Done once, it makes further instances quick.
+    ///
+    /// # Errors
+    /// When the grants do not cover the imports, or types do not match.
+    pub fn link(&self, grants: &Grants) -> Result<Linked, LoadError> {
+        self.check_grants(grants)?;
+        let pre = self.join(grants)?;
+        Ok(Linked { module: self.clone(), grants: grants.clone(), pre })
+    }
+
+    fn join(&self, grants: &Grants) -> Result<InstancePre<LaneState>, LoadError> {
         let link = || {
             let mut linker = Linker::new(self.inner.runtime.engine());
             log::link(&mut linker)?;
@@ -110,6 +119,46 @@ impl Module {
             Ok(pre)
         };
         link().map_err(|error: wasmtime::Error| mismatch(&error))
+    }
+}
+
+/// A module whose imports are joined to what one binding gives it.
+#[derive(Clone)]
+pub struct Linked {
+    module: Module,
+    grants: Grants,
+    pre: InstancePre<LaneState>,
+}
+
+impl fmt::Debug for Linked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Linked").field("module", &self.module).finish_non_exhaustive()
+    }
+}
+
+impl Linked {
+    /// What it was made of.
+    #[must_use]
+    pub fn module(&self) -> &Module {
+        &self.module
+    }
+
+    /// As [`Module::instantiate`], with the grants that it was linked with.
+    ///
+    /// # Errors
+    /// [`InstantiateError::Fault`] when the guest goes over a bound or traps.
+    pub fn instantiate(&self, spec: InstanceSpec) -> Result<Instance, InstantiateError> {
+        Instance::new(self, InstanceSpec { grants: self.grants.clone(), ..spec })
+    }
+
+    /// What it was linked with.
+    #[must_use]
+    pub fn grants(&self) -> &Grants {
+        &self.grants
+    }
+
+    pub(crate) fn pre(&self) -> &InstancePre<LaneState> {
+        &self.pre
     }
 }
 

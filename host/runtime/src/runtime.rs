@@ -52,7 +52,7 @@ struct Inner {
     cache: Option<Cache>,
     component_limit_bytes: usize,
     /// One log rate per binding and generation, shared by its lanes.
-    log_rates: Mutex<HashMap<(String, u64), Weak<LogRate>>>,
+    log_rates: Mutex<HashMap<String, Weak<LogRate>>>,
 }
 
 impl fmt::Debug for Runtime {
@@ -129,16 +129,15 @@ impl Runtime {
         &self.inner.pulse
     }
 
-    /// The log rate that all lanes of one generation of a binding share.
-    pub(crate) fn log_rate(&self, binding: &str, generation: u64, lines_per_s: u32) -> Arc<LogRate> {
+    /// The log rate that all lanes of a binding share, also with those that take their place.
+    pub(crate) fn log_rate(&self, binding: &str, lines_per_s: u32) -> Arc<LogRate> {
         let mut rates = self.inner.log_rates.lock();
         rates.retain(|_, rate| rate.strong_count() > 0);
-        let key = (binding.to_owned(), generation);
-        if let Some(rate) = rates.get(&key).and_then(Weak::upgrade) {
+        if let Some(rate) = rates.get(binding).and_then(Weak::upgrade) {
             return rate;
         }
         let rate = Arc::new(LogRate::new(lines_per_s, Instant::now()));
-        rates.insert(key, Arc::downgrade(&rate));
+        rates.insert(binding.to_owned(), Arc::downgrade(&rate));
         rate
     }
 }
@@ -155,6 +154,8 @@ fn engine_config(config: &RuntimeConfig) -> Config {
         .shared_memory(false)
         // Function names come from the name section. Source lines would make the host parse a guest's DWARF.
         .wasm_backtrace_details(WasmBacktraceDetails::Disable)
-        .wasm_backtrace_max_frames(NonZeroUsize::new(MAX_BACKTRACE_FRAMES));
+        .wasm_backtrace_max_frames(NonZeroUsize::new(MAX_BACKTRACE_FRAMES))
+        // Noted at the trap, and written down only if somebody wants it.
+        .coredump_on_trap(true);
     engine
 }

@@ -9,7 +9,7 @@ mod stream;
 pub use block::BlockProperties;
 pub use entropy::EntropyProperties;
 pub use net::{NetProperties, Offloads};
-pub use plan::{Attachment, LaneSetup, Posting, QueueOwner, QueuePlan};
+pub use plan::{Attachment, ExportedState, LaneSetup, Posting, QueueOwner, QueuePlan};
 pub use stream::{StreamPort, StreamProperties};
 
 use crate::bindings;
@@ -97,6 +97,11 @@ pub trait LaneDriver: Send {
         let _ = buffers;
         out.clear();
         Err(CallError::Fault(GuestFault::layout("received: this driver has no posted queue".to_owned())))
+    }
+
+    /// The core dump of a driver that trapped, once: see [`Instance::core_dump`](crate::Instance::core_dump).
+    fn core_dump(&mut self) -> Option<Vec<u8>> {
+        None
     }
 
     /// Bytes of memory that only this driver has.

@@ -52,6 +52,12 @@ impl CallView {
         CallView::default()
     }
 
+    /// The instance's last calls, the latest first and at most 16: the export, and the import that it was in last. Meant for an instance that is over.
+    #[must_use]
+    pub fn recent(&self) -> Vec<(&'static str, Option<&'static str>)> {
+        self.activity.recent()
+    }
+
     pub(crate) fn activity(&self) -> &Arc<Activity> {
         &self.activity
     }

@@ -131,6 +131,7 @@ pub(crate) fn fails(manager: &Manager, load: FailingLoad) -> anyhow::Result<Roun
         queues: Some(2),
         grants: if held { Grants::parse(sleeper::GRANT)? } else { Grants::default() },
         limits: GuestLimits { call_deadline_ms: call.as_millis() as u64, ..GuestLimits::default() },
+        restarts: None,
         ..LoadSpec::new("guest.wasm", component, transport)
     };
     if load == FailingLoad::Frozen {

@@ -117,6 +117,7 @@ impl Stage {
             queues: Some(2),
             grants,
             limits,
+            restarts: None,
             ..LoadSpec::new("guest.wasm", component, Box::new(transport))
         })?;
         ensure!(binding.lanes() == 2, "{} lanes", binding.lanes());

@@ -85,6 +85,6 @@ impl World {
         let call_deadline_ms = if driver == ON_COMMAND { LOOP_DEADLINE_MS } else { DEADLINE_MS };
         let limits = GuestLimits { call_deadline_ms, ..GuestLimits::default() };
         let spec = LoadSpec::new(driver, component, Box::new(device));
-        Ok(LoadSpec { name: Some(name.to_owned()), arena_bytes: 4 << 20, limits, ..spec })
+        Ok(LoadSpec { name: Some(name.to_owned()), arena_bytes: 4 << 20, limits, restarts: None, ..spec })
     }
 }

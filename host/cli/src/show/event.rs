@@ -50,6 +50,10 @@ fn what(what: &EventKind) -> String {
         EventKind::HandleRevoked { handle, port, peer } => format!("handle {handle} revoked: {port}, {peer}"),
         EventKind::ConfigChanged { refused: Some(why), .. } => format!("configuration changed, refused: {why}"),
         EventKind::ConfigChanged { changes, refused: None } => format!("configuration changed: {}", changes.join(", ")),
+        EventKind::Upgraded { from, to, blackout_micros } => {
+            format!("upgraded: {from} -> {to}, clients waited {blackout_micros} us")
+        }
+        EventKind::RolledBack { from, to, reason } => format!("rolled back: {from} -> {to}: {reason}"),
         EventKind::Trusted { driver, device } => {
             format!("{driver} is trusted (--trust-dma): it may have {device} reach any memory of this machine")
         }
@@ -59,7 +63,7 @@ fn what(what: &EventKind) -> String {
 }
 
 /// UTC as RFC 3339 has it, from microseconds since 1970.
-fn time(unix_micros: u64) -> String {
+pub(super) fn time(unix_micros: u64) -> String {
     let (seconds, micros) = (unix_micros / 1_000_000, unix_micros % 1_000_000);
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = date(days);

@@ -26,6 +26,7 @@ pub(crate) fn check(here: &Situation, setting: Setting<'_>) -> Result<(), Broken
     claim(!(world.memory == Memory::Freed && world.call != Call::None), "memory is freed under a call (G9)")?;
     claim(!(world.code == Code::Dropped && world.call != Call::None), "code is dropped under a call (G9)")?;
     claim(!(is_past_closing(life.state()) && world.gate_open), "something can be admitted after gate-closed (G1)")?;
+    claim(!(life.state() == State::Serving && world.down), "it serves without a driver")?;
     let by_itself = matches!(life.cause(), Some(Cause::Removed | Cause::Fault));
     claim(life.state() != State::Interrupting || life.forced() || by_itself, "guests are interrupted without force")?;
     if !life.forced() && life.state() == State::Draining {
@@ -37,7 +38,7 @@ pub(crate) fn check(here: &Situation, setting: Setting<'_>) -> Result<(), Broken
 }
 
 fn is_past_closing(state: State) -> bool {
-    !matches!(state, State::Loading | State::Serving | State::Closing)
+    !matches!(state, State::Loading | State::Serving | State::Recovering | State::Failed | State::Closing)
 }
 
 /// Nothing is left but what is declared, and nothing is declared without need.

@@ -24,6 +24,14 @@ pub(crate) fn carry_out(here: &Situation) -> Result<Vec<Turn>, Broken> {
         // The loading thread has died.
         Effect::Build => said(next, Event::Leave { cause: Cause::LoadFailed, force: true }),
         Effect::Serve | Effect::Pause | Effect::Nothing => Ok(Vec::new()),
+        Effect::Recover => {
+            let mut given_up = next.clone();
+            next.down = false;
+            (given_up.down, given_up.given) = (true, 0);
+            Ok(vec![(next, Some(Event::Recovered)), (given_up, Some(Event::Exhausted))])
+        }
+        // An operator's wish; what comes in the meantime is answered by itself.
+        Effect::Refuse => said(next, Event::Restarted),
         Effect::CloseGate => {
             next.gate_open = false;
             said(next, Event::GateClosed)
@@ -111,6 +119,12 @@ fn build(world: &World, wanted: bool) -> Vec<Turn> {
 
 /// Waits. What the device completes meanwhile is a move of its own.
 fn drain(world: &World, forced: bool) -> Vec<Turn> {
+    let mut world = world.clone();
+    if world.down {
+        // Nobody will take them to the device any more.
+        world.given = 0;
+    }
+    let world = &world;
     if !world.in_flight() {
         return vec![(world.clone(), Some(Event::Drained))];
     }

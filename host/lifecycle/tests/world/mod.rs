@@ -98,6 +98,8 @@ pub(crate) struct World {
     /// Struck off unanswered while on the ring.
     pub(crate) abandoned: bool,
     pub(crate) call: Call,
+    /// The driver has broken down, and none has taken its place.
+    pub(crate) down: bool,
     /// No call begins any more.
     pub(crate) killed: bool,
     /// Nothing is put on the ring any more.
@@ -125,6 +127,7 @@ impl World {
             published: 0,
             abandoned: false,
             call: Call::None,
+            down: false,
             killed: false,
             withdrawn: false,
             device: Device::Healthy,

@@ -12,6 +12,12 @@ pub(crate) fn moves(here: &Situation, setting: Setting<'_>) -> Vec<Move> {
         moves.push(Move { name: name.to_owned(), event: None, next: Ok(here.with(next)) });
     }
     entries(here, setting, &mut moves);
+    if here.life.state() == State::Serving && here.world.call != Call::None && here.world.call != Call::Stuck {
+        let mut down = here.world.clone();
+        (down.call, down.down) = (Call::None, true);
+        let (name, event) = ("the driver breaks down".to_owned(), Some(Event::Faulted));
+        moves.push(Move { name, event, next: here.with(down).apply(setting, Event::Faulted) });
+    }
     let effect = here.life.effect();
     match carry_out(here) {
         Err(broken) => moves.push(Move { name: effect.to_string(), event: None, next: Err(broken) }),
@@ -55,7 +61,7 @@ fn entries(here: &Situation, setting: Setting<'_>, moves: &mut Vec<Move>) {
         let event = Event::Leave { cause, force };
         let name = format!("leave ({cause}{})", if force { ", force" } else { "" });
         let mut next = here.clone();
-        let bound = matches!(state, State::Loading | State::Serving);
+        let bound = matches!(state, State::Loading | State::Serving | State::Recovering | State::Failed);
         let forbidden = bound && here.life.pinned() && cause == Cause::Unload;
         let next = match next.life.apply_by(setting.table, event) {
             Ok(_) if forbidden => Err(Broken("a pinned binding was unloaded".into())),
@@ -94,6 +100,9 @@ fn interference(here: &Situation) -> Vec<(World, &'static str)> {
         moves.push((next, name));
     };
     clients(here, &mut add);
+    if here.life.state() == State::Failed && world.given > 0 {
+        add("a request is answered with an error", &|next| next.given -= 1);
+    }
     guest(world, &mut add);
     device(world, &mut add);
     moves
@@ -126,7 +135,8 @@ fn clients(here: &Situation, add: Add<'_>) {
 }
 
 fn guest(world: &World, add: Add<'_>) {
-    let enters = world.call == Call::None && !world.killed && world.code == Code::Live && world.given > 0;
+    let enters =
+        world.call == Call::None && !world.down && !world.killed && world.code == Code::Live && world.given > 0;
     if enters && !world.loading {
         add("a call begins", &|next| next.call = Call::Running);
         add("a call begins that loops", &|next| next.call = Call::Looping);

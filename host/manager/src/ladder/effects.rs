@@ -63,7 +63,9 @@ pub(super) fn carry_out(
         Effect::KeepCode => (Stage::Drop, keep_code(binding, parts)),
         Effect::Release => return release(binding, parts),
         // States in which nobody is on the ladder, or nothing is left to do. `run` enters the ladder before it asks, so these have no result to tell.
-        Effect::Build | Effect::Serve | Effect::Pause | Effect::Nothing => return Event::GaveUp,
+        Effect::Build | Effect::Serve | Effect::Recover | Effect::Refuse | Effect::Pause | Effect::Nothing => {
+            return Event::GaveUp;
+        }
     };
     parts.progress.timed(stage, since);
     event
@@ -305,6 +307,9 @@ fn drop_code(binding: &Binding, parts: &mut Parts) -> Event {
     kept += usize::from(binding.control.take_control(until).is_err());
     parts.control = None;
     parts.module = None;
+    if let Some(recovery) = binding.recovery.get() {
+        kept += usize::from(!recovery.end(until));
+    }
     if kept == 0 {
         return Event::CodeDropped;
     }

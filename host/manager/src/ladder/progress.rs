@@ -46,7 +46,7 @@ impl Progress {
     pub(super) fn draft(&self, binding: &Binding, residual: Residual, outcome: Outcome) -> Certificate {
         Certificate {
             name: binding.name().to_owned(),
-            driver: binding.driver().to_owned(),
+            driver: binding.driver().to_string(),
             device: binding.device().to_owned(),
             generation: binding.generation(),
             outcome,

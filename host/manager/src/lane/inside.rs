@@ -16,7 +16,9 @@ use cofferdam_runtime::{CallError, FaultKind, GuestFault, LaneDriver};
 
 use crate::error::LaneFault;
 use crate::handle::HandleShared;
+use crate::lane::exchange::Timing;
 use crate::lane::posted::Posted;
+use crate::lane::revive::{Aside, Health, POISON};
 use crate::ledger::{Ledger, Stage, Taken};
 use crate::offer::Offer;
 use crate::request::{Completion, IoError};
@@ -36,11 +38,18 @@ pub(super) struct Inside {
     pub(super) posted: Option<Posted>,
     pub(super) ledger: Ledger,
     /// Responses that wait for a look that may call the driver, in order. Bounded by the ledger.
-    pub(super) unjudged: VecDeque<Used>,
+    pub(super) unjudged: VecDeque<Judged>,
     /// Checked chains that found no room on the ring, in order. Bounded by the ledger.
     pub(super) parked: VecDeque<ChainBuf>,
     pub(super) device_fault: Option<DeviceFault>,
-    pub(super) driver_fault: bool,
+    /// Whether the driver may be called.
+    pub(super) health: Health,
+    /// The number of what its driver is made of.
+    pub(super) made_of: u64,
+    /// How long calls take, while somebody wants to know.
+    pub(super) timing: Option<Box<Timing>>,
+    /// What a driver that broke down was given and had not taken to the device, in order. At most a batch.
+    pub(super) aside: VecDeque<Aside>,
     /// Notifies of pollers that armed the ring, found nothing, and have not polled since: they may be asleep. As many as there are clients at the most.
     sleepers: Vec<Arc<Notify>>,
     /// Crossings that ended by the kill switch.
@@ -55,12 +64,12 @@ pub(super) struct Inside {
 /// Memory that is used again for every batch, so that the ordinary way allocates nothing.
 #[derive(Default)]
 pub(super) struct Scratch {
-    requests: Vec<u64>,
-    expected: Vec<Expected>,
+    pub(super) requests: Vec<u64>,
+    pub(super) expected: Vec<Expected>,
     chains: Vec<u32>,
     batch: ChainBatch,
     responses: Vec<u32>,
-    judged: Vec<(u32, u32, u32)>,
+    judged: Vec<Judged>,
     tokens: Vec<u32>,
     answers: Vec<u32>,
     verdicts: Vec<(usize, Status)>,
@@ -68,6 +77,21 @@ pub(super) struct Scratch {
     mine: Vec<u16>,
     /// Handles that got an answer from somebody else's poll.
     to_wake: Vec<Arc<HandleShared>>,
+}
+
+/// A response that the driver has to judge.
+#[derive(Clone, Debug)]
+pub(super) struct Judged {
+    used: Used,
+    /// Drivers that it may have broken down.
+    crashes: u8,
+}
+
+/// What one look at the ring found.
+pub(super) struct Reaped {
+    /// There may be more.
+    pub(super) more: bool,
+    pub(super) fault: Option<LaneFault>,
 }
 
 /// Where answers go: straight to the polling client if they are its own.
@@ -106,7 +130,10 @@ impl Inside {
             unjudged: VecDeque::new(),
             parked: VecDeque::new(),
             device_fault: None,
-            driver_fault: false,
+            health: Health::Works,
+            made_of: 0,
+            timing: None,
+            aside: VecDeque::new(),
             sleepers: Vec::new(),
             interrupted: 0,
             lost: Arc::new(AtomicU64::new(0)),
@@ -116,16 +143,23 @@ impl Inside {
     }
 
     /// One crossing for what [`Inside::enter`] took; checks every word of the answer and puts the chains on the ring.
-    pub(super) fn cross_submit(&mut self, owner: &Arc<HandleShared>) -> Option<LaneFault> {
+    pub(super) fn cross_submit(&mut self) -> Option<LaneFault> {
+        self.cross(0)
+    }
+
+    /// The same for requests that may have broken down `crashes` drivers.
+    pub(super) fn cross(&mut self, crashes: u8) -> Option<LaneFault> {
         if self.scratch.expected.is_empty() {
             return None;
         }
         // What was invalid is answered: it does not stay counted for as long as the driver takes.
         self.ledger.settle();
+        let begun = self.begun();
         let called = match self.driver.as_mut() {
             Some(driver) => driver.submit(&self.scratch.requests, &mut self.scratch.chains),
             None => return None,
         };
+        self.ended(begun);
         let called = called.map_err(|error| guest_fault(error, "submit"));
         self.note_interruption(&called);
         let checked = called.and_then(|()| {
@@ -134,20 +168,13 @@ impl Inside {
         });
         let mut batch = std::mem::take(&mut self.scratch.batch);
         let fault = match checked {
-            Ok(()) => {
-                let fault = self.place(&batch, owner);
-                if fault.is_some() {
-                    // What comes after the faulty chain was not placed: nobody else would answer it.
-                    self.fail_given(owner);
-                }
-                fault
-            }
-            Err(fault) => {
-                self.driver_fault = true;
-                self.fail_given(owner);
-                Some(LaneFault::Guest(fault))
-            }
+            Ok(()) => self.place(&batch),
+            Err(fault) => Some(LaneFault::Guest(fault)),
         };
+        if fault.is_some() {
+            // Of a batch that was placed in part, what comes behind the faulty chain.
+            self.set_aside(crashes + 1);
+        }
         batch.clear();
         self.scratch.batch = batch;
         fault
@@ -159,7 +186,7 @@ impl Inside {
     }
 
     /// Puts checked chains on the ring, in the driver's order and behind those that already wait for room.
-    fn place(&mut self, batch: &ChainBatch, owner: &Arc<HandleShared>) -> Option<LaneFault> {
+    fn place(&mut self, batch: &ChainBatch) -> Option<LaneFault> {
         for outcome in batch.iter() {
             match outcome {
                 Outcome::Refused { token, status, .. } => {
@@ -185,13 +212,10 @@ impl Inside {
                         }
                         Err(AddError::Poisoned(fault)) => {
                             self.device_fault = Some(fault);
-                            self.fail(&[token], owner);
                             return Some(LaneFault::Device(fault));
                         }
                         // A chain that can never fit is the driver's mistake: it knows the ring's size from its plan.
                         Err(error @ (AddError::TooLong { .. } | AddError::WrongQueue { .. })) => {
-                            self.driver_fault = true;
-                            self.fail(&[token], owner);
                             return Some(LaneFault::Guest(GuestFault::layout(error.to_string())));
                         }
                     };
@@ -202,45 +226,43 @@ impl Inside {
         None
     }
 
-    /// Fails what is left of the batch that was just given to the driver.
-    fn fail_given(&mut self, owner: &Arc<HandleShared>) {
-        let expected = std::mem::take(&mut self.scratch.expected);
-        for request in &expected {
-            if self.ledger.stage(request.token) == Some(Stage::Given) {
-                self.fail(&[request.token], owner);
-            }
-        }
-        self.scratch.expected = expected;
-    }
-
     /// Fails requests that the device was never given.
-    fn fail(&mut self, tokens: &[u32], owner: &Arc<HandleShared>) {
+    pub(super) fn fail(&mut self, tokens: &[u32]) {
         let mut nobody = Vec::new();
         self.lost.fetch_add(tokens.len() as u64, Ordering::Relaxed);
         for token in tokens {
             self.answer(*token, Err(IoError::DeviceFault), &mut Sink { me: None, out: &mut nobody });
         }
-        note_owner(&mut self.scratch.to_wake, owner);
     }
 
-    /// Reaps up to 64 used elements and answers them. Returns how many were taken. Without `cross` the driver is not called: what it would have to judge is put
+    /// Reaps up to 64 used elements and answers them. Without `cross` the driver is not called: what it would have to judge is put
     /// aside, for a later look that may.
-    pub(super) fn reap_batch(&mut self, cross: bool, sink: &mut Sink<'_>) -> (usize, Option<LaneFault>) {
+    pub(super) fn reap_batch(&mut self, cross: bool, sink: &mut Sink<'_>) -> Reaped {
         self.scratch.responses.clear();
         self.scratch.tokens.clear();
         self.scratch.judged.clear();
         self.scratch.mine.clear();
         if self.device_fault.is_some() {
-            return (0, None);
+            return Reaped { more: false, fault: None };
         }
+        let cross = cross && self.health != Health::Waits;
         // Looked up with the first answer: most looks of a poller find none.
         let mut mine = None;
         let mut count = 0;
         let mut fault = None;
         while cross && count < MAX_BATCH {
-            let Some(used) = self.unjudged.pop_front() else { break };
+            let Some(judged) = self.unjudged.pop_front() else { break };
+            let is_suspect = judged.crashes > 0;
+            if is_suspect && count > 0 {
+                self.unjudged.push_front(judged);
+                break;
+            }
             count += 1;
-            self.ask(&used);
+            self.ask(judged);
+            if is_suspect {
+                // By itself: it may have broken down a driver.
+                return Reaped { more: true, fault: self.judge(sink) };
+            }
         }
         while count < MAX_BATCH {
             let Some(ring) = &mut self.ring else { break };
@@ -255,10 +277,11 @@ impl Inside {
                 }
                 Ok(Popped::Other(used)) => {
                     count += 1;
-                    if cross {
-                        self.ask(&used);
+                    let judged = Judged { used, crashes: 0 };
+                    if cross && self.unjudged.is_empty() {
+                        self.ask(judged);
                     } else {
-                        self.unjudged.push_back(used);
+                        self.unjudged.push_back(judged);
                     }
                 }
                 Ok(Popped::Nothing) => break,
@@ -275,14 +298,15 @@ impl Inside {
         if let Some(guest) = self.judge(sink) {
             fault.get_or_insert(guest);
         }
-        (count, fault)
+        Reaped { more: count == MAX_BATCH || (cross && !self.unjudged.is_empty()), fault }
     }
 
     /// Puts a response on the list that the driver is asked about next.
-    fn ask(&mut self, used: &Used) {
+    fn ask(&mut self, judged: Judged) {
+        let used = &judged.used;
         words::push_response(&mut self.scratch.responses, used.token, used.written, used.status());
         self.scratch.tokens.push(used.token);
-        self.scratch.judged.push((used.token, used.written, used.offered));
+        self.scratch.judged.push(judged);
     }
 
     /// One crossing for the responses that were not ordinary.
@@ -292,8 +316,9 @@ impl Inside {
         }
         // What is answered already does not stay counted for as long as the driver takes.
         self.ledger.settle();
-        let called = match (&mut self.driver, self.driver_fault) {
-            (Some(driver), false) => driver
+        let begun = self.begun();
+        let called = match (&mut self.driver, self.health) {
+            (Some(driver), Health::Works) => driver
                 .complete(&self.scratch.responses, &mut self.scratch.answers)
                 .map_err(|e| guest_fault(e, "complete")),
             // L5: nobody is left who could judge; an extraordinary response is not a success.
@@ -306,6 +331,7 @@ impl Inside {
                 return None;
             }
         };
+        self.ended(begun);
         self.note_interruption(&called);
         let checked = called.and_then(|()| {
             let Scratch { answers, tokens, verdicts, .. } = &mut self.scratch;
@@ -315,7 +341,7 @@ impl Inside {
             Ok(()) => {
                 let verdicts = std::mem::take(&mut self.scratch.verdicts);
                 for (position, status) in &verdicts {
-                    let (token, written, writable) = self.scratch.judged[*position];
+                    let Used { token, written, offered: writable, .. } = self.scratch.judged[*position].used;
                     // Bytes that the device did not write are somebody else's old data: no driver may call that a success.
                     let (short, bytes) = match self.ledger.op(token) {
                         Some(IoOp::Read | IoOp::GetId) => (written < writable, 0),
@@ -333,12 +359,16 @@ impl Inside {
                 None
             }
             Err(fault) => {
-                self.driver_fault = true;
-                let tokens = std::mem::take(&mut self.scratch.tokens);
-                for token in &tokens {
-                    self.answer(*token, Err(IoError::Io), sink);
+                // For the next driver, in order; what breaks that one too is no success.
+                let mut judged = std::mem::take(&mut self.scratch.judged);
+                for Judged { used, crashes } in judged.drain(..).rev() {
+                    if crashes + 1 >= POISON {
+                        self.answer(used.token, Err(IoError::Io), sink);
+                    } else {
+                        self.unjudged.push_front(Judged { used, crashes: crashes + 1 });
+                    }
                 }
-                self.scratch.tokens = tokens;
+                self.scratch.judged = judged;
                 Some(LaneFault::Guest(fault))
             }
         }
@@ -384,6 +414,11 @@ impl Inside {
     /// Answers everything that the device was never given as failed. Nothing is published from here on.
     pub(super) fn withdraw(&mut self) -> usize {
         self.parked.clear();
+        // Answered below.
+        self.aside.clear();
+        if self.health == Health::Waits {
+            self.health = Health::Gone;
+        }
         let mut nobody = Vec::new();
         let mut withdrawn = 0;
         for token in self.ledger.tokens() {

@@ -8,6 +8,7 @@
 //! The buffers are leased once and stay the binding's: a client that holds arrivals holds so many buffers from the device, and nothing else. A client that does not take them leaves the
 //! device without buffers, which is the flow control. A drain does not wait for what is posted; once the device is silent the buffers are given back, whoever holds arrivals.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -22,6 +23,7 @@ use parking_lot::{Mutex, RwLock};
 use super::inside::{Inside, guest_fault};
 use crate::arrival::Arrival;
 use crate::error::LaneFault;
+use crate::lane::revive::{Health, POISON};
 
 /// The buffers of one posted queue, numbered from 0.
 pub(crate) struct Pool {
@@ -68,10 +70,19 @@ impl Pool {
 /// What one look found.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Found {
-    /// Buffers that the device had used.
-    pub(super) used: usize,
-    /// Of them, those that the driver made nothing of.
+    /// There may be more.
+    pub(super) more: bool,
+    /// Buffers that the driver made nothing of.
     pub(super) dropped: u64,
+}
+
+/// A used buffer as the driver sees it.
+#[derive(Clone, Debug)]
+struct Shown {
+    given: Given,
+    words: Vec<u32>,
+    /// Drivers that it may have broken down.
+    crashes: u8,
 }
 
 /// The queue.
@@ -84,10 +95,16 @@ pub(crate) struct Posted {
     head_bytes: u8,
     /// The beginning of an arrival that goes on.
     begun: Option<(Head, Vec<Piece>)>,
+    /// What the driver was shown of it, which another driver would have to see again.
+    begun_of: Vec<Shown>,
+    /// What a driver was shown when it broke down, for the next one, in order: one at a time, for any of it may be what broke it.
+    again: VecDeque<Shown>,
     /// The device broke the ring's rules.
     broken: bool,
     given: Vec<Given>,
     words: Vec<u32>,
+    /// Drivers that what is given may have broken down.
+    crashes: u8,
     answer: Vec<u32>,
     arrivals: Arrivals,
 }
@@ -113,9 +130,12 @@ impl Posted {
             chains: chains?,
             head_bytes,
             begun: None,
+            begun_of: Vec::new(),
+            again: VecDeque::new(),
             broken: false,
             given: Vec::new(),
             words: Vec::new(),
+            crashes: 0,
             answer: Vec::new(),
             arrivals: Arrivals::default(),
             doorbell,
@@ -155,6 +175,13 @@ impl Posted {
     fn take(&mut self) -> Result<(), DeviceFault> {
         self.given.clear();
         self.words.clear();
+        self.crashes = 0;
+        if let Some(Shown { given, words, crashes }) = self.again.pop_front() {
+            self.given.push(given);
+            self.words.extend(words);
+            self.crashes = crashes;
+            return Ok(());
+        }
         let head_bytes = usize::from(self.head_bytes);
         self.pool.with(|buffers| {
             while self.given.len() < MAX_BATCH {
@@ -209,7 +236,58 @@ impl Posted {
         }
         drop(back);
         self.arrivals = arrivals;
+        self.note_begun();
         dropped
+    }
+
+    /// What was given this time, one by one. Each has as many words.
+    fn shown(&self, crashes: u8) -> impl Iterator<Item = Shown> {
+        let words = self.words.len() / self.given.len().max(1);
+        let each = self.given.iter().zip(self.words.chunks(words.max(1)));
+        each.map(move |(given, words)| Shown { given: *given, words: words.to_vec(), crashes })
+    }
+
+    /// Keeps what another driver would need for the rest of an arrival that goes on.
+    fn note_begun(&mut self) {
+        let Some((_, pieces)) = &self.begun else { return self.begun_of.clear() };
+        let is_in = |shown: &Shown| pieces.iter().any(|piece| piece.buffer == shown.given.buffer);
+        let now: Vec<_> = self.shown(0).filter(is_in).collect();
+        self.begun_of.retain(is_in);
+        self.begun_of.extend(now);
+    }
+
+    /// The driver broke down over what it was given. The next one is shown that again, behind what it needs to understand it; what has broken down two is dropped. How many
+    /// those are.
+    fn set_aside(&mut self) -> u64 {
+        let crashes = self.crashes + 1;
+        let (mut dropped, mut back) = (0, Vec::new());
+        let mut again: Vec<_> = std::mem::take(&mut self.begun_of);
+        if let Some((_, pieces)) = self.begun.take() {
+            // Shown again, so no client's and not the device's either.
+            for piece in &pieces {
+                self.pool.held[usize::from(piece.buffer)].fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        for shown in self.shown(crashes) {
+            if crashes >= POISON {
+                back.push(shown.given.buffer);
+                dropped += 1;
+            } else {
+                again.push(shown);
+            }
+        }
+        self.pool.back.lock().extend(back);
+        for shown in again.into_iter().rev() {
+            self.again.push_front(shown);
+        }
+        dropped
+    }
+
+    /// No driver will say what that means.
+    fn forget_aside(&mut self) -> u64 {
+        let again = std::mem::take(&mut self.again);
+        self.pool.back.lock().extend(again.iter().map(|shown| shown.given.buffer));
+        again.len() as u64
     }
 }
 
@@ -217,7 +295,8 @@ impl Inside {
     /// One look at the posted queue.
     pub(super) fn receive(&mut self, out: &mut Vec<Arrival>) -> (Found, Option<LaneFault>) {
         let withdrawn = self.withdrawn.load(Ordering::Acquire);
-        let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !withdrawn) else {
+        let waits = withdrawn || self.is_waiting();
+        let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !waits) else {
             return (Found::default(), None);
         };
         let taken = posted.take();
@@ -230,8 +309,9 @@ impl Inside {
             self.repost();
             return (Found::default(), fault);
         }
-        let driver = self.driver.as_mut().filter(|_| !self.driver_fault);
+        let driver = self.driver.as_mut().filter(|_| self.health == Health::Works);
         // L5: without a driver nobody can say what it means.
+        let mut dropped = if driver.is_none() { posted.forget_aside() } else { 0 };
         let called = driver.map_or(Ok(()), |driver: &mut Box<dyn LaneDriver>| {
             driver.received(&posted.words, &mut posted.answer).map_err(|error| guest_fault(error, "received"))
         });
@@ -239,16 +319,14 @@ impl Inside {
             let parsed = posted.arrivals.parse(&posted.answer, &posted.given);
             parsed.map_err(|error| GuestFault::layout(format!("received: {error}")))
         });
-        let dropped = posted.deliver(out);
+        dropped += if checked.is_ok() { posted.deliver(out) } else { posted.set_aside() };
         posted.answer.clear();
         posted.arrivals.clear();
+        let more = used == MAX_BATCH || !posted.again.is_empty();
         self.note_interruption(&called);
-        let fault = fault.or(checked.err().map(|fault| {
-            self.driver_fault = true;
-            LaneFault::Guest(fault)
-        }));
+        let fault = fault.or(checked.err().map(LaneFault::Guest));
         self.repost();
-        (Found { used, dropped }, fault)
+        (Found { more, dropped }, fault)
     }
 
     /// Gives the device back what clients have let go of, and what was dropped.
@@ -262,7 +340,8 @@ impl Inside {
 
     /// Asks the device to tell of the next buffer that it uses; true if one is there already.
     pub(super) fn arm_posted(&mut self) -> bool {
-        self.posted.as_mut().is_some_and(|posted| !posted.broken && posted.ring.arm())
+        let stops = self.withdrawn.load(Ordering::Acquire) || self.is_waiting();
+        self.posted.as_mut().is_some_and(|posted| !stops && !posted.broken && posted.ring.arm())
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use cofferdam_manager::{Binding, Handle, HandleSpec, Notify, Offer, Port, PortReport, PortThreads, StreamPort};
+use cofferdam_manager::{Binding, Handle, HandleSpec, Notify, Offer, Phase, Port, PortReport, PortThreads, StreamPort};
 
 use crate::address::CharacterAddress;
 use crate::entropy::{Entropy, Sink};
@@ -226,7 +226,7 @@ fn find(binding: &Arc<Binding>, number: u32) -> Result<StreamPort, CharacterErro
             return Ok(port.clone());
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || binding.phase() != cofferdam_manager::Phase::Serving {
+        if left.is_zero() || !matches!(binding.phase(), Phase::Serving | Phase::Recovering) {
             let there: Vec<_> = stream.ports.iter().map(|port| port.index.to_string()).collect();
             let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
             return Err(CharacterError::NoSuchPort { port: number, there });

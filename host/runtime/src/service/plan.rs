@@ -129,6 +129,31 @@ impl Attachment {
     }
 }
 
+/// What a control lane left to the one that takes its place: a hint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExportedState {
+    /// The driver's own number for what the bytes mean.
+    pub version: u32,
+    /// At most 4,096 bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl ExportedState {
+    pub(crate) fn check(words: wit_driver::ExportedState) -> Result<ExportedState, GuestFault> {
+        if words.bytes.len() > MAX_STATE_BYTES {
+            let bytes = words.bytes.len();
+            return Err(GuestFault::layout(format!("suspend: {bytes} bytes of state; {MAX_STATE_BYTES} are allowed")));
+        }
+        Ok(ExportedState { version: words.version, bytes: words.bytes })
+    }
+}
+
+impl From<&ExportedState> for wit_driver::ExportedState {
+    fn from(state: &ExportedState) -> wit_driver::ExportedState {
+        wit_driver::ExportedState { version: state.version, bytes: state.bytes.clone() }
+    }
+}
+
 /// What a data lane is started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaneSetup {

@@ -1,6 +1,8 @@
 //! What goes wrong on the control lane.
 
-use cofferdam_sdk::{Attachment, BlockProperties, DriverError, LaneSetup, QueuePlan, VirtioDevice, VirtioDriver, log};
+use cofferdam_sdk::{
+    Attachment, BlockProperties, DriverError, ExportedState, LaneSetup, QueuePlan, VirtioDevice, VirtioDriver, log,
+};
 use cofferdam_virtio_blk::VirtioBlk;
 
 use crate::lane::HostileLane;
@@ -82,6 +84,25 @@ impl VirtioDriver for Hostile {
             panic!("this driver panics in config-changed");
         }
         self.inner.config_changed(device)
+    }
+
+    fn suspend(&self) -> ExportedState {
+        match behaviour() {
+            "trap-suspend" => panic!("this driver panics in suspend"),
+            "huge-suspend" => ExportedState { version: 1, bytes: vec![0; 1 << 20] },
+            _ => ExportedState { version: 1, bytes: b"what it knew".to_vec() },
+        }
+    }
+
+    fn resume(device: &mut dyn VirtioDevice, state: &ExportedState) -> Result<(Self, Attachment), DriverError> {
+        match behaviour() {
+            "trap-resume" => panic!("this driver panics in resume"),
+            "loop-resume" => spin(),
+            "refuse-resume" => return Err(DriverError::Unsupported("this driver takes over from nobody".into())),
+            _ => {}
+        }
+        log::info(&format!("resumed with {} bytes of version {}", state.bytes.len(), state.version));
+        Self::attach(device)
     }
 
     fn start(setup: &LaneSetup) -> Result<HostileLane, DriverError> {

@@ -54,6 +54,9 @@ impl Lane for HostileLane {
             "trap-at-100" if self.requests >= 100 => panic!("this driver panics at its 100th request"),
             "loop-submit" => spin(),
             "eat-submit" => eat(),
+            "slow-submit" => (0..200_000_u32).for_each(|turn| {
+                std::hint::black_box(turn);
+            }),
             "flood-log-submit" => (0..10_000).for_each(|line| log::warn(&format!("flood line {line}"))),
             "on-command" => self.told = requests.clone().find_map(|request| command(&request)).or(self.told),
             _ => {}

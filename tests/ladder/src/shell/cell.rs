@@ -127,7 +127,7 @@ fn warm_up(daemon: &Daemon) {
 fn arguments(entry: Entry, situation: Situation, sleeper: &Path) -> (PathBuf, Vec<&'static str>) {
     // Only the guest that is to overrun meets a deadline.
     let call = if entry == Entry::Overrun { "100" } else { "60000" };
-    let fixed = vec!["--queues", "2", "--call-deadline-ms", call];
+    let fixed = vec!["--queues", "2", "--call-deadline-ms", call, "--restarts", "never"];
     match situation {
         Situation::Asleep => (sleeper.to_owned(), [fixed, vec!["--allow", sleeper::GRANT]].concat()),
         _ => (programs::test_driver("on-command"), fixed),

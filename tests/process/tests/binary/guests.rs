@@ -91,13 +91,24 @@ const SERVES: &[&str] = &[
     "long-log-line",
     "rude-log-line",
     "flood-log-submit",
+    "slow-submit",
+    "trap-suspend",
+    "huge-suspend",
+    "trap-resume",
+    "loop-resume",
+    "refuse-resume",
     "trap-config-changed",
 ];
 
-/// Loads a hostile guest. Those that never end meet the ordinary deadline of a call; the others get time for what they do, which on a busy machine takes longer.
+/// Loads a hostile guest, not to be replaced (that is in `recovery`). Those that never end meet the ordinary deadline of a call; the others get time for what they do, which on a busy machine takes longer.
 fn load(daemon: &Daemon, name: &str, device: &str, port: &str) -> Ended {
     let patience: &[&str] = if name.starts_with("loop-") { &[] } else { &["--call-deadline-ms", "10000"] };
-    daemon.load(&programs::test_driver(name), device, name, &[&["--port", port], patience].concat())
+    daemon.load(
+        &programs::test_driver(name),
+        device,
+        name,
+        &[&["--port", port, "--restarts", "never"], patience].concat(),
+    )
 }
 
 /// Reads and writes another disk of the same daemon until told to stop; every answer must be right. Answers how many there were.

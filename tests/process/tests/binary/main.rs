@@ -19,6 +19,7 @@ mod machine;
 mod misfits;
 mod network;
 mod ports;
+mod recovery;
 mod terminals;
 mod tour;
 mod traffic;

@@ -55,7 +55,7 @@ const MORE_TRAFFIC_FAILS: &[(&str, &str)] = &[
 /// Loads a hostile driver.
 fn load(vm: &Vm, disk: &Function, name: &str) -> Result<Output> {
     let (path, address, via) = (format!("/drivers/test/{name}.wasm"), device(disk), format!("--{}", vm.topology));
-    let line = ["load", &path, "--device", &address, &via, "--name", name, "--port", NBD_PORT];
+    let line = ["load", &path, "--device", &address, &via, "--name", name, "--port", NBD_PORT, "--restarts", "never"];
     cofferdam(vm, &[&line[..], MODEST, &["--json"]].concat())
 }
 

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use cofferdam_device::words::{self, MAX_BATCH};
 use cofferdam_device::{DmaArena, Expected, Payload};
+use cofferdam_gate::{HandleRefused, HandleState};
 
 use super::{Inside, note_owner};
 use crate::handle::HandleShared;
 use crate::lane::Stop;
+use crate::lane::revive::Health;
 use crate::request::{Completion, IoError, IoRequest};
 
 impl Inside {
@@ -20,8 +22,11 @@ impl Inside {
     ) -> (usize, Option<Stop>) {
         self.scratch.requests.clear();
         self.scratch.expected.clear();
-        if self.driver_fault || self.device_fault.is_some() || self.driver.is_none() {
-            return (0, Some(Stop::Gone));
+        if let Some(stop) = self.why_not() {
+            return (0, Some(stop));
+        }
+        if self.health == Health::Refuses {
+            return self.turn_away(owner, requests);
         }
         let wanted = requests.len().min(MAX_BATCH);
         let count = wanted.min(self.ledger.room());
@@ -59,5 +64,23 @@ impl Inside {
         }
         // What was invalid has taken no room, and then there may be some left.
         (count, (count < wanted && self.ledger.room() == 0).then_some(Stop::Full))
+    }
+
+    /// The binding has failed: an error at once, for each.
+    #[cold]
+    fn turn_away(&mut self, owner: &Arc<HandleShared>, requests: &mut [IoRequest]) -> (usize, Option<Stop>) {
+        if owner.state() == HandleState::Revoked {
+            return (0, Some(Stop::Refused(HandleRefused::Revoked)));
+        }
+        if owner.is_choked() {
+            return (0, Some(Stop::Full));
+        }
+        let count = requests.len().min(MAX_BATCH);
+        for request in &mut requests[..count] {
+            let (user, buffer) = (request.user, request.buffer.take());
+            owner.deliver(Completion { user, result: Err(IoError::DeviceFault), bytes: 0, buffer });
+        }
+        note_owner(&mut self.scratch.to_wake, owner);
+        (count, None)
     }
 }
