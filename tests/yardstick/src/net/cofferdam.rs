@@ -1,0 +1,126 @@
+//! Ours: the manager, the sandboxed virtio-net and an in-process handle, as a program that embeds them would use them.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use cofferdam_manager::{Arrival, Buffer, Completion, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Offer};
+
+use super::job::{Direction, Job, Station, within_patience};
+use crate::clients::cofferdam::{Host, Loaded, connect as reach};
+
+/// Entries of the transmit ring: two descriptors for each of 128 frames, and none of them indirect.
+const TRANSMIT_ENTRIES: u16 = 512;
+
+/// Loads the driver and opens a handle.
+///
+/// # Errors
+/// When the load fails.
+pub fn connect(host: &Host, socket: &Path, job: Job) -> Result<Box<dyn Station>> {
+    let (loaded, handle) =
+        open(host, socket, if job.direction == Direction::Send { TRANSMIT_ENTRIES } else { job.depth })?;
+    if job.direction == Direction::Receive {
+        return Ok(Box::new(Receiver { arrivals: Vec::with_capacity(64), handle, loaded }));
+    }
+    let mut free = Vec::with_capacity(usize::from(job.depth));
+    for _ in 0..job.depth {
+        let buffer = handle.lease(job.bytes)?;
+        buffer.write_at(0, &super::bare::frame(job.bytes))?;
+        free.push(buffer);
+    }
+    let (requests, completions) = (Vec::with_capacity(free.len()), Vec::with_capacity(free.len()));
+    Ok(Box::new(Sender { bytes: job.bytes, depth: free.len(), free, requests, completions, handle, loaded }))
+}
+
+/// A binding with rings of at most so many entries, and a handle that sends and receives.
+///
+/// # Errors
+/// When the load fails.
+pub fn open(host: &Host, socket: &Path, ring_entries: u16) -> Result<(Loaded, Handle)> {
+    let mut spec = LoadSpec::new("virtio-net.wasm", host.component.clone(), Box::new(reach(socket)?));
+    spec.ring_entries = ring_entries;
+    let binding = host.manager.load(spec)?;
+    let loaded = Loaded { manager: host.manager.clone(), binding };
+    let offer = loaded.binding.offer().context("no offer")?;
+    ensure!(matches!(*offer, Offer::Net(_)), "not a network device");
+    let handle =
+        loaded.binding.open(HandleSpec { label: "in-process".into(), receives: true, ..HandleSpec::default() })?;
+    Ok((loaded, handle))
+}
+
+struct Sender {
+    bytes: u32,
+    depth: usize,
+    free: Vec<Buffer>,
+    requests: Vec<IoRequest>,
+    completions: Vec<Completion>,
+    handle: Handle,
+    /// Last: it takes the device away.
+    loaded: Loaded,
+}
+
+impl Sender {
+    fn look(&mut self) -> Result<u64> {
+        self.handle.poll(false, &mut self.completions);
+        let count = self.completions.len();
+        for completion in self.completions.drain(..) {
+            completion.result?;
+            self.free.extend(completion.buffer);
+        }
+        Ok(count as u64)
+    }
+}
+
+impl Station for Sender {
+    fn turn(&mut self) -> Result<u64> {
+        if !self.free.is_empty() {
+            let length = self.bytes;
+            self.requests.extend(self.free.drain(..).map(|buffer| IoRequest {
+                user: 0,
+                op: IoOp::Transmit,
+                offset: 0,
+                length,
+                flags: IoFlags::default(),
+                buffer: Some(buffer),
+            }));
+            self.handle.submit(&mut self.requests)?;
+        }
+        self.look()
+    }
+
+    fn finish(&mut self) -> Result<u64> {
+        let mut count = 0;
+        within_patience("the device keeps frames", || {
+            count += self.look()?;
+            Ok(self.free.len() == self.depth)
+        })?;
+        Ok(count)
+    }
+
+    fn crossings(&self) -> Option<u64> {
+        Some(self.loaded.crossings())
+    }
+}
+
+struct Receiver {
+    arrivals: Vec<Arrival>,
+    handle: Handle,
+    /// Last: it takes the device away.
+    loaded: Loaded,
+}
+
+impl Station for Receiver {
+    fn turn(&mut self) -> Result<u64> {
+        self.handle.receive(false, &mut self.arrivals);
+        let count = self.arrivals.len() as u64;
+        self.arrivals.clear();
+        Ok(count)
+    }
+
+    fn finish(&mut self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn crossings(&self) -> Option<u64> {
+        Some(self.loaded.crossings())
+    }
+}
