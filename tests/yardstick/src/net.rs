@@ -6,6 +6,7 @@
 //! clients  ours in process, a bare ring, DPDK's
 //! plan     which jobs; run: rounds, as of the block bench
 //! report   table, aims, JSON
+//! solo     the host's path by itself, on one thread
 //! ```
 
 pub mod bare;
@@ -15,4 +16,5 @@ pub mod job;
 pub mod plan;
 pub mod report;
 pub mod run;
+pub mod solo;
 pub mod testpmd;

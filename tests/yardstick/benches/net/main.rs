@@ -1,6 +1,7 @@
 //! `cargo xtask bench net`: see the library.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
@@ -9,7 +10,7 @@ use cofferdam_yardstick::clients::cofferdam::Host;
 use cofferdam_yardstick::counting::Counting;
 use cofferdam_yardstick::machine::{self, Cores};
 use cofferdam_yardstick::net::plan::{Arguments, Plan};
-use cofferdam_yardstick::net::{report, run};
+use cofferdam_yardstick::net::{report, run, solo};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -19,6 +20,11 @@ fn main() -> Result<()> {
     let cores = Cores::of_this_process()?;
     println!("{}", machine::describe());
     let host = Host::of("virtio-net.wasm", None)?;
+    if arguments.solo {
+        let way = |direction| arguments.direction.is_empty() || arguments.direction.contains(&direction);
+        print!("{}", solo::lines(&solo::all(&host, way, &arguments.depth, Duration::from_secs(1))?));
+        return Ok(());
+    }
     let results = run::measure(&Plan::new(&arguments), &host, cores)?;
     let rows = report::rows(&results);
     print!("{}", report::table(&rows));

@@ -98,6 +98,12 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// The binding's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.binding.name()
+    }
+
     pub(crate) fn crossings(&self) -> u64 {
         self.binding.status().calls.iter().map(|core| core.crossings).sum()
     }

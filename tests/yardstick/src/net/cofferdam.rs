@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use cofferdam_device::Transport;
 use cofferdam_manager::{Arrival, Buffer, Completion, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Offer};
 
 use super::job::{Direction, Job, Station, within_patience};
@@ -18,25 +19,25 @@ const TRANSMIT_ENTRIES: u16 = 512;
 pub fn connect(host: &Host, socket: &Path, job: Job) -> Result<Box<dyn Station>> {
     let (loaded, handle) =
         open(host, socket, if job.direction == Direction::Send { TRANSMIT_ENTRIES } else { job.depth })?;
-    if job.direction == Direction::Receive {
-        return Ok(Box::new(Receiver { arrivals: Vec::with_capacity(64), handle, loaded }));
-    }
-    let mut free = Vec::with_capacity(usize::from(job.depth));
-    for _ in 0..job.depth {
-        let buffer = handle.lease(job.bytes)?;
-        buffer.write_at(0, &super::bare::frame(job.bytes))?;
-        free.push(buffer);
-    }
-    let (requests, completions) = (Vec::with_capacity(free.len()), Vec::with_capacity(free.len()));
-    Ok(Box::new(Sender { bytes: job.bytes, depth: free.len(), free, requests, completions, handle, loaded }))
+    Ok(match job.direction {
+        Direction::Send => Box::new(Sender::new(loaded, handle, job)?),
+        Direction::Receive => Box::new(Receiver { arrivals: Vec::with_capacity(64), handle, loaded }),
+    })
 }
-
 /// A binding with rings of at most so many entries, and a handle that sends and receives.
 ///
 /// # Errors
 /// When the load fails.
 pub fn open(host: &Host, socket: &Path, ring_entries: u16) -> Result<(Loaded, Handle)> {
-    let mut spec = LoadSpec::new("virtio-net.wasm", host.component.clone(), Box::new(reach(socket)?));
+    on(host, Box::new(reach(socket)?), ring_entries)
+}
+
+/// The same on a device that was reached in whatever way.
+///
+/// # Errors
+/// As [`open`].
+pub fn on(host: &Host, transport: Box<dyn Transport>, ring_entries: u16) -> Result<(Loaded, Handle)> {
+    let mut spec = LoadSpec::new("virtio-net.wasm", host.component.clone(), transport);
     spec.ring_entries = ring_entries;
     let binding = host.manager.load(spec)?;
     let loaded = Loaded { manager: host.manager.clone(), binding };
@@ -47,7 +48,8 @@ pub fn open(host: &Host, socket: &Path, ring_entries: u16) -> Result<(Loaded, Ha
     Ok((loaded, handle))
 }
 
-struct Sender {
+/// What sends.
+pub(super) struct Sender {
     bytes: u32,
     depth: usize,
     free: Vec<Buffer>,
@@ -59,7 +61,37 @@ struct Sender {
 }
 
 impl Sender {
-    fn look(&mut self) -> Result<u64> {
+    /// Leases and fills the buffers.
+    ///
+    /// # Errors
+    /// When there are not enough.
+    pub(super) fn new(loaded: Loaded, handle: Handle, job: Job) -> Result<Sender> {
+        let mut free = Vec::with_capacity(usize::from(job.depth));
+        for _ in 0..job.depth {
+            let buffer = handle.lease(job.bytes)?;
+            buffer.write_at(0, &super::bare::frame(job.bytes))?;
+            free.push(buffer);
+        }
+        let (requests, completions) = (Vec::with_capacity(free.len()), Vec::with_capacity(free.len()));
+        Ok(Sender { bytes: job.bytes, depth: free.len(), free, requests, completions, handle, loaded })
+    }
+
+    /// Sends what is free.
+    pub(super) fn submit(&mut self) -> Result<()> {
+        let length = self.bytes;
+        self.requests.extend(self.free.drain(..).map(|buffer| IoRequest {
+            user: 0,
+            op: IoOp::Transmit,
+            offset: 0,
+            length,
+            flags: IoFlags::default(),
+            buffer: Some(buffer),
+        }));
+        Ok(self.handle.submit(&mut self.requests)?)
+    }
+
+    /// Takes what is answered.
+    pub(super) fn look(&mut self) -> Result<u64> {
         self.handle.poll(false, &mut self.completions);
         let count = self.completions.len();
         for completion in self.completions.drain(..) {
@@ -73,16 +105,7 @@ impl Sender {
 impl Station for Sender {
     fn turn(&mut self) -> Result<u64> {
         if !self.free.is_empty() {
-            let length = self.bytes;
-            self.requests.extend(self.free.drain(..).map(|buffer| IoRequest {
-                user: 0,
-                op: IoOp::Transmit,
-                offset: 0,
-                length,
-                flags: IoFlags::default(),
-                buffer: Some(buffer),
-            }));
-            self.handle.submit(&mut self.requests)?;
+            self.submit()?;
         }
         self.look()
     }

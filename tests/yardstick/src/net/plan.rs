@@ -36,7 +36,7 @@ pub struct Arguments {
     /// Length of a slice in milliseconds
     #[arg(long)]
     pub slice_ms: Option<u64>,
-    /// As --quick, built as the tests are: for a look at a change
+    /// Only the host's path by itself, each batch (`--depth`) for a second: for a profiler
     #[arg(long)]
     pub solo: bool,
     /// Where the list of measurements goes; the summary goes beside it
@@ -58,7 +58,7 @@ pub struct Plan {
     pub rounds: usize,
     /// Before a slice is measured.
     pub warm_up: Duration,
-    /// What is measured of one job in one round. The same for everybody: what interrupts a short slice spoils that one alone, and the medians of short and of long slices do not compare.
+    /// What is measured of one job in one round, by windows ([`super::job::Windows`]).
     pub slice: Duration,
 }
 
@@ -73,8 +73,8 @@ impl Plan {
     /// What the arguments leave.
     #[must_use]
     pub fn new(arguments: &Arguments) -> Plan {
-        let quick = arguments.quick || arguments.solo;
-        let (rounds, slice_ms) = if quick { (8, 40) } else { (24, 50) };
+        let quick = arguments.quick;
+        let (rounds, slice_ms) = if quick { (8, 60) } else { (24, 80) };
         let depths: &[u16] = if quick && arguments.depth.is_empty() { &[DEPTH] } else { &DEPTHS };
         let mut jobs = Vec::new();
         for direction in chosen(&DIRECTIONS, &arguments.direction) {

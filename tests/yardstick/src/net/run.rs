@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::clients::{Client, Connected, moved};
-use super::job::{Direction, Job, within_patience, work};
+use super::job::{Direction, Job, WINDOW, Windows, within_patience, work};
 use super::plan::Plan;
 use super::testpmd::{Forward, Testpmd};
 use crate::clients::cofferdam::Host;
-use crate::engine::{Slice, Times};
+use crate::engine::{PATIENCE, Slice, Times};
 use crate::machine::{self, Cores, Pinned};
 use crate::run::{Results, rounds};
 
@@ -103,17 +103,25 @@ fn turn(plan: &Plan, client: Client, job: Job, host: &Host, device: &Testpmd, co
 
 /// A slice of a client that works by itself.
 fn watch(length: Duration, client: &Testpmd, device: &Testpmd, counted: &dyn Fn() -> Result<u64>) -> Result<Slice> {
+    let times = || anyhow::Ok(Times { client: client.time()?, port: Duration::ZERO, device: device.time()? });
+    // When the device said so: half-way between question and answer, if that can be told well enough.
     let look = || -> Result<_> {
-        let (asked, frames) = (Instant::now(), counted()?);
-        let times = Times { client: client.time()?, port: Duration::ZERO, device: device.time()? };
-        // Half-way between question and answer.
-        Ok((asked + asked.elapsed() / 2, frames, times))
+        let asked = Instant::now();
+        let frames = counted()?;
+        let took = asked.elapsed();
+        Ok((asked + took / 2, frames, took < WINDOW / 40))
     };
-    let (start, frames, times) = look()?;
-    while start.elapsed() < length {
-        std::thread::park_timeout(length.saturating_sub(start.elapsed()));
+    let (mut windows, start, before) = (Windows::default(), Instant::now(), times()?);
+    let mut last = look()?;
+    while start.elapsed() < length || (windows.is_empty() && start.elapsed() < PATIENCE) {
+        std::thread::park_timeout(WINDOW.saturating_sub(last.0.elapsed()));
+        let next = look()?;
+        let frames = next.1.checked_sub(last.1).context("the device's counter went back")?;
+        if last.2 && next.2 && next.0 - last.0 >= WINDOW * 9 / 10 {
+            windows.note(frames, next.0 - last.0);
+        }
+        last = next;
     }
-    let (end, after, times_after) = look()?;
-    let requests = after.checked_sub(frames).context("the device's counter went back")?;
-    Ok(Slice { requests, elapsed: end - start, times: times_after.since(times), ..Slice::default() })
+    ensure!(!windows.is_empty(), "the device is too busy to say what it has counted");
+    Ok(windows.slice(times()?.since(before), None, 0))
 }
