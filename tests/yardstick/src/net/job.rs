@@ -80,9 +80,14 @@ pub struct Windows {
 }
 
 /// Length of a window: what a scheduler leaves a thread that polls, more or less.
-pub const WINDOW: Duration = Duration::from_millis(4);
+pub const WINDOW: Duration = Duration::from_millis(2);
 
 impl Windows {
+    /// A window of which it is not known when it began or ended: it counts for what was used.
+    pub fn pass(&mut self, frames: u64) {
+        self.frames += frames;
+    }
+
     /// Another window.
     pub fn note(&mut self, frames: u64, took: Duration) {
         self.frames += frames;
@@ -95,7 +100,7 @@ impl Windows {
     /// Whether a rate can be told.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.frames == 0
+        self.best.0 == 0
     }
 
     /// The best window; times and counts are those of all windows, in proportion.

@@ -74,7 +74,7 @@ impl Plan {
     #[must_use]
     pub fn new(arguments: &Arguments) -> Plan {
         let quick = arguments.quick;
-        let (rounds, slice_ms) = if quick { (8, 60) } else { (24, 80) };
+        let (rounds, slice_ms) = if quick { (8, 100) } else { (24, 200) };
         let depths: &[u16] = if quick && arguments.depth.is_empty() { &[DEPTH] } else { &DEPTHS };
         let mut jobs = Vec::new();
         for direction in chosen(&DIRECTIONS, &arguments.direction) {
