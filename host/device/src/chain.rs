@@ -343,9 +343,7 @@ impl ChainBatch {
         loop {
             // A driver that keeps the order and makes nothing but whole chains, or packets, never leaves this loop before the end.
             while let Some((next, expected)) = seen.next_of(requests)
-                && let Some((rest, head)) = common
-                    .whole(words.0, expected, next as u16)
-                    .or_else(|| common.packet(words.0, expected, next as u16))
+                && let Some((rest, head)) = common.known(words.0, expected, next as u16)
             {
                 words.0 = rest;
                 self.entries.push(head);

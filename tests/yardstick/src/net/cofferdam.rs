@@ -52,12 +52,16 @@ pub fn on(host: &Host, transport: Box<dyn Transport>, ring_entries: u16) -> Resu
 pub(super) struct Sender {
     bytes: u32,
     depth: usize,
-    free: Vec<Buffer>,
+    /// With the buffers that the device does not have.
     requests: Vec<IoRequest>,
     completions: Vec<Completion>,
     handle: Handle,
     /// Last: it takes the device away.
     loaded: Loaded,
+}
+
+fn request(length: u32, buffer: Option<Buffer>) -> IoRequest {
+    IoRequest { user: 0, op: IoOp::Transmit, offset: 0, length, flags: IoFlags::default(), buffer }
 }
 
 impl Sender {
@@ -66,27 +70,18 @@ impl Sender {
     /// # Errors
     /// When there are not enough.
     pub(super) fn new(loaded: Loaded, handle: Handle, job: Job) -> Result<Sender> {
-        let mut free = Vec::with_capacity(usize::from(job.depth));
-        for _ in 0..job.depth {
-            let buffer = handle.lease(job.bytes)?;
-            buffer.write_at(0, &super::bare::frame(job.bytes))?;
-            free.push(buffer);
+        let (bytes, depth) = (job.bytes, usize::from(job.depth));
+        let mut requests = Vec::with_capacity(depth);
+        for _ in 0..depth {
+            let buffer = handle.lease(bytes)?;
+            buffer.write_at(0, &super::bare::frame(bytes))?;
+            requests.push(request(bytes, Some(buffer)));
         }
-        let (requests, completions) = (Vec::with_capacity(free.len()), Vec::with_capacity(free.len()));
-        Ok(Sender { bytes: job.bytes, depth: free.len(), free, requests, completions, handle, loaded })
+        Ok(Sender { bytes, depth, requests, completions: Vec::with_capacity(depth), handle, loaded })
     }
 
-    /// Sends what is free.
+    /// Sends what the device does not have.
     pub(super) fn submit(&mut self) -> Result<()> {
-        let length = self.bytes;
-        self.requests.extend(self.free.drain(..).map(|buffer| IoRequest {
-            user: 0,
-            op: IoOp::Transmit,
-            offset: 0,
-            length,
-            flags: IoFlags::default(),
-            buffer: Some(buffer),
-        }));
         Ok(self.handle.submit(&mut self.requests)?)
     }
 
@@ -96,7 +91,7 @@ impl Sender {
         let count = self.completions.len();
         for completion in self.completions.drain(..) {
             completion.result?;
-            self.free.extend(completion.buffer);
+            self.requests.push(request(self.bytes, completion.buffer));
         }
         Ok(count as u64)
     }
@@ -104,7 +99,7 @@ impl Sender {
 
 impl Station for Sender {
     fn turn(&mut self) -> Result<u64> {
-        if !self.free.is_empty() {
+        if !self.requests.is_empty() {
             self.submit()?;
         }
         self.look()
@@ -114,7 +109,7 @@ impl Station for Sender {
         let mut count = 0;
         within_patience("the device keeps frames", || {
             count += self.look()?;
-            Ok(self.free.len() == self.depth)
+            Ok(self.requests.len() == self.depth)
         })?;
         Ok(count)
     }
