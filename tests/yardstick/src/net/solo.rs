@@ -47,12 +47,13 @@ pub fn measure(host: &Host, direction: Direction, batch: u16, length: Duration) 
     // Room for all of them: one that grows would count as an allocation.
     let mut parts: [Vec<f64>; 3] = std::array::from_fn(|_| Vec::with_capacity(1 << 20));
     let start = Instant::now();
-    // Where the second half begins: allocations until there, and batches since.
-    let (mut warm, mut batches) = (None, 0);
+    // Of the second half: allocations before it, so far, and batches. What taking the binding down allocates comes later.
+    let mut counted: Option<(u64, u64, u32)> = None;
     let mut note = |spans: [Duration; 3], found: u64| {
         if start.elapsed() > length / 2 {
-            warm.get_or_insert_with(counting::allocations);
-            batches += 1;
+            let now = counting::allocations();
+            let (_, last, batches) = counted.get_or_insert((now, now, 0));
+            (*last, *batches) = (now, *batches + 1);
         }
         ensure!(found == u64::from(batch), "{found} of {batch}");
         for (part, span) in parts.iter_mut().zip(spans) {
@@ -89,8 +90,8 @@ pub fn measure(host: &Host, direction: Direction, batch: u16, length: Duration) 
             drop((arrivals, handle, loaded));
         }
     }
-    let allocations = warm.map_or(f64::NAN, |warm| (counting::allocations() - warm) as f64);
-    let allocations_per_frame = allocations / f64::from(batches * u32::from(batch));
+    let allocations_per_frame = counted
+        .map_or(f64::NAN, |(first, last, batches)| (last - first) as f64 / f64::from(batches * u32::from(batch)));
     let [give, device, take] = parts.map(|part| median(&part) / f64::from(batch));
     Ok(Solo {
         direction: direction.name(),
