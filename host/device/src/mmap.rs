@@ -190,31 +190,6 @@ impl<const STRIDE: usize, const ALIGN: usize> Entries<STRIDE, ALIGN> {
         unsafe { self.first.as_ptr().add(usize::from(index & self.mask) * STRIDE + AT) }
     }
 
-    /// Tells the processor that entry `index`, which is cut to the number of entries, will be read soon. A hint: nothing is read by it.
-    #[inline(always)]
-    pub(crate) fn expect_read(&self, index: u16) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch has no effect that a program can see, whatever the address.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.word::<0, 1>(index).cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = index;
-    }
-
-    /// The same of writing: the line is asked back from the core that has it, which is what a store to memory shared with a device waits for.
-    #[inline(always)]
-    pub(crate) fn expect_write(&self, index: u16) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as in `expect_read`. The intrinsic for writing is one for reading unless the target is known to have the instruction; a processor of this architecture that has
-        // it not takes it for one without an effect.
-        unsafe {
-            std::arch::asm!("prefetchw [{}]", in(reg) self.word::<0, 1>(index), options(nostack, preserves_flags, readonly));
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = index;
-    }
-
     /// The 16-bit word at `AT` of entry `index`, which is cut to the number of entries.
     #[inline(always)]
     pub(crate) fn word16<const AT: usize>(&self, index: u16) -> &AtomicU16 {

@@ -357,9 +357,6 @@ impl SplitQueue {
     fn release(&mut self, head: u16) {
         let slot = &mut self.slots[usize::from(head)];
         slot.sequence = NO_CHAIN;
-        // What is free is used again first, so this is where the next chains are written; the device's core has read these lines and would have to give them back.
-        let first = if slot.is_set { slot.middle } else { head };
-        self.ring.expect_chain(first, (slot.descriptors > 1).then_some(slot.area));
         // There are as many places as sets.
         if slot.is_set
             && let Some(place) = self.ready.get_mut(usize::from(self.ready_len))
@@ -407,7 +404,6 @@ impl SplitQueue {
             return Err(self.poison(DeviceFault::UsedIndex { queue: self.config.index, advanced, in_flight }));
         }
         self.used_seen = index;
-        self.ring.expect_used(self.used_next, advanced);
         Ok(advanced > 0)
     }
 

@@ -80,11 +80,6 @@ pub(crate) fn area(head: u16, size: u16) -> u16 {
     before + head / 3
 }
 
-/// Of a cache.
-const LINE_BYTES: usize = 64;
-/// Used elements that one look asks for ahead: as many as are taken in one batch.
-const EXPECTED_ELEMENTS: u16 = 64;
-
 /// One ring in shared memory, with the header and status areas that only the host and the device see.
 #[derive(Debug)]
 pub(crate) struct Ring {
@@ -291,23 +286,6 @@ impl Ring {
         let id = self.used.word32::<0>(position).load(Ordering::Relaxed);
         let length = self.used.word32::<4>(position).load(Ordering::Relaxed);
         (u32::from_le(id), u32::from_le(length))
-    }
-
-    /// `count` used elements from `position` on will be read soon: all of their lines are asked for now, not each when the one before has come.
-    #[inline]
-    pub(crate) fn expect_used(&self, position: u16, count: u16) {
-        for element in (0..count.min(EXPECTED_ELEMENTS)).step_by(LINE_BYTES / USED_ELEMENT_BYTES) {
-            self.used.expect_read(position.wrapping_add(element));
-        }
-    }
-
-    /// A chain will soon be written here again: its descriptor, and the area of its header if it has one.
-    #[inline(always)]
-    pub(crate) fn expect_chain(&self, index: u16, header: Option<u16>) {
-        self.descriptors.expect_write(index);
-        if let Some(area) = header {
-            self.headers.expect_write(area);
-        }
     }
 
     /// Reads `avail_event`, at the end of the used ring (section 2.7.10).
