@@ -35,6 +35,12 @@ const BENCHES: &[Bench] = &[
         profile: None,
     },
     Bench {
+        name: "net",
+        measures: "the net data path beside its peers, on DPDK's testpmd: DPDK's net_virtio_user, a bare ring",
+        scope: Scope::Workspace,
+        profile: Some("dist"),
+    },
+    Bench {
         name: "unload",
         measures: "how long an unload takes, stage by stage, idle and under load",
         scope: Scope::Workspace,
@@ -125,6 +131,8 @@ mod tests {
         assert!(gate.ends_with("bench --package cofferdam-gate --bench gate --"), "{gate}");
         let block = arguments("block", &["--quick"]);
         assert!(block.ends_with("bench --profile dist --workspace --bench block --"), "{block}");
+        let net = arguments("net", &[]);
+        assert!(net.ends_with("bench --profile dist --workspace --bench net --"), "{net}");
         let solo = arguments("block", &["--solo"]);
         assert!(solo.ends_with("bench --workspace --bench block --"), "{solo}");
     }

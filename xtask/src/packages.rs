@@ -19,6 +19,7 @@ const NEEDS: &[Need] = &[
     Need { program: "nbdinfo", packages: &["libnbd-bin"] },
     Need { program: "nbdcopy", packages: &["libnbd-bin"] },
     Need { program: "fio", packages: &["fio"] },
+    Need { program: "dpdk-testpmd", packages: &["dpdk-dev"] },
     Need { program: "rngtest", packages: &["rng-tools-debian", "rng-tools5"] },
     Need { program: "socat", packages: &["socat"] },
     Need { program: "expect", packages: &["expect"] },

@@ -32,7 +32,7 @@ mod checks;
 use checks::{Checks, Common, Words};
 
 use crate::error::{ChainError, ChainRule};
-pub(crate) use checks::WHOLE_HEADER_BYTES;
+pub(crate) use checks::{PACKET_HEADER_BYTES, WHOLE_HEADER_BYTES};
 
 use crate::words::{MAX_BATCH, MAX_HEADER_BYTES, MAX_SEGMENTS, REFUSED, Seen, Status, Unseen};
 
@@ -93,20 +93,22 @@ pub(crate) struct Segment {
 enum Made {
     /// The commonest chain ([`Whole`]): what is particular to it is in the head.
     Whole,
+    /// The next commonest, without a status: header and payload of a packet. What is particular to it is in the head.
+    Packet,
     /// Any other chain: header bytes and segments are apart.
     Pieces,
     /// None; the rest of the head is 0.
     Refused(Status),
 }
 
-/// What the guest made of one request, but for the segments and header bytes of a chain that is not whole.
+/// What the guest made of one request, but for the segments and header bytes of a chain that is made of pieces.
 #[derive(Clone, Copy, Debug)]
 struct Head {
     token: u32,
     writable: u32,
-    /// Of a whole chain.
+    /// Of a whole chain and of a packet's, where zeroes follow.
     header: [u8; WHOLE_HEADER_BYTES],
-    /// Of a whole chain.
+    /// Of a whole chain and of a packet's.
     payload: Segment,
     /// Index of the first segment in `ChainBatch::segments`.
     first: u32,
@@ -186,6 +188,12 @@ impl Chain<'_> {
         (self.head.made == Made::Whole).then_some((&self.head.header, &self.head.payload))
     }
 
+    /// The header bytes, with zeroes behind them, and the payload of a chain of two segments: so many header bytes ([`PACKET_HEADER_BYTES`]), the whole payload.
+    #[inline(always)]
+    pub(crate) fn packet(&self) -> Option<(&[u8; WHOLE_HEADER_BYTES], &Segment)> {
+        (self.head.made == Made::Packet).then_some((&self.head.header, &self.head.payload))
+    }
+
     /// A copy that owns itself, for a chain that has to wait for room. Allocates: not for the ordinary way.
     #[must_use]
     pub fn to_buf(&self) -> ChainBuf {
@@ -199,6 +207,9 @@ impl Chain<'_> {
             each(&Segment { place: 0, length: WHOLE_HEADER_BYTES as u32, kind: Kind::Header }, false);
             each(payload, false);
             each(&Segment { place: 0, length: u32::from(self.head.status_len), kind: Kind::Status }, true);
+        } else if let Some((_, payload)) = self.packet() {
+            each(&Segment { place: 0, length: PACKET_HEADER_BYTES as u32, kind: Kind::Header }, false);
+            each(payload, true);
         } else if let Some((last, others)) = self.segments.split_last() {
             others.iter().for_each(|segment| each(segment, false));
             each(last, true);
@@ -244,7 +255,7 @@ pub struct ChainBatch {
     entries: Vec<Head>,
     /// The header bytes of each entry that is made of pieces, in places of one size: a chain's are written once, without looking for room. Not shorter than `entries`.
     headers: Vec<Header>,
-    /// The segments of all chains that are not whole, one after another.
+    /// The segments of all chains that are made of pieces, one after another.
     segments: Vec<Segment>,
     scratch: Vec<(u32, u32)>,
 }
@@ -305,6 +316,7 @@ impl ChainBatch {
     fn outcome<'a>(&'a self, index: usize, head: &'a Head) -> Outcome<'a> {
         match head.made {
             Made::Whole => Outcome::Chain(Chain { head, header: &head.header, segments: &[] }),
+            Made::Packet => Outcome::Chain(Chain { head, header: &head.header[..PACKET_HEADER_BYTES], segments: &[] }),
             Made::Pieces => {
                 let (first, header) = (head.first as usize, &self.headers[index]);
                 Outcome::Chain(Chain {
@@ -329,9 +341,9 @@ impl ChainBatch {
         self.entries.reserve(requests.len());
         let common = Common::new(queues);
         loop {
-            // A driver that keeps the order and makes nothing but whole chains never leaves this loop before the end.
+            // A driver that keeps the order and makes nothing but whole chains, or packets, never leaves this loop before the end.
             while let Some((next, expected)) = seen.next_of(requests)
-                && let Some((rest, head)) = common.whole(words.0, expected, next as u16)
+                && let Some((rest, head)) = common.known(words.0, expected, next as u16)
             {
                 words.0 = rest;
                 self.entries.push(head);

@@ -138,6 +138,8 @@ pub struct SplitQueue {
     fair_share: u16,
     /// A chain of three is put on the ring directly while so many descriptors are free; `u16::MAX`, which never are, when the queue is poisoned.
     direct_from: u16,
+    /// The same for a packet's chain, which takes two.
+    pair_from: u16,
     /// Heads of the free sets, `ready_len` of them.
     ready: Box<[u16]>,
     ready_len: u16,
@@ -179,6 +181,7 @@ impl SplitQueue {
             config,
             fair_share: (size / 16).max(4),
             direct_from: 0,
+            pair_from: 0,
             ready: vec![0; usize::from(size / 3)].into(),
             ready_len: 0,
             // The last link is never followed: `free` says when the list ends.
@@ -196,6 +199,7 @@ impl SplitQueue {
             fault: None,
         };
         queue.direct_from = (3..=size).find(|&free| queue.is_direct(3, free)).unwrap_or(u16::MAX);
+        queue.pair_from = (2..=size).find(|&free| queue.is_direct(2, free)).unwrap_or(u16::MAX);
         Ok(queue)
     }
 
@@ -255,6 +259,13 @@ impl SplitQueue {
             self.add_whole(chain, header, payload);
             return Ok(());
         }
+        if let Some((header, payload)) = chain.packet()
+            && self.free >= self.pair_from
+            && chain.queue() == self.config.index
+        {
+            self.add_packet(chain, header, payload);
+            return Ok(());
+        }
         self.add_any(chain)
     }
 
@@ -297,12 +308,8 @@ impl SplitQueue {
         if self.used_next == self.used_seen && !self.look()? {
             return Ok(Popped::Nothing);
         }
-        let (id, written) = self.ring.used_element(self.used_next);
-        let slot = match self.slots.get_mut(id as usize) {
-            // A free slot has no sequence that was published.
-            Some(slot) if slot.sequence < self.published && written <= slot.offered => slot,
-            _ => return Err(self.accuse(id, written)),
-        };
+        let (id, written) = self.used_element()?;
+        let slot = &self.slots[id as usize];
         let short = u64::from_ne_bytes(self.ring.read_short_status(slot.area));
         let is_ordinary = ordinary.is_some_and(|ordinary| {
             ordinary.length == slot.status_len
@@ -317,6 +324,32 @@ impl SplitQueue {
         // An index of `slots`, so it fits.
         self.release(id as u16);
         Ok(Popped::Ordinary(token))
+    }
+
+    /// As [`SplitQueue::pop`], of a queue whose chains have no status: the token, and how many bytes the device says it wrote.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::pop`].
+    #[inline]
+    pub fn pop_written(&mut self) -> Result<Option<(u32, u32)>, DeviceFault> {
+        if self.used_next == self.used_seen && !self.look()? {
+            return Ok(None);
+        }
+        let (id, written) = self.used_element()?;
+        let token = self.slots[id as usize].token;
+        self.release(id as u16);
+        Ok(Some((token, written)))
+    }
+
+    /// The next used element, checked: a chain that is in flight, an index of `slots`, and no more bytes than it offers.
+    #[inline(always)]
+    fn used_element(&mut self) -> Result<(u32, u32), DeviceFault> {
+        let (id, written) = self.ring.used_element(self.used_next);
+        match self.slots.get(id as usize) {
+            // A free slot has no sequence that was published.
+            Some(slot) if slot.sequence < self.published && written <= slot.offered => Ok((id, written)),
+            _ => Err(self.accuse(id, written)),
+        }
     }
 
     /// Frees the descriptors of the chain whose head is `head`, which the next used element names.
@@ -392,6 +425,7 @@ impl SplitQueue {
         // The short ways of `pop_but` and `add` are closed.
         self.used_seen = self.used_next;
         self.direct_from = u16::MAX;
+        self.pair_from = u16::MAX;
         fault
     }
 }

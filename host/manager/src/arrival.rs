@@ -13,17 +13,45 @@ use crate::lane::posted::Pool;
 pub struct Arrival {
     pool: Arc<Pool>,
     head: Head,
-    pieces: Vec<Piece>,
+    pieces: Pieces,
+}
+
+/// What an arrival is made of: nearly always one piece, which then takes no memory of its own.
+pub(crate) enum Pieces {
+    One(Piece),
+    Several(Box<[Piece]>),
+}
+
+impl From<&[Piece]> for Pieces {
+    #[inline]
+    fn from(pieces: &[Piece]) -> Pieces {
+        match pieces {
+            [only] => Pieces::One(*only),
+            _ => Pieces::Several(pieces.into()),
+        }
+    }
+}
+
+impl std::ops::Deref for Pieces {
+    type Target = [Piece];
+
+    #[inline]
+    fn deref(&self) -> &[Piece] {
+        match self {
+            Pieces::One(only) => std::slice::from_ref(only),
+            Pieces::Several(pieces) => pieces,
+        }
+    }
 }
 
 impl std::fmt::Debug for Arrival {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Arrival").field("head", &self.head).field("pieces", &self.pieces).finish()
+        f.debug_struct("Arrival").field("head", &self.head).field("pieces", &&self.pieces[..]).finish()
     }
 }
 
 impl Arrival {
-    pub(crate) fn new(pool: Arc<Pool>, head: Head, pieces: Vec<Piece>) -> Arrival {
+    pub(crate) fn new(pool: Arc<Pool>, head: Head, pieces: Pieces) -> Arrival {
         Arrival { pool, head, pieces }
     }
 
@@ -53,7 +81,7 @@ impl Arrival {
     pub fn read(&self, into: &mut Vec<u8>) -> io::Result<()> {
         let start = into.len();
         self.pool.with(|buffers| {
-            for piece in &self.pieces {
+            for piece in self.pieces.iter() {
                 let (at, length) = (into.len(), piece.length as usize);
                 into.resize(at + length, 0);
                 let read =
@@ -76,7 +104,7 @@ impl Arrival {
         self.pool.with(|buffers| {
             let mut pieces = Vec::with_capacity(1 + self.pieces.len());
             pieces.push(transfer::Piece::Bytes(before));
-            for piece in &self.pieces {
+            for piece in self.pieces.iter() {
                 let Some(buffer) = buffers.get(usize::from(piece.buffer)) else {
                     return Err(io::ErrorKind::NotConnected.into());
                 };

@@ -136,6 +136,11 @@ impl Offer {
 
 /// Whether what a packet leaves to the device is something that was negotiated, and lies inside it.
 fn is_packet(net: &NetProperties, IoFlags(flags): IoFlags, argument: u64, length: u32) -> bool {
+    let is_whole = length <= u32::from(net.mtu) + LINK_BYTES + 4;
+    if flags == 0 && argument == 0 {
+        // The commonest packet leaves nothing to the device.
+        return length >= LINK_BYTES && is_whole;
+    }
     let [start, goes, size, headers] = [0, 16, 32, 48].map(|shift| u32::from((argument >> shift) as u16));
     if length < LINK_BYTES {
         return false;
@@ -146,7 +151,7 @@ fn is_packet(net: &NetProperties, IoFlags(flags): IoFlags, argument: u64, length
         _ => net.offloads.transmit_checksum && start + goes + 2 <= length,
     };
     let segments = match flags & SEGMENTATION {
-        0 => size == 0 && headers == 0 && length <= u32::from(net.mtu) + LINK_BYTES + 4,
+        0 => size == 0 && headers == 0 && is_whole,
         0x10 => net.offloads.transmit_tcp4 && flags & NEEDS_CHECKSUM != 0 && size > 0 && headers <= length,
         0x20 => net.offloads.transmit_tcp6 && flags & NEEDS_CHECKSUM != 0 && size > 0 && headers <= length,
         _ => false,

@@ -11,7 +11,7 @@ use crate::budget::Budget;
 use crate::clients::Client;
 use crate::engine::{Job, Mode, Op, Slice};
 use crate::run::{Cell, Results, kiops, per_request_us};
-use crate::stats::{Estimate, estimate, paired};
+use crate::stats::Estimate;
 
 /// How far the end of an interval may be off.
 const TOLERANCE: f64 = 0.03;
@@ -32,7 +32,9 @@ pub struct Aim {
 }
 
 impl Aim {
-    fn at_least(what: String, value: Estimate, bound: f64) -> Aim {
+    /// An aim from below.
+    #[must_use]
+    pub fn at_least(what: String, value: Estimate, bound: f64) -> Aim {
         Aim { what, value, at_least: true, bound, met: value.low >= bound * (1.0 - TOLERANCE) }
     }
 
@@ -58,14 +60,8 @@ fn cell(backend: Kind, mode: Mode, op: Op, depth: u32, client: Client) -> Cell {
 }
 
 impl Look<'_> {
-    /// The ratio of two cells; `None` when one of them was not measured.
-    fn ratio(&self, over: &Cell, under: &Cell, of: impl Fn(&Slice) -> f64) -> Option<Estimate> {
-        let ratios = paired(&self.results.series(over, &of), &self.results.series(under, &of));
-        (!ratios.is_empty()).then(|| estimate(&ratios))
-    }
-
     fn faster(&mut self, what: &str, over: &Cell, under: &Cell, bound: f64) {
-        if let Some(ratio) = self.ratio(over, under, kiops) {
+        if let Some(ratio) = self.results.ratio(over, under, kiops) {
             let Job { op, depth } = over.job;
             self.aims.push(Aim::at_least(format!("{what}, {} depth {depth}", op.name()), ratio, bound));
         }
@@ -101,7 +97,7 @@ fn null(look: &mut Look<'_>, op: Op) {
         look.faster("null: cofferdam / bare", &of(depth, Client::Cofferdam), &of(depth, Client::Bare), 0.5);
     }
     let (sandboxed, native) = (of(32, Client::Cofferdam), of(32, Client::Native));
-    if let Some(ratio) = look.ratio(&native, &sandboxed, kiops) {
+    if let Some(ratio) = look.results.ratio(&native, &sandboxed, kiops) {
         let what = format!("null: time per request, cofferdam / native, {} depth 32", op.name());
         look.aims.push(Aim::at_most(what, ratio, 1.25));
     }
@@ -114,7 +110,7 @@ fn qsd(look: &mut Look<'_>, op: Op) {
             let (ours, theirs) = (of(Client::Cofferdam), of(Client::Blkio));
             look.faster(&format!("qsd, {}: cofferdam / blkio", mode.name()), &ours, &theirs, 1.0);
             let both = |slice: &Slice| per_request_us(slice, slice.times.client + slice.times.device);
-            if let Some(ratio) = look.ratio(&ours, &theirs, both) {
+            if let Some(ratio) = look.results.ratio(&ours, &theirs, both) {
                 let what =
                     format!("qsd, {}: CPU per request, cofferdam / blkio, {} depth {depth}", mode.name(), op.name());
                 look.aims.push(Aim::at_most(what, ratio, 1.0));

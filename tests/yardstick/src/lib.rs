@@ -1,6 +1,6 @@
-//! The yardstick of the block data path: Cofferdam beside what people would use instead, on the same device, in the same run.
+//! The yardstick of the data paths: Cofferdam beside what people would use instead, on the same device, in the same run.
 //!
-//! `cargo xtask bench block` runs it; `docs/PERFORMANCE.md` says what came of it.
+//! `cargo xtask bench block` and `cargo xtask bench net` run it; `docs/PERFORMANCE.md` says what came of it. For block devices:
 //!
 //! ```text
 //! backend  devices as processes: qemu-storage-daemon, and null, which answers at once
@@ -11,6 +11,8 @@
 //! budget   what is not a rate: memory, loads, allocations, system calls
 //! report   table, aims, JSON; plot: SVG
 //! ```
+//!
+//! For network devices the same in `net`.
 
 pub mod aims;
 pub mod backend;
@@ -20,6 +22,7 @@ pub mod counting;
 pub mod engine;
 pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod null;
 pub mod plan;
 pub mod plot;

@@ -93,7 +93,7 @@ const IN_PROCESS: [Client; 4] = [Client::Cofferdam, Client::Blkio, Client::Bare,
 const OVER_NBD: [Client; 2] = [Client::CofferdamNbd, Client::QsdNbd];
 
 /// `all` without what is not in `wanted`, where that says something.
-fn chosen<T: Copy + PartialEq>(all: &[T], wanted: &[T]) -> Vec<T> {
+pub(crate) fn chosen<T: Copy + PartialEq>(all: &[T], wanted: &[T]) -> Vec<T> {
     all.iter().copied().filter(|item| wanted.is_empty() || wanted.contains(item)).collect()
 }
 

@@ -16,6 +16,7 @@ use crate::engine::{Job, Loop, Mode, Slice, Times};
 use crate::machine::{self, Cores, Pinned};
 use crate::null::Pace;
 use crate::plan::{Group, Plan};
+use crate::stats::{Estimate, estimate, paired};
 
 /// One thing that was measured once per round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,10 +34,9 @@ pub struct Cell {
 }
 
 /// What was measured, by cell and round.
-#[derive(Default)]
-pub struct Results {
+pub struct Results<C = Cell> {
     /// The slice of each round; a round in which it was not measured has none.
-    pub cells: BTreeMap<Cell, Vec<Option<Slice>>>,
+    pub cells: BTreeMap<C, Vec<Option<Slice>>>,
     /// Distance of the two cores at the beginning of each round.
     pub distances_ns: Vec<f64>,
     /// Clients that this build does not have.
@@ -45,16 +45,66 @@ pub struct Results {
     pub mishaps: Vec<String>,
 }
 
-impl Results {
+impl<C> Default for Results<C> {
+    fn default() -> Self {
+        Results { cells: BTreeMap::new(), distances_ns: Vec::new(), absent: Vec::new(), mishaps: Vec::new() }
+    }
+}
+
+impl<C: Ord> Results<C> {
     /// One number per round: NaN where it was not measured.
     #[must_use]
-    pub fn series(&self, cell: &Cell, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
+    pub fn series(&self, cell: &C, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
         let slices = self.cells.get(cell).map(Vec::as_slice).unwrap_or_default();
         slices.iter().map(|slice| slice.as_ref().map_or(f64::NAN, &of)).collect()
     }
 }
 
-impl Results {
+impl<C: Ord> Results<C> {
+    /// Keeps what was measured of a cell in one of so many rounds.
+    pub fn note(&mut self, cell: C, round: usize, rounds: usize, slice: Slice) {
+        self.cells.entry(cell).or_insert_with(|| vec![None; rounds])[round] = Some(slice);
+    }
+
+    /// A turn has failed. What it measured is measured again: nothing is left out.
+    ///
+    /// # Errors
+    /// The same error, when there were too many of them.
+    pub fn mishap(&mut self, error: anyhow::Error) -> Result<()> {
+        if self.mishaps.len() == MISHAPS {
+            return Err(error);
+        }
+        eprintln!("{error:#}");
+        self.mishaps.push(format!("{error:#}"));
+        Ok(())
+    }
+
+    /// The ratio of two cells, round by round; `None` when one of them was not measured.
+    #[must_use]
+    pub fn ratio(&self, over: &C, under: &C, of: impl Fn(&Slice) -> f64) -> Option<Estimate> {
+        let ratios = paired(&self.series(over, &of), &self.series(under, &of));
+        (!ratios.is_empty()).then(|| estimate(&ratios))
+    }
+
+    /// What a reader of the figures should know, as lines.
+    #[must_use]
+    pub fn remarks(&self) -> String {
+        let mut text = String::new();
+        if let Some((near, far)) = self.distances()
+            && far > 2.0 * near
+        {
+            text +=
+                &format!("the cores moved during the run ({near:.0} to {far:.0} ns apart): ratios mix two machines\n");
+        }
+        for mishap in &self.mishaps {
+            text += &format!("had to be done again: {mishap}\n");
+        }
+        for client in &self.absent {
+            text += &format!("not in this build: {}\n", client.name());
+        }
+        text
+    }
+
     /// The 10th and the 90th of a hundred distances of the cores: a core that was busy when it was asked says nothing.
     #[must_use]
     pub fn distances(&self) -> Option<(f64, f64)> {
@@ -110,44 +160,53 @@ impl Devices<'_> {
     }
 }
 
+/// Measures in rounds: notes how far apart the cores are, has `turn` measure what there is once, and again.
+///
+/// # Errors
+/// What `turn` says.
+pub fn rounds<C: Ord>(
+    count: usize,
+    cores: Cores,
+    mut turn: impl FnMut(usize, &mut Results<C>) -> Result<()>,
+) -> Result<Results<C>> {
+    let mut results = Results::default();
+    let start = Instant::now();
+    for round in 0..count {
+        let distance = machine::distance_ns(cores)?;
+        results.distances_ns.push(distance);
+        turn(round, &mut results)?;
+        eprintln!(
+            "round {}/{count}: {distance:.0} ns between the cores, {:.0} s",
+            round + 1,
+            start.elapsed().as_secs_f64()
+        );
+    }
+    Ok(results)
+}
+
 /// Measures everything in `plan`.
 ///
 /// # Errors
 /// When a device or a client fails: a bench that left something out in silence would flatter somebody.
 pub fn measure(plan: &Plan, host: &Host, null_program: &Path, cores: Cores) -> Result<Results> {
-    let mut results = Results::default();
     let mut devices = Devices { null_program, running: Vec::new() };
-    let start = Instant::now();
-    for round in 0..plan.rounds {
-        results.distances_ns.push(machine::distance_ns(cores)?);
+    rounds(plan.rounds, cores, |round, results| {
         for group in &plan.groups {
             let count = group.clients.len();
             for client in (0..count).map(|at| group.clients[(at + round) % count]) {
                 loop {
                     let device = devices.get(group.backend, group.mode, client.is_nbd(), cores)?;
-                    let Err(error) = turn(plan, group, client, host, device, cores, round, &mut results) else { break };
+                    let Err(error) = turn(plan, group, client, host, device, cores, round, results) else { break };
                     let (name, backend, mode) = (client.name(), group.backend.name(), group.mode.name());
                     let threads = device.threads();
                     let error = error.context(format!("{name} on {backend}, {mode}, round {round}; device: {threads}"));
-                    // What was measured of the turn is measured again: nothing is left out.
-                    if results.mishaps.len() == MISHAPS {
-                        return Err(error);
-                    }
-                    eprintln!("{error:#}");
-                    results.mishaps.push(format!("{error:#}"));
+                    results.mishap(error)?;
                     devices.forget(group.backend);
                 }
             }
         }
-        let near = results.distances_ns.last().copied().unwrap_or_default();
-        eprintln!(
-            "round {}/{}: {near:.0} ns between the cores, {:.0} s",
-            round + 1,
-            plan.rounds,
-            start.elapsed().as_secs_f64()
-        );
-    }
-    Ok(results)
+        Ok(())
+    })
 }
 
 #[expect(clippy::too_many_arguments, reason = "one turn of one client in one group of one round")]
@@ -173,8 +232,7 @@ fn turn(
         let mut work = Loop::new(&mut *engine, *job)?;
         let slice = work.run(&mut *engine, plan.warm_up, plan.slice, &|| times(device))?;
         let cell = Cell { backend: group.backend, mode: group.mode, queues: group.queues, job: *job, client };
-        let rounds = results.cells.entry(cell).or_insert_with(|| vec![None; plan.rounds]);
-        rounds[round] = Some(slice);
+        results.note(cell, round, plan.rounds, slice);
     }
     Ok(())
 }

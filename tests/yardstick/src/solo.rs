@@ -40,12 +40,41 @@ pub struct Solo {
 
 const DISK: NullDisk = NullDisk { capacity_bytes: CAPACITY_BYTES, queues: 1, pace: Pace::Poll };
 
+/// The queues of a device that were set up, by index.
+pub(crate) type Queues = Arc<Mutex<Vec<Option<Served>>>>;
+
 /// The device, as the manager sees it.
-struct SoloTransport {
+pub(crate) struct SoloTransport {
+    kind: u32,
+    config: Vec<u8>,
+    queues: u16,
     regions: Vec<Arc<DmaRegion>>,
-    served: Arc<Mutex<Option<Served>>>,
+    served: Queues,
     offered: u64,
     accepted: u64,
+}
+
+impl SoloTransport {
+    /// A device of this type (virtio 1.2, section 5) and its queues, for whoever serves them.
+    pub(crate) fn new(kind: u32, config: Vec<u8>, queues: u16, offered: u64) -> (SoloTransport, Queues) {
+        let served = Queues::default();
+        let device = SoloTransport {
+            kind,
+            config,
+            queues,
+            regions: Vec::new(),
+            served: Arc::clone(&served),
+            offered,
+            accepted: 0,
+        };
+        (device, served)
+    }
+}
+
+/// The queue of this index, once.
+pub(crate) fn take(queues: &Queues, index: usize) -> Result<Served> {
+    let mut queues = queues.lock().unwrap_or_else(PoisonError::into_inner);
+    queues.get_mut(index).and_then(Option::take).context("no queue was set up")
 }
 
 struct NoBell;
@@ -68,7 +97,7 @@ impl Transport for SoloTransport {
     }
 
     fn device_type(&self) -> Option<u32> {
-        Some(2)
+        Some(self.kind)
     }
 
     fn offered_features(&self) -> u64 {
@@ -81,8 +110,7 @@ impl Transport for SoloTransport {
     }
 
     fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
-        let config = DISK.config();
-        let bytes = config.get(offset as usize..).unwrap_or_default();
+        let bytes = self.config.get(offset as usize..).unwrap_or_default();
         for (at, byte) in into.iter_mut().enumerate() {
             *byte = bytes.get(at).copied().unwrap_or_default();
         }
@@ -90,7 +118,7 @@ impl Transport for SoloTransport {
     }
 
     fn max_queues(&self) -> u16 {
-        1
+        self.queues
     }
 
     fn max_queue_size(&self, _: u16) -> u16 {
@@ -110,7 +138,12 @@ impl Transport for SoloTransport {
         }
         let addresses = (setup.addresses.descriptors, setup.addresses.available, setup.addresses.used);
         let served = Served::new(&regions, addresses, setup.size, self.accepted, event()?).map_err(failed)?;
-        *self.served.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
+        let mut queues = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = usize::from(setup.index);
+        if queues.len() <= index {
+            queues.resize_with(index + 1, || None);
+        }
+        queues[index] = Some(served);
         Ok(QueueEvents { doorbell: Box::new(NoBell), call: event()? })
     }
 
@@ -127,7 +160,7 @@ impl Transport for SoloTransport {
     }
 
     fn quiesce(&mut self, _: usize, _: Instant) -> Silence {
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.served.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Silence::Confirmed
     }
 
@@ -141,16 +174,14 @@ impl Transport for SoloTransport {
 /// # Errors
 /// When the load fails or a request is not answered.
 pub fn measure(host: &Host, client: Client, batch: u32, length: Duration) -> Result<Solo> {
-    let served = Arc::new(Mutex::new(None));
-    let transport =
-        SoloTransport { regions: Vec::new(), served: Arc::clone(&served), offered: NullDisk::FEATURES, accepted: 0 };
+    let (transport, queues) = SoloTransport::new(2, DISK.config().to_vec(), 1, NullDisk::FEATURES);
     let mut spec = LoadSpec::new("virtio-blk.wasm", host.component.clone(), Box::new(transport));
     spec.ring_entries = RING_ENTRIES;
     let binding =
         if client == Client::Native { native::load(host, spec.transport, 1)? } else { host.manager.load(spec)? };
     let mut engine = InProcess::of(host, binding, Mode::Poll)?;
     engine.prepare(Job { op: Op::RandRead, depth: batch })?;
-    let mut device = served.lock().unwrap_or_else(PoisonError::into_inner).take().context("no queue was set up")?;
+    let mut device = take(&queues, 0)?;
     let mut done: Vec<u32> = (0..batch).collect();
     let mut requests = Vec::with_capacity(batch as usize);
     let mut parts: [Vec<f64>; 4] = Default::default();

@@ -16,7 +16,7 @@
 //! can reach. What bounds that is what is mapped for it, or its IOMMU domain, and not the descriptors. Nobody else than the ring's one device can write there, and the next device gets a new ring, which is zeroed.
 
 use super::{STATUS_UNWRITTEN, Slot, SplitQueue};
-use crate::chain::{Chain, Kind, Segment, WHOLE_HEADER_BYTES};
+use crate::chain::{Chain, Kind, PACKET_HEADER_BYTES, Segment, WHOLE_HEADER_BYTES};
 use crate::error::AddError;
 use crate::ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 
@@ -68,6 +68,33 @@ impl SplitQueue {
         self.added += 1;
     }
 
+    /// Puts a packet's chain on the ring, for which there is room to be direct: two descriptors from the free list. Nothing of it is kept for the next one: to
+    /// write the first of them costs less than to know that it need not be written.
+    #[inline]
+    pub(super) fn add_packet(&mut self, chain: &Chain<'_>, header: &[u8; WHOLE_HEADER_BYTES], payload: &Segment) {
+        self.break_sets(2);
+        let head = self.free_head;
+        let tail = self.next[usize::from(head)];
+        let slot = &mut self.slots[usize::from(head)];
+        let iova = self.ring.header_iova(slot.area, PACKET_HEADER_BYTES);
+        self.ring.write_descriptor(head, iova, PACKET_HEADER_BYTES as u32, DESC_NEXT, tail);
+        self.ring.write_descriptor(tail, payload.place, payload.length, write_flag(payload.kind), 0);
+        self.ring.write_short_header(slot.area, *header);
+        self.ring.write_available(self.added as u16, head);
+        *slot = Slot {
+            sequence: self.added,
+            token: chain.token(),
+            offered: chain.writable_bytes(),
+            tail,
+            descriptors: 2,
+            ..Slot::new(slot.area)
+        };
+        self.free_head = self.next[usize::from(tail)];
+        self.free -= 2;
+        self.in_flight += 1;
+        self.added += 1;
+    }
+
     /// Takes three descriptors from the free list, where they are if there is no free set, and makes a set of them, with a status of no bytes.
     #[cold]
     fn make_set(&mut self) -> u16 {
@@ -83,6 +110,7 @@ impl SplitQueue {
     }
 
     /// Gives free sets back to the free list, until that has `needed` descriptors or there is no more.
+    #[inline]
     fn break_sets(&mut self, needed: u16) {
         while self.free - 3 * self.ready_len < needed
             && let Some(&head) = self.ready[..usize::from(self.ready_len)].last()

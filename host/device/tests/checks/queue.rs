@@ -36,7 +36,14 @@ fn shape() -> impl Strategy<Value = Shape> {
         status,
         ..READ
     });
-    prop_oneof![any, whole]
+    // And that of a packet.
+    let packet = prop_oneof![Just(Direction::In), Just(Direction::Out)].prop_map(|direction| Shape {
+        header: 12,
+        direction: Some(direction),
+        status: 0,
+        ..READ
+    });
+    prop_oneof![any, whole, packet]
 }
 
 fn step() -> impl Strategy<Value = Step> {

@@ -21,7 +21,7 @@ use cofferdam_runtime::{GuestFault, LaneDriver};
 use parking_lot::{Mutex, RwLock};
 
 use super::inside::{Inside, guest_fault};
-use crate::arrival::Arrival;
+use crate::arrival::{Arrival, Pieces};
 use crate::error::LaneFault;
 use crate::lane::revive::{Health, POISON};
 
@@ -52,7 +52,15 @@ impl Pool {
         let mut back = None;
         for piece in pieces {
             let Some(held) = self.held.get(usize::from(piece.buffer)) else { continue };
-            if held.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Nobody but its holders counts a buffer down, and nobody counts it up before it was posted and used again: who finds its own piece to be the only one is alone with it.
+            // Acquire: what others did with their pieces was before this.
+            let is_last = if held.load(Ordering::Acquire) == 1 {
+                held.store(0, Ordering::Relaxed);
+                true
+            } else {
+                held.fetch_sub(1, Ordering::AcqRel) == 1
+            };
+            if is_last {
                 back.get_or_insert_with(|| self.back.lock()).push(piece.buffer);
             }
         }
@@ -185,12 +193,12 @@ impl Posted {
         let head_bytes = usize::from(self.head_bytes);
         self.pool.with(|buffers| {
             while self.given.len() < MAX_BATCH {
-                let Some(used) = self.ring.pop()? else { break };
-                let number = used.token as u16;
-                self.given.push(Given { buffer: number, written: used.written });
-                self.words.extend([used.token, used.written]);
+                let Some((token, written)) = self.ring.pop_written()? else { break };
+                let number = token as u16;
+                self.given.push(Given { buffer: number, written });
+                self.words.extend([token, written]);
                 let mut head = [0; 64];
-                let there = head_bytes.min(used.written as usize);
+                let there = head_bytes.min(written as usize);
                 if let Some(buffer) = buffers.get(usize::from(number)) {
                     // Inside the buffer, as the ring has checked.
                     let _ = buffer.read_at(0, &mut head[..there]);
@@ -209,7 +217,13 @@ impl Posted {
         let arrivals = std::mem::take(&mut self.arrivals);
         for (head, pieces) in arrivals.iter() {
             for piece in pieces {
-                pool.held[usize::from(piece.buffer)].fetch_add(1, Ordering::Relaxed);
+                // It was just taken off the ring, and what names it has not been handed out: nobody else counts it.
+                let held = &pool.held[usize::from(piece.buffer)];
+                held.store(held.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            }
+            if self.begun.is_none() && !head.goes_on {
+                out.push(Arrival::new(Arc::clone(pool), head, Pieces::from(pieces)));
+                continue;
             }
             let (head, pieces) = match self.begun.take() {
                 None => (head, pieces.to_vec()),
@@ -223,7 +237,7 @@ impl Posted {
             } else if head.goes_on {
                 self.begun = Some((head, pieces));
             } else {
-                out.push(Arrival::new(Arc::clone(pool), head, pieces));
+                out.push(Arrival::new(Arc::clone(pool), head, Pieces::from(&pieces[..])));
             }
         }
         let mut dropped = 0;
@@ -292,8 +306,9 @@ impl Posted {
 }
 
 impl Inside {
-    /// One look at the posted queue.
+    /// One look at the posted queue. What clients have let go of goes back to the device first: it fills that while the driver judges what is there.
     pub(super) fn receive(&mut self, out: &mut Vec<Arrival>) -> (Found, Option<LaneFault>) {
+        self.repost();
         let withdrawn = self.withdrawn.load(Ordering::Acquire);
         let waits = withdrawn || self.is_waiting();
         let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !waits) else {
@@ -306,7 +321,6 @@ impl Inside {
         });
         let used = posted.given.len();
         if used == 0 {
-            self.repost();
             return (Found::default(), fault);
         }
         let driver = self.driver.as_mut().filter(|_| self.health == Health::Works);
@@ -325,7 +339,9 @@ impl Inside {
         let more = used == MAX_BATCH || !posted.again.is_empty();
         self.note_interruption(&called);
         let fault = fault.or(checked.err().map(LaneFault::Guest));
-        self.repost();
+        if dropped > 0 {
+            self.repost();
+        }
         (Found { more, dropped }, fault)
     }
 

@@ -41,17 +41,7 @@ fn main() -> Result<()> {
     if let Some(budget) = &budget {
         print!("{}", report::budget_lines(budget));
     }
-    if let Some((near, far)) = results.distances()
-        && far > 2.0 * near
-    {
-        println!("the cores moved during the run ({near:.0} to {far:.0} ns apart): ratios mix two machines");
-    }
-    for mishap in &results.mishaps {
-        println!("had to be done again: {mishap}");
-    }
-    for client in &results.absent {
-        println!("not in this build: {}", client.name());
-    }
+    print!("{}", results.remarks());
     let aims = aims::aims(&results, budget.as_ref());
     print!("{}", aims::lines(&aims));
     let json = arguments.json.clone().unwrap_or_else(|| PathBuf::from("target/bench/block.json"));

@@ -24,20 +24,28 @@ pub struct Host {
     pub component: Vec<u8>,
 }
 
-/// Where `cargo xtask build` puts the driver.
+/// Where `cargo xtask build` puts the driver of this name.
 #[must_use]
-pub fn driver_path() -> PathBuf {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/drivers/virtio-blk.wasm");
-    std::env::var_os("COFFERDAM_BENCH_DRIVER").map_or_else(|| PathBuf::from(default), PathBuf::from)
+pub fn driver_path(driver: &str) -> PathBuf {
+    let default = || Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/drivers")).join(driver);
+    std::env::var_os("COFFERDAM_BENCH_DRIVER").map_or_else(default, PathBuf::from)
 }
 
 impl Host {
-    /// Starts it, with compiled code kept in `cache` if that is given.
+    /// Starts it for block devices, with compiled code kept in `cache` if that is given.
     ///
     /// # Errors
     /// When the driver was not built.
     pub fn start(cache: Option<&Path>) -> Result<Host> {
-        let path = driver_path();
+        Host::of("virtio-blk.wasm", cache)
+    }
+
+    /// Starts it for the devices of another driver.
+    ///
+    /// # Errors
+    /// When the driver was not built.
+    pub fn of(driver: &str, cache: Option<&Path>) -> Result<Host> {
+        let path = driver_path(driver);
         let component = std::fs::read(&path).with_context(|| format!("{}: run 'cargo xtask build'", path.display()))?;
         Ok(Host { manager: Manager::new(Config { cache_dir: cache.map(Path::to_owned) })?, component })
     }
@@ -84,13 +92,19 @@ pub fn connect(socket: &Path) -> Result<VhostUser> {
 }
 
 /// A loaded binding that leaves when this is dropped.
-struct Loaded {
-    manager: Manager,
-    binding: Arc<Binding>,
+pub struct Loaded {
+    pub(crate) manager: Manager,
+    pub(crate) binding: Arc<Binding>,
 }
 
 impl Loaded {
-    fn crossings(&self) -> u64 {
+    /// The binding's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.binding.name()
+    }
+
+    pub(crate) fn crossings(&self) -> u64 {
         self.binding.status().calls.iter().map(|core| core.crossings).sum()
     }
 }

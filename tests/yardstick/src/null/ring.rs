@@ -63,7 +63,7 @@ impl DeviceRing {
         count
     }
 
-    /// Writes the status of one chain; how many bytes the chain lets the device write.
+    /// Writes the status of one chain, its last byte if the device may write there; how many bytes the chain lets the device write.
     #[inline]
     fn answer(&self, head: u16) -> u32 {
         let first = self.descriptor(&self.table.memory, self.table.offset, usize::from(head), usize::from(self.size));
@@ -87,6 +87,9 @@ impl DeviceRing {
                 end = address + (rest & 0xffff_ffff);
             }
             if rest >> 32 & NEXT == 0 {
+                if written == 0 {
+                    return 0;
+                }
                 let (memory, offset) = self.regions.guest(end - 1, 1).expect("a status outside the memory");
                 memory.byte(offset).store(0, Ordering::Relaxed);
                 return written;
