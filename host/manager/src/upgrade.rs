@@ -33,7 +33,9 @@ const LATE: Duration = Duration::from_secs(5);
 /// How often a driver on probation is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// Calls of a lane that have to be measured before anything is made of them.
-const ENOUGH: u32 = 64;
+const ENOUGH: u32 = 32;
+/// How long calls of the old driver are waited for, so that there is something to compare with. An idle device has none.
+const OBSERVE: Duration = Duration::from_millis(50);
 /// A median call may take so many times as long as before, and this much more.
 const SLOWER: u32 = 4;
 const SLOWER_BY: Duration = Duration::from_micros(2);
@@ -103,6 +105,7 @@ impl Binding {
             current.maker.of(&module).map_err(|error| UpgradeError::Refused(error.to_string()))
         })();
         let exchanged = prepared.and_then(|maker| {
+            self.observe(begun + OBSERVE);
             let digest = maker.module().info().digest.clone();
             let done = self.exchange(maker, &spec.driver, spec.deadline, begun)?;
             Ok((digest, done))
@@ -275,6 +278,14 @@ impl Binding {
         // The last step, because the device hears of it.
         let offer = current.live_with(control)?;
         Ok((offer, attachment.state, drivers))
+    }
+
+    /// Lets the old driver be called often enough to be measured, until `end`. Nobody is held.
+    fn observe(&self, end: Instant) {
+        let Some(serving) = self.serving.get() else { return };
+        while Instant::now() < end && serving.lanes.iter().all(|lane| lane.median().is_none()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Whether calls of the driver are measured from now on.

@@ -70,10 +70,21 @@ impl Bed {
                     scope.spawn(move || client(&self.binding, lane, stop))
                 })
                 .collect();
+            // Also when the work fails: the scope waits for them.
+            let stopping = Stop(&stop);
             let result = work();
-            stop.store(true, Ordering::Release);
+            drop(stopping);
             (clients.into_iter().map(|client| client.join().unwrap()).sum(), result)
         })
+    }
+}
+
+/// Tells the clients to stop.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

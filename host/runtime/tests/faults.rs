@@ -9,7 +9,7 @@ use cofferdam_runtime::{
     CallError, DeviceCapability, DeviceError, FaultKind, GuestFault, InstantiateError, KillSwitch, LaneDriver,
     MAX_CHAIN_WORDS, Properties,
 };
-use support::{FakeDevice, Guest, instance, module, requests, runtime, setup, spec};
+use support::{FakeDevice, Guest, exported, instance, module, requests, runtime, setup, spec};
 
 const FOREVER: &str = "(loop $forever (br $forever)) (unreachable)";
 
@@ -41,6 +41,26 @@ fn a_driver_attaches_starts_and_answers() {
     lane.complete(&[7, 0, 0], &mut out).unwrap();
     assert!(out.is_empty());
     assert!(lane.memory_bytes() >= 2 << 16);
+}
+
+#[test]
+fn what_a_driver_exports_is_bounded_and_handed_to_the_next() {
+    let runtime = runtime();
+    let exports = |bytes| {
+        let mut old = instance(&runtime, &Guest { suspend: exported(7, bytes), ..Guest::default() });
+        old.attach(Box::new(FakeDevice)).unwrap();
+        let suspended = old.suspend();
+        (old, suspended)
+    };
+    let (mut old, state) = exports(4096);
+    let state = state.unwrap();
+    assert_eq!((state.version, state.bytes.len()), (7, 4096));
+    assert_eq!(instance(&runtime, &Guest::default()).resume(Box::new(FakeDevice), &state).unwrap().features, 0x20);
+    // It goes on if the next one does not want to.
+    old.properties().unwrap();
+    let (old, too_much) = exports(4097);
+    assert_eq!(fault(too_much.map(drop)).kind, FaultKind::Layout);
+    assert!(old.fault().is_some());
 }
 
 #[test]

@@ -65,13 +65,15 @@ fn a_driver_of_another_version_is_told_both_versions() {
 #[test]
 fn right_names_with_wrong_types_are_refused_at_instantiation() {
     let wit =
-        "package cofferdam:driver@0.1.0; interface driver { attach: func(); config-changed: func(); start: func(); }
+        "package cofferdam:driver@0.1.0; interface driver { attach: func(); config-changed: func(); start: func(); suspend: func(); resume: func(); }
                interface block { get-properties: func(); window: func(); submit: func(); complete: func(); }
                world other { export driver; export block; }";
     let names = [
         "driver@0.1.0#attach",
         "driver@0.1.0#config-changed",
         "driver@0.1.0#start",
+        "driver@0.1.0#suspend",
+        "driver@0.1.0#resume",
         "block@0.1.0#get-properties",
         "block@0.1.0#window",
         "block@0.1.0#submit",

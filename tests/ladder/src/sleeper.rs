@@ -41,7 +41,7 @@ const CORE: &str = r#"(module $sleeper
     (local.set $p (call $subscribe (i64.const 3600000000000)))
     (call $block (local.get $p)) (call $drop-pollable (local.get $p)))
 
-  (func (export "cofferdam:driver/driver@0.1.0#attach") (param $dev i32) (result i32) (local $queues i32)
+  (func $attach (export "cofferdam:driver/driver@0.1.0#attach") (param $dev i32) (result i32) (local $queues i32)
     ATTACH-FIRST
     (local.set $queues (call $max-queues (local.get $dev)))
     (if (i32.gt_u (local.get $queues) (call $max-lanes (local.get $dev))) (then (local.set $queues (call $max-lanes (local.get $dev)))))
@@ -63,6 +63,10 @@ const CORE: &str = r#"(module $sleeper
     (i32.const 256))
   (func (export "cofferdam:driver/driver@0.1.0#config-changed") (param $dev i32) (result i32)
     (call $drop-device (local.get $dev)) (i32.store8 (i32.const 256) (i32.const 0)) (i32.const 256))
+  (func (export "cofferdam:driver/driver@0.1.0#suspend") (result i32)
+    (memory.fill (i32.const 256) (i32.const 0) (i32.const 12)) (i32.const 256))
+  (func (export "cofferdam:driver/driver@0.1.0#resume") (param i32 i32 i32 i32) (result i32)
+    (call $attach (local.get 0)))
   (func (export "cofferdam:driver/driver@0.1.0#start") (param i64 i32 i32 i32 i32) (result i32)
     (global.set $queue (i32.load16_u (local.get 3)))
     (i32.store8 (i32.const 256) (i32.const 0)) (i32.const 256))

@@ -18,6 +18,8 @@ use wit_parser::Resolve;
 pub struct Guest {
     /// `(param $dev i32) (result i32)`; the result points to result<attachment, driver-error>.
     pub attach: String,
+    /// `(result i32)`; points to (version, pointer, length) of an exported-state.
+    pub suspend: String,
     /// `(result i32)`; the offset of the window.
     pub window: String,
     /// `(param $n i32) (result i32)`, with the words at [`WINDOW`]; the result points to (pointer, length) of a list<u32>.
@@ -79,10 +81,19 @@ const PROPERTIES: &str = "
     (i32.store (i32.const 272) (i32.const 512)) (i32.store (i32.const 276) (i32.const 512)) (i32.store (i32.const 280) (i32.const 65536))
     (i32.const 256)";
 
+/// The body of a `suspend` that exports so many bytes.
+pub fn exported(version: u32, bytes: u32) -> String {
+    format!(
+        "(i32.store (i32.const 256) (i32.const {version})) (i32.store (i32.const 260) (i32.const 0))
+         (i32.store (i32.const 264) (i32.const {bytes})) (i32.const 256)"
+    )
+}
+
 impl Default for Guest {
     fn default() -> Guest {
         Guest {
             attach: ATTACH.into(),
+            suspend: exported(7, 0),
             window: format!("(i32.const {WINDOW})"),
             submit: SUBMIT.into(),
             complete: COMPLETE.into(),
@@ -112,7 +123,9 @@ impl Guest {
 
     /// The core module as text.
     pub fn core(&self) -> String {
-        let Guest { attach, window, submit, complete, properties, start_function, imports, more, pages, .. } = self;
+        let Guest {
+            attach, suspend, window, submit, complete, properties, start_function, imports, more, pages, ..
+        } = self;
         format!(
             r#"(module $guest
             (import "cofferdam:driver/log@0.1.0" "write" (func $log (param i32 i32 i32)))
@@ -138,6 +151,9 @@ impl Guest {
             (func $attach (export "cofferdam:driver/driver@0.1.0#attach") (param $dev i32) (result i32) {attach})
             (func (export "cofferdam:driver/driver@0.1.0#config-changed") (param $dev i32) (result i32)
                 (call $drop-device (local.get $dev)) (i32.store8 (i32.const 256) (i32.const 0)) (i32.const 256))
+            (func (export "cofferdam:driver/driver@0.1.0#suspend") (result i32) {suspend})
+            (func (export "cofferdam:driver/driver@0.1.0#resume") (param i32 i32 i32 i32) (result i32)
+                (call $attach (local.get 0)))
             (func (export "cofferdam:driver/driver@0.1.0#start") (param i64 i32 i32 i32 i32) (result i32)
                 (i32.store8 (i32.const 256) (i32.const 0)) (i32.const 256))
             (func (export "cofferdam:driver/block@0.1.0#get-properties") (result i32) {properties})
