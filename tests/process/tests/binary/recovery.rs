@@ -82,3 +82,29 @@ fn a_binding_that_has_failed_is_unloaded_like_any_other() {
     daemon.unload("disk", &[]).assert_clean();
     client.assert_closed();
 }
+
+#[test]
+fn a_client_does_not_notice_an_upgrade_and_its_rollback() {
+    let state = tempfile::tempdir().expect("a directory");
+    let (daemon, _sim, socket) = serve(&state, "well-behaved", &[]);
+    let mut client = Client::new(&socket);
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+    let new = programs::shipped_driver("virtio-blk");
+    let new = new.to_str().expect("UTF-8");
+    let report = daemon.run(&["upgrade", "disk", new, "--json"]).expect(0).json();
+    assert_eq!((report["from"].as_str(), report["to"].as_str()), (Some("well-behaved.wasm"), Some("virtio-blk.wasm")));
+    assert_eq!(report["generation"], 2);
+    assert_eq!(client.read(0, 4096), [1; 4096], "the same connection");
+    assert_eq!(daemon.binding("disk").expect("listed")["driver"], "virtio-blk.wasm");
+    let told = daemon.run(&["rollback", "disk"]).expect(0).stdout;
+    assert!(told.contains("disk: virtio-blk.wasm -> well-behaved.wasm") && told.contains("clients waited"), "{told}");
+    daemon.run(&["rollback", "disk"]).expect_error(1, &["has had no other driver"]);
+    let refuses = programs::test_driver("refuse-resume");
+    let refuses = refuses.to_str().expect("UTF-8");
+    daemon.run(&["upgrade", "disk", refuses]).expect_error(1, &["cannot take over", "from nobody"]);
+    daemon.run(&["upgrade", "nothing", new]).expect_error(3, &["no binding is called 'nothing'"]);
+    daemon.run(&["upgrade", "disk", "/nowhere.wasm"]).expect_error(3, &["/nowhere.wasm"]);
+    assert_eq!(client.write(4096, &[2; 4096]), 0);
+    drop(client);
+    daemon.unload("disk", &[]).assert_clean();
+}
