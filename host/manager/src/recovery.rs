@@ -121,25 +121,18 @@ impl Recovery {
         self.versions.lock().current.clone()
     }
 
-    /// From now on they are made of this; its number.
-    pub(crate) fn adopt_version(&self, version: Version) -> u64 {
+    /// From now on they are made of this, and `previous` is what was before; its number.
+    pub(crate) fn adopt_version(&self, version: Version, previous: Option<Previous>) -> u64 {
         let mut versions = self.versions.lock();
         versions.count += 1;
         versions.current = Some(Version { number: versions.count, ..version });
+        versions.previous = previous;
         versions.count
     }
 
     /// What they were made of before.
     pub(crate) fn previous(&self) -> Option<Version> {
         self.versions.lock().previous.as_ref().map(|previous| previous.version.clone())
-    }
-
-    pub(crate) fn set_previous(&self, previous: Previous) {
-        self.versions.lock().previous = Some(previous);
-    }
-
-    pub(crate) fn forget_previous(&self) {
-        self.versions.lock().previous = None;
     }
 
     /// The driver of this number has stood its probation.

@@ -23,7 +23,7 @@ use crate::binding::Binding;
 use crate::control::Control;
 use crate::error::UpgradeError;
 use crate::events::EventKind;
-use crate::lane::Timing;
+use crate::lane::{Lane, Timing};
 use crate::maker::Maker;
 use crate::ports::Within;
 use crate::recovery::{Previous, Version};
@@ -107,7 +107,8 @@ impl Binding {
         let exchanged = prepared.and_then(|maker| {
             self.observe(begun + OBSERVE);
             let digest = maker.module().info().digest.clone();
-            let done = self.exchange(maker, &spec.driver, spec.deadline, begun)?;
+            let probation = Some((current.clone(), spec.probation));
+            let done = self.exchange(maker, &spec.driver, spec.deadline, begun, probation)?;
             Ok((digest, done))
         });
         let (digest, done) = match exchanged {
@@ -118,7 +119,6 @@ impl Binding {
             }
         };
         let from = current.driver.to_string();
-        recovery.set_previous(Previous { version: current, until: Some(Instant::now() + spec.probation) });
         self.watch_probation(done.median, spec.probation);
         let report = UpgradeReport {
             name: self.name().to_owned(),
@@ -167,8 +167,7 @@ impl Binding {
         let current = recovery.version().ok_or_else(|| self.not_exchangeable())?;
         let nothing = || UpgradeError::NothingBefore(self.name().to_owned());
         let previous = recovery.previous().ok_or_else(nothing)?;
-        let done = self.exchange(previous.maker.clone(), &previous.driver, deadline, begun)?;
-        recovery.forget_previous();
+        let done = self.exchange(previous.maker.clone(), &previous.driver, deadline, begun, None)?;
         self.time_calls(false);
         let (from, to) = (current.driver.to_string(), previous.driver.to_string());
         self.record(EventKind::RolledBack { from: from.clone(), to: to.clone(), reason: reason.to_owned() });
@@ -188,13 +187,14 @@ impl Binding {
         UpgradeError::NotServing(self.name().to_owned())
     }
 
-    /// Puts instances of `maker` in the place of all that there are. On error those go on.
+    /// Puts instances of `maker` in the place of all that there are. On error those go on. Of `probation` the driver that is there comes back by itself.
     fn exchange(
         self: &Arc<Self>,
         maker: Maker,
         driver: &str,
         deadline: Duration,
         begun: Instant,
+        probation: Option<(Version, Duration)>,
     ) -> Result<Exchanged, UpgradeError> {
         let (Some(recovery), Some(serving)) = (self.recovery.get(), self.serving.get()) else {
             return Err(self.not_exchangeable());
@@ -226,7 +226,12 @@ impl Binding {
         }
         // Nobody is in the driver. A hint that cannot be had is none.
         let hint = current.instance.suspend().unwrap_or_default();
-        let attempt = self.take_over(current, &mut control, made, lanes, &hint);
+        let mut told = false;
+        let attempt = take_over(current, &mut control, made, lanes, &hint).and_then(|(state, drivers)| {
+            // The last step, because the device hears of it.
+            told = true;
+            Ok((current.live_with(&mut control)?, state, drivers))
+        });
         let (offer, state, drivers) = match attempt {
             Ok(taken) => taken,
             Err(error) => {
@@ -234,14 +239,17 @@ impl Binding {
                 if let Some(fault) = current.instance.fault().cloned() {
                     // It was `suspend` that broke it down.
                     self.bring_control_up(current, Some(fault));
-                } else if let Err(CallError::Fault(fault)) = current.live() {
+                } else if told && let Err(CallError::Fault(fault)) = current.live() {
                     // What the other one told the device is told again by this one.
                     self.bring_control_up(current, Some(fault));
                 }
                 return Err(refused(&error));
             }
         };
-        let number = recovery.adopt_version(Version { maker, driver: driver.into(), state, number: 0 });
+        // Before anybody can call it: it may break down at once.
+        let previous =
+            probation.map(|(version, probation)| Previous { version, until: Instant::now().checked_add(probation) });
+        let number = recovery.adopt_version(Version { maker, driver: driver.into(), state, number: 0 }, previous);
         let median = leases.iter_mut().filter_map(|lease| lease.median()).max();
         let mut dead: Vec<_> = leases.iter_mut().zip(drivers).map(|(lease, new)| lease.exchange(new, number)).collect();
         dead.push(Some(Box::new(std::mem::replace(&mut current.instance, control))));
@@ -258,26 +266,6 @@ impl Binding {
         drop(dead);
         self.forget_old_views();
         Ok(Exchanged { prepare, blackout, median })
-    }
-
-    /// Has the new instances take over, and says what they say; nothing of the old ones is touched.
-    fn take_over(
-        &self,
-        current: &Control,
-        control: &mut Instance,
-        made: Vec<Instance>,
-        lanes: &[Arc<crate::lane::Lane>],
-        hint: &ExportedState,
-    ) -> Result<(crate::offer::Offer, Vec<u8>, Vec<Instance>), CallError> {
-        let attachment = current.resume(control, hint)?;
-        let mut drivers = Vec::with_capacity(made.len());
-        for (mut driver, lane) in made.into_iter().zip(lanes) {
-            driver.start(&lane.setup(&attachment.state))?;
-            drivers.push(driver);
-        }
-        // The last step, because the device hears of it.
-        let offer = current.live_with(control)?;
-        Ok((offer, attachment.state, drivers))
     }
 
     /// Lets the old driver be called often enough to be measured, until `end`. Nobody is held.
@@ -333,6 +321,23 @@ impl Binding {
         }
         recovery.end_probation(number);
     }
+}
+
+/// Has the new instances take over, and says what the control lane's tells the data lanes'; nothing of the old ones is touched.
+fn take_over(
+    current: &Control,
+    control: &mut Instance,
+    made: Vec<Instance>,
+    lanes: &[Arc<Lane>],
+    hint: &ExportedState,
+) -> Result<(Vec<u8>, Vec<Instance>), CallError> {
+    let attachment = current.resume(control, hint)?;
+    let mut drivers = Vec::with_capacity(made.len());
+    for (mut driver, lane) in made.into_iter().zip(lanes) {
+        driver.start(&lane.setup(&attachment.state))?;
+        drivers.push(driver);
+    }
+    Ok((attachment.state, drivers))
 }
 
 /// What an exchange took, and how long a median call of the driver before took, if it was seen.
