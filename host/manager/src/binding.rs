@@ -307,23 +307,10 @@ impl Binding {
     pub(crate) fn new_view(&self, lane: LaneId) -> CallView {
         let view = CallView::new();
         let mut calls = self.calls.lock();
-        // Of the lane's drivers that broke down nothing is to be looked at any more.
-        calls.retain(|(of, view)| *of != lane || view.fault().is_none());
+        // Of instances that are gone nothing is to be looked at any more.
+        calls.retain(|(_, view)| !view.is_last());
         calls.push((lane, view.clone()));
         view
-    }
-
-    /// After an exchange: of each lane only the latest view is that of an instance.
-    pub(crate) fn forget_old_views(&self) {
-        let mut calls = self.calls.lock();
-        let mut seen = Vec::new();
-        calls.reverse();
-        calls.retain(|(lane, _)| {
-            let is_new = !seen.contains(lane);
-            seen.push(*lane);
-            is_new
-        });
-        calls.reverse();
     }
 
     /// Has every guest end that still runs, or is about to be made. No other binding's.

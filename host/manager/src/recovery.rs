@@ -135,14 +135,14 @@ impl Recovery {
         self.versions.lock().previous.as_ref().map(|previous| previous.version.clone())
     }
 
-    /// The driver of this number has stood its probation.
-    pub(crate) fn end_probation(&self, number: u64) {
+    /// The driver of this number has stood its probation, if it is the one that is there; whether it is.
+    pub(crate) fn end_probation(&self, number: u64) -> bool {
         let mut versions = self.versions.lock();
-        if versions.current.as_ref().is_some_and(|version| version.number == number)
-            && let Some(previous) = &mut versions.previous
-        {
+        let is_current = versions.current.as_ref().is_some_and(|version| version.number == number);
+        if let Some(previous) = versions.previous.as_mut().filter(|_| is_current) {
             previous.until = None;
         }
+        is_current
     }
 
     /// A driver on probation has broken down: instances are made of the one before it again. Names of both, if that is so.

@@ -264,7 +264,6 @@ impl Binding {
         let blackout = held.elapsed();
         // To take a store apart takes time that nobody waits for.
         drop(dead);
-        self.forget_old_views();
         Ok(Exchanged { prepare, blackout, median })
     }
 
@@ -290,7 +289,6 @@ impl Binding {
         let watch = move || {
             let _within = Within::enter();
             binding.probation(before, end);
-            binding.time_calls(false);
         };
         if let Err(error) = std::thread::Builder::new().name("cofferdam-probe".into()).spawn(watch) {
             tracing::error!(binding = self.name(), %error, "no thread to look after the new driver");
@@ -319,7 +317,9 @@ impl Binding {
                 Err(error) => tracing::error!(binding = self.name(), %error, reason, "not rolled back"),
             }
         }
-        recovery.end_probation(number);
+        if recovery.end_probation(number) {
+            self.time_calls(false);
+        }
     }
 }
 

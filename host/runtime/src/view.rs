@@ -52,6 +52,12 @@ impl CallView {
         CallView::default()
     }
 
+    /// Whether nobody else has it any more: neither its instance, nor who is about to make one.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        Arc::strong_count(&self.activity) == 1
+    }
+
     /// The instance's last calls, the latest first and at most 16: the export, and the import that it was in last. Meant for an instance that is over.
     #[must_use]
     pub fn recent(&self) -> Vec<(&'static str, Option<&'static str>)> {

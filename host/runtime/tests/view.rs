@@ -245,3 +245,15 @@ fn a_view_shows_the_first_instance_that_it_was_given_to() {
     one.submit(&requests(1), &mut Vec::new()).unwrap_err();
     assert_eq!(view.fault(), one.fault());
 }
+
+#[test]
+fn the_last_one_that_has_a_view_can_tell() {
+    let runtime = runtime();
+    let spec = spec();
+    let view = spec.view.clone();
+    assert!(!view.is_last(), "somebody is about to make an instance");
+    let instance = module(&runtime, &Guest::default()).instantiate(spec).unwrap();
+    assert!(!view.is_last(), "it lives");
+    drop(instance);
+    assert!(view.is_last());
+}
