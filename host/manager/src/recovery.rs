@@ -193,11 +193,17 @@ impl Binding {
         };
         let Some(recovery) = self.recovery.get() else { return leave() };
         let mut turn = recovery.turn.lock();
-        // A lane that is tried again is down already.
-        if turn.down == 0 && self.step(Event::Faulted).is_err() {
-            drop(turn);
-            // Given up already, by another lane; or on its way out, where the host itself ends drivers.
-            return if self.phase() == Phase::Failed { Next::Refuse } else { leave() };
+        // A lane that is tried again is down already, and so may others be.
+        let _ = self.step(Event::Faulted);
+        match self.phase() {
+            Phase::Recovering => {}
+            // Given up already, by another lane.
+            Phase::Failed => return Next::Refuse,
+            // On its way out, where the host itself ends drivers.
+            _ => {
+                drop(turn);
+                return leave();
+            }
         }
         turn.down |= bit(lane);
         turn.last = Some(fault.clone());
