@@ -397,14 +397,13 @@ impl Binding {
         }
         let binding = Arc::clone(self);
         let judge = move || {
-            let _within = Within::enter();
             // Goes down with the thread, however that ends.
             let _judging = Lowered(&binding.judging);
             if let Some(serving) = binding.serving.get() {
                 serving.lanes.iter().for_each(|lane| lane.judge());
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("cofferdam-judge".into()).spawn(judge) {
+        if let Err(error) = Within::spawn("cofferdam-judge", judge) {
             self.judging.store(false, Ordering::Release);
             tracing::error!(binding = self.name, %error, "no thread to ask the driver on");
         }
@@ -524,7 +523,7 @@ impl Binding {
                 peer: handle.peer.clone(),
                 requests_at_revoke,
                 requests_left,
-                micros: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+                micros: crate::ladder::micros(started.elapsed()),
             };
             if requests_left == 0 {
                 return Ok(report);

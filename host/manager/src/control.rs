@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Transport;
 use cofferdam_lifecycle::Phase;
-use cofferdam_runtime::{Attachment, CallError, DriverError, ExportedState, GuestFault, Instance, LaneId};
+use cofferdam_runtime::{Attachment, CallError, DriverError, ExportedState, GuestFault, Instance, LaneId, Properties};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::binding::Binding;
@@ -68,23 +68,24 @@ impl Control {
 
     /// Tells the driver that the device runs, and asks it what the device can do now.
     pub(crate) fn live(&mut self) -> Result<Offer, CallError> {
-        if let Some(window) = self.live_window() {
-            self.instance.live(window)?;
-        }
+        let window = self.live_window();
+        live(window, &mut self.instance)?;
         self.offer()
     }
 
     /// The same for an instance that is to take its place.
     pub(crate) fn live_with(&self, instance: &mut Instance) -> Result<Offer, CallError> {
-        if let Some(window) = self.live_window() {
-            instance.live(window)?;
-        }
-        Ok(Offer::from_properties(instance.properties()?, self.arena_bytes, self.max_lease_bytes))
+        live(self.live_window(), instance)?;
+        Ok(self.offer_of(instance.properties()?))
     }
 
     fn offer(&mut self) -> Result<Offer, CallError> {
         let properties = self.instance.properties()?;
-        Ok(Offer::from_properties(properties, self.arena_bytes, self.max_lease_bytes))
+        Ok(self.offer_of(properties))
+    }
+
+    fn offer_of(&self, properties: Properties) -> Offer {
+        Offer::from_properties(properties, self.arena_bytes, self.max_lease_bytes)
     }
 
     /// The device as it runs, for an instance that takes over.
@@ -263,11 +264,10 @@ impl Binding {
             Ok(true) => {
                 let binding = Arc::clone(self);
                 let tell = move || {
-                    let _within = Within::enter();
                     let _inside = Inside(&binding.control);
                     binding.tell_config_change();
                 };
-                if let Err(error) = std::thread::Builder::new().name("cofferdam-config".into()).spawn(tell) {
+                if let Err(error) = Within::spawn("cofferdam-config", tell) {
                     drop(Inside(&self.control));
                     tracing::error!(binding = self.name(), %error, "no thread to tell the driver on");
                 }
@@ -401,6 +401,11 @@ impl Binding {
         tracing::info!(binding = self.name(), ?changes, "configuration changed");
         self.record(EventKind::ConfigChanged { changes, refused: None });
     }
+}
+
+/// Tells an instance that the device runs, if it has queues of its own to speak with it.
+fn live(window: Option<Box<LiveWindow>>, instance: &mut Instance) -> Result<(), CallError> {
+    window.map_or(Ok(()), |window| instance.live(window))
 }
 
 /// A fault is found at the instance; here it only ends the call.

@@ -18,6 +18,7 @@ use cofferdam_runtime::{CallView, GuestFault, LaneDriver};
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
+use crate::ladder::micros;
 use crate::ports::Within;
 pub(crate) use spool::Spool;
 
@@ -114,7 +115,7 @@ impl Crashes {
         inside.count += 1;
         let report = CrashReport {
             number: inside.count,
-            unix_micros: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
+            unix_micros: micros(now),
             binding: crash.binding.to_owned(),
             driver: crash.driver.to_string(),
             digest: crash.digest.clone().unwrap_or_default(),
@@ -139,7 +140,7 @@ impl Crashes {
 
     /// The lane has a driver again.
     pub(crate) fn note_pause(&self, number: u64, pause: Duration) {
-        let micros = u64::try_from(pause.as_micros()).unwrap_or(u64::MAX);
+        let micros = micros(pause);
         let mut inside = self.inside.lock();
         if let Some(report) = inside.reports.iter_mut().find(|report| report.number == number) {
             report.pause_micros.get_or_insert(micros);
@@ -171,11 +172,10 @@ impl Crashes {
         }
         let crashes = Arc::clone(self);
         let bury = move || {
-            let _within = Within::enter();
             crashes.bury_all();
         };
-        match std::thread::Builder::new().name("cofferdam-crash".into()).spawn(bury) {
-            Ok(_) => inside.thread = true,
+        match Within::spawn("cofferdam-crash", bury) {
+            Ok(()) => inside.thread = true,
             Err(error) => {
                 tracing::error!(%error, "no thread to write a crash down on");
                 inside.dead.clear();

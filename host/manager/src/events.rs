@@ -172,7 +172,7 @@ impl EventLog {
     /// Appends; the oldest records go when there is no room.
     pub(crate) fn record(&self, binding: &str, generation: u64, what: EventKind) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let unix_micros = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+        let unix_micros = crate::ladder::micros(now);
         let mut kept = self.kept.lock();
         let seq = kept.next;
         kept.next += 1;

@@ -65,6 +65,11 @@ impl Wait<'_> {
     }
 }
 
+/// In microseconds, as reports have it.
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// `start` and `wait` later; a wait that no clock can hold is a day.
 pub(crate) fn after(start: Instant, wait: Duration) -> Instant {
     start.checked_add(wait).unwrap_or(start + Duration::from_secs(86_400))

@@ -163,6 +163,18 @@ impl Within {
         Within(())
     }
 
+    /// Does `work` on a thread of its own that is within.
+    ///
+    /// # Errors
+    /// No thread is to be had.
+    pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let within = move || {
+            let _within = Within::enter();
+            work();
+        };
+        std::thread::Builder::new().name(name.to_owned()).spawn(within).map(drop)
+    }
+
     /// Whether this thread does a part of any teardown.
     pub(crate) fn is_any() -> bool {
         WITHIN.get() > 0

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cofferdam_gate::{Hold, Overdue};
+use cofferdam_gate::{Gate, Hold, Overdue};
 use cofferdam_lifecycle::{Event, Phase};
 use cofferdam_runtime::{CallError, CallView, GuestFault, Instance, LaneDriver, LaneId};
 use parking_lot::Mutex;
@@ -63,6 +63,15 @@ struct Turn {
     last: Option<GuestFault>,
     /// Each lane's crashes since it last worked, by number, and when they were.
     crashes: BTreeMap<u16, Vec<(u64, Instant)>>,
+}
+
+impl Turn {
+    /// Has newcomers wait, for as long as the longest wait of the policy and what comes behind it, if they do not already.
+    fn hold_clients(&mut self, gate: Gate, longest: Duration) {
+        if self.hold.is_none() {
+            self.hold = gate.hold_for(longest + HOLD, Overdue::Open).ok();
+        }
+    }
 }
 
 /// One of a binding's drivers: its code, and what its control lane tells its data lanes.
@@ -226,9 +235,7 @@ impl Binding {
         match next {
             Some(wait) if wait.is_zero() => Next::Revive,
             Some(wait) => {
-                if turn.hold.is_none() {
-                    turn.hold = self.gate().hold_for(recovery.longest + HOLD, Overdue::Open).ok();
-                }
+                turn.hold_clients(*self.gate(), recovery.longest);
                 turn.at = Some(Instant::now() + wait);
                 tracing::warn!(binding = self.name(), lane, %fault, wait_ms = wait.as_millis(), "driver broke down");
                 if self.revive_elsewhere(&mut turn) { Next::Wait } else { self.give_up(&mut turn) }
@@ -289,7 +296,6 @@ impl Binding {
         tracing::error!(binding = self.name(), "the driver broke down too often; 'restart' tries again");
         let binding = Arc::clone(self);
         let refuse = move || {
-            let _within = Within::enter();
             if let Some(serving) = binding.serving.get() {
                 serving.lanes.iter().for_each(|lane| lane.refuse(&binding));
             }
@@ -301,7 +307,7 @@ impl Binding {
                 }
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("cofferdam-refuse".into()).spawn(refuse) {
+        if let Err(error) = Within::spawn("cofferdam-refuse", refuse) {
             tracing::error!(binding = self.name(), %error, "no thread to tell the other lanes");
         }
         Next::Refuse
@@ -353,11 +359,10 @@ impl Binding {
         }
         let binding = Arc::clone(self);
         let revive = move || {
-            let _within = Within::enter();
             binding.revive_all();
         };
-        match std::thread::Builder::new().name("cofferdam-revive".into()).spawn(revive) {
-            Ok(_) => turn.thread = true,
+        match Within::spawn("cofferdam-revive", revive) {
+            Ok(()) => turn.thread = true,
             Err(error) => tracing::error!(binding = self.name(), %error, "no thread to replace the driver on"),
         }
         turn.thread
@@ -367,13 +372,12 @@ impl Binding {
     fn fall_back_elsewhere(self: &Arc<Self>) {
         let binding = Arc::clone(self);
         let fall_back = move || {
-            let _within = Within::enter();
             if let Some(serving) = binding.serving.get() {
                 serving.lanes.iter().for_each(|lane| lane.catch_up(&binding));
             }
             binding.catch_up_control();
         };
-        if let Err(error) = std::thread::Builder::new().name("cofferdam-revert".into()).spawn(fall_back) {
+        if let Err(error) = Within::spawn("cofferdam-revert", fall_back) {
             tracing::error!(binding = self.name(), %error, "no thread to take the new driver out of the other lanes");
         }
     }
@@ -420,9 +424,7 @@ impl Binding {
             let mut turn = recovery.turn.lock();
             self.step(Event::Restarted).map_err(|_| RestartError::NotFailed(name()))?;
             recovery.restarts.lock().forget();
-            if turn.hold.is_none() {
-                turn.hold = self.gate().hold_for(recovery.longest + HOLD, Overdue::Open).ok();
-            }
+            turn.hold_clients(*self.gate(), recovery.longest);
             turn.down = serving.lanes.iter().fold(bit(CONTROL), |down, lane| down | bit(lane.number()));
             turn.last = None;
         }

@@ -23,6 +23,7 @@ use crate::binding::Binding;
 use crate::control::Control;
 use crate::error::UpgradeError;
 use crate::events::EventKind;
+use crate::ladder::micros;
 use crate::lane::{Lane, Timing};
 use crate::maker::Maker;
 use crate::ports::Within;
@@ -70,10 +71,6 @@ pub struct UpgradeReport {
     pub prepare_micros: u64,
     /// How long clients were held, in microseconds.
     pub blackout_micros: u64,
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Binding {
@@ -287,10 +284,9 @@ impl Binding {
         let binding = Arc::clone(self);
         let end = Instant::now() + probation;
         let watch = move || {
-            let _within = Within::enter();
             binding.probation(before, end);
         };
-        if let Err(error) = std::thread::Builder::new().name("cofferdam-probe".into()).spawn(watch) {
+        if let Err(error) = Within::spawn("cofferdam-probe", watch) {
             tracing::error!(binding = self.name(), %error, "no thread to look after the new driver");
         }
     }

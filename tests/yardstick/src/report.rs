@@ -175,10 +175,6 @@ pub fn write(
     budget: Option<&Budget>,
     aims: &[crate::aims::Aim],
 ) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(path, serde_json::to_string_pretty(rows)?)?;
     let summary = json!({
         "machine": crate::machine::describe(),
         "distances_ns": results.distances_ns,
@@ -187,6 +183,20 @@ pub fn write(
         "solo": solo,
         "budget": budget,
     });
-    std::fs::write(path.with_file_name("block-summary.json"), serde_json::to_string_pretty(&summary)?)?;
+    write_both(path, rows, "block-summary.json", &summary)
+}
+
+/// Writes a bench's list, and its summary beside it.
+pub(crate) fn write_both<R: serde::Serialize>(
+    path: &Path,
+    rows: &[R],
+    summary_name: &str,
+    summary: &serde_json::Value,
+) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(path, serde_json::to_string_pretty(rows)?)?;
+    std::fs::write(path.with_file_name(summary_name), serde_json::to_string_pretty(summary)?)?;
     Ok(())
 }

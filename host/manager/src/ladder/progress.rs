@@ -25,7 +25,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// Adds the time since `since` to a stage.
     pub(super) fn timed(&mut self, name: Stage, since: Instant) {
-        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let micros = super::micros(since.elapsed());
         match self.times.iter_mut().find(|time| time.name == name) {
             Some(time) => time.micros += micros,
             None => self.times.push(StageTime { name, micros }),

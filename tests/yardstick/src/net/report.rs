@@ -131,16 +131,11 @@ pub fn aims(results: &Results<Cell>) -> Vec<Aim> {
 /// # Errors
 /// When a file cannot be written.
 pub fn write(path: &Path, rows: &[Row], results: &Results<Cell>, aims: &[Aim]) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(path, serde_json::to_string_pretty(rows)?)?;
     let summary = json!({
         "machine": crate::machine::describe(),
         "distances_ns": results.distances_ns,
         "mishaps": results.mishaps,
         "aims": aims,
     });
-    std::fs::write(path.with_file_name("net-summary.json"), serde_json::to_string_pretty(&summary)?)?;
-    Ok(())
+    crate::report::write_both(path, rows, "net-summary.json", &summary)
 }
