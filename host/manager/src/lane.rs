@@ -349,8 +349,7 @@ impl Lane {
     /// Has whoever takes what arrives look again.
     fn wake_receiver(&self) {
         if let Some(call) = self.posted_fd() {
-            // A count that is full wakes just as well.
-            let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
+            signal(call);
         }
     }
 
@@ -499,6 +498,12 @@ impl Lane {
         std::mem::forget(driver);
         bytes
     }
+}
+
+/// Wakes whoever sleeps on a call descriptor, in the device's stead.
+pub(crate) fn signal(call: BorrowedFd<'_>) {
+    // A count that is full wakes just as well.
+    let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
 }
 
 /// Empties a call descriptor; whether there was something in it.

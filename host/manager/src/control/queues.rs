@@ -11,8 +11,8 @@ use cofferdam_runtime::{DeviceError, LiveCapability};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::lane::clear;
 use crate::lane::posted::posted_chain;
+use crate::lane::{clear, signal};
 
 /// How long a device may take for a command (`wit/virtio.wit`).
 const COMMAND_LIMIT: Duration = Duration::from_secs(2);
@@ -92,8 +92,7 @@ impl ControlQueues {
     /// What was not taken is looked for again: the device was not asked to tell of more, so the watch is woken in its stead.
     pub(super) fn look_again(&self) {
         if let Some(called) = self.event_fd() {
-            // A count that is full wakes just as well.
-            let _ = rustix::io::write(called, &1_u64.to_ne_bytes());
+            signal(called);
         }
     }
 
