@@ -1,6 +1,6 @@
 //! `cargo xtask bench NAME`: the benches, each a program of the crate that it measures. Each prints a table and writes `target/bench/NAME.json`.
 
-use crate::{build, packages, step, workspace};
+use crate::{build, guests, packages, step, workspace};
 use anyhow::{Result, bail};
 use std::process::Command;
 
@@ -18,6 +18,8 @@ enum Scope {
     Package(&'static str),
     /// Whole bindings: a driver, devices in other processes, and the features of the whole workspace, for the reason that `build::programs` gives.
     Workspace,
+    /// The same with the drivers that only tests load.
+    WithTestGuests,
 }
 
 /// A bench's name is also that of its target.
@@ -41,6 +43,12 @@ const BENCHES: &[Bench] = &[
         profile: Some("dist"),
     },
     Bench {
+        name: "recovery",
+        measures: "what a driver that breaks down, or is exchanged, costs its clients",
+        scope: Scope::WithTestGuests,
+        profile: Some("dist"),
+    },
+    Bench {
         name: "unload",
         measures: "how long an unload takes, stage by stage, idle and under load",
         scope: Scope::Workspace,
@@ -60,10 +68,13 @@ pub(crate) fn run(name: Option<&str>, arguments: &[String]) -> Result<()> {
         let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).collect();
         bail!("no bench is called {name:?}; there is {}", names.join(", "));
     };
-    if let Scope::Workspace = bench.scope {
+    if let Scope::Workspace | Scope::WithTestGuests = bench.scope {
         packages::ensure()?;
         build::drivers()?;
         build::programs(&["cofferdam-sim-blk"])?;
+        if let Scope::WithTestGuests = bench.scope {
+            guests::build_test_guests()?;
+        }
     }
     let folder = workspace::root().join("target/bench");
     std::fs::create_dir_all(&folder)?;
@@ -90,7 +101,7 @@ fn command(bench: &Bench, arguments: &[String]) -> Command {
     }
     match bench.scope {
         Scope::Package(package) => cargo.args(["--package", package]),
-        Scope::Workspace => cargo.arg("--workspace"),
+        Scope::Workspace | Scope::WithTestGuests => cargo.arg("--workspace"),
     };
     cargo.args(["--bench", bench.name, "--"]);
     cargo
@@ -133,6 +144,8 @@ mod tests {
         assert!(block.ends_with("bench --profile dist --workspace --bench block --"), "{block}");
         let net = arguments("net", &[]);
         assert!(net.ends_with("bench --profile dist --workspace --bench net --"), "{net}");
+        let recovery = arguments("recovery", &[]);
+        assert!(recovery.ends_with("bench --profile dist --workspace --bench recovery --"), "{recovery}");
         let solo = arguments("block", &["--solo"]);
         assert!(solo.ends_with("bench --workspace --bench block --"), "{solo}");
     }

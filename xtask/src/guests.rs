@@ -76,6 +76,9 @@ pub(crate) fn build_test_guests() -> Result<()> {
     let stream = core_module(toolchain, "guest-hostile-stream", None)?;
     write(&folder.join("hostile-stream.wasm"), &component(&stream)?)?;
     count += 1;
+    let faulty = core_module(toolchain, "guest-faulty-blk", None)?;
+    write(&folder.join("faulty-blk.wasm"), &component(&faulty)?)?;
+    count += 1;
     for (name, bytes) in misfits::all(&core)? {
         write(&folder.join(name).with_extension("wasm"), &bytes)?;
         count += 1;

@@ -36,8 +36,9 @@ const RANGE_UNMAP: u32 = 1;
 
 /// The lower half of a token tells the requests apart that are in flight on one lane (`wit/words.wit`): a place to remember something of it.
 const PLACE: u32 = 0xffff;
-/// What is remembered of a token that another instance submitted, or none: no written length is enough.
-const UNKNOWN: u32 = u32::MAX;
+/// What is remembered of a token that another instance submitted, or none. It may be a write's, of which a device may report too little; of a read the host itself refuses a
+/// success that is short (`wit/words.wit`).
+const UNKNOWN: u32 = 0;
 
 /// A data lane of the driver.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ pub struct VirtioBlkLane {
     /// The queue of the next batch.
     next: usize,
     /// By the token's place, the token and how many bytes a successful response must at least report: the payload of a read, and nothing of a write, because the
-    /// reported length may be an underestimate (section 2.7.8.2). A hint: a lane that replaced a crashed one does not have it.
+    /// reported length may be an underestimate (section 2.7.8.2). A lane that replaced a crashed one does not have it, and takes the device's word.
     least_written: Vec<(u32, u32)>,
 }
 

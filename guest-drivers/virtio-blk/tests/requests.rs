@@ -150,10 +150,11 @@ fn a_write_may_report_less_than_it_wrote() {
 }
 
 #[test]
-fn a_lane_that_replaced_another_doubts_short_successes_it_never_submitted() {
+fn a_lane_that_replaced_another_takes_the_devices_word_for_what_it_never_submitted() {
     let mut lane = Lane::of(everything());
-    assert_eq!(lane.judge(5, 0, &[0]), Status::DeviceFault);
-    assert_eq!(lane.judge(u32::MAX, 1 << 20, &[0]), Status::DeviceFault);
+    assert_eq!(lane.judge(5, 0, &[0]), Status::Ok, "it may be a write; of a read the host looks at the length");
+    assert_eq!(lane.judge(u32::MAX, 1 << 20, &[0]), Status::Ok);
+    assert_eq!(lane.judge(5, 1, &[7]), Status::DeviceFault);
     assert_eq!(lane.judge(5, 1, &[1]), Status::Io);
 }
 

@@ -1,14 +1,14 @@
 //! The control lane: whose device it is, what is negotiated, which queues are set up, and what is said between device and host about ports.
 
 use cofferdam_sdk::{
-    Attachment, ControlBuffers, DriverError, LaneSetup, LiveDevice, Posting, QueueOwner, QueuePlan, StreamDriver,
-    StreamProperties, VirtioDevice, VirtioDriver, log,
+    Attachment, ControlBuffers, DriverError, ExportedState, LaneSetup, LiveDevice, Posting, QueueOwner, QueuePlan,
+    StreamDriver, StreamProperties, VirtioDevice, VirtioDriver, log,
 };
 
 use crate::config::Config;
 use crate::lane::VirtioConsoleLane;
 use crate::message::{Message, event};
-use crate::ports::{Ignored, Ports};
+use crate::ports::{Ignored, Ports, STATE_VERSION};
 use crate::{DEVICE_TYPE, MAX_PORTS, MAX_WRITE_BYTES, RECEIVE_BUFFER_BYTES, feature};
 
 /// The control queues (section 5.3.2).
@@ -69,6 +69,21 @@ impl VirtioDriver for VirtioConsole {
             port.size = Config::read(device, self.features)?.size;
         }
         Ok(())
+    }
+
+    /// The ports, which the device would have to be asked for.
+    fn suspend(&self) -> ExportedState {
+        ExportedState { version: STATE_VERSION, bytes: self.ports.encode() }
+    }
+
+    /// The ports stay where the other instance knew them; the device tells everything again nevertheless. Without control queues the configuration says more than the hint.
+    fn resume(device: &mut dyn VirtioDevice, state: &ExportedState) -> Result<(Self, Attachment), DriverError> {
+        let (mut driver, attachment) = Self::attach(device)?;
+        if state.version == STATE_VERSION && driver.features & feature::MULTIPORT != 0 {
+            // A hint that makes no sense is none.
+            let _ = driver.ports.take_over(&state.bytes);
+        }
+        Ok((driver, attachment))
     }
 
     fn start(setup: &LaneSetup) -> Result<VirtioConsoleLane, DriverError> {

@@ -18,6 +18,7 @@ use crate::control::{
 };
 use crate::follow::Followers;
 use crate::host;
+use crate::takeover::Turns;
 
 /// Calls that may block at the same time. Together with those who are told the events they are fewer than the connections that the daemon serves, so that an
 /// operator always finds one to look with.
@@ -35,12 +36,13 @@ struct Api {
     manager: Manager,
     followers: Arc<Followers>,
     waiting: Arc<Semaphore>,
+    turns: Arc<Turns>,
 }
 
 type Body<T> = Result<Json<T>, JsonRejection>;
 
 /// All calls.
-pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
+pub(crate) fn router(manager: Manager, followers: Arc<Followers>, turns: Arc<Turns>) -> Router {
     Router::new()
         .route("/v1/bindings", get(list).post(load))
         .route("/v1/bindings/{name}", get(one))
@@ -56,7 +58,7 @@ pub(crate) fn router(manager: Manager, followers: Arc<Followers>) -> Router {
         .route("/v1/bindings/{name}/ports/detach", post(detach_port))
         .route("/v1/events", get(events))
         .fallback(async || answer_error(ErrorBody::no_such_thing("no such call; is the client of another version?")))
-        .with_state(Api { manager, followers, waiting: Arc::new(Semaphore::new(WAITING_CALLS)) })
+        .with_state(Api { manager, followers, waiting: Arc::new(Semaphore::new(WAITING_CALLS)), turns })
 }
 
 async fn list(State(api): State<Api>) -> Response {
@@ -116,12 +118,12 @@ async fn unload(State(api): State<Api>, UrlPath(name): UrlPath<String>, body: Bo
         cancel: (!forced).then_some(cancel),
         cause: Cause::Unload,
     };
-    let (manager, asked) = (api.manager.clone(), name.clone());
+    let (manager, asked, turns) = (api.manager.clone(), name.clone(), Arc::clone(&api.turns));
     let work = move |_| host::unload(&manager, &asked, &options, explain);
     let call = async {
         match body {
             // Force ends the calls that take the slots.
-            Ok(Json(body)) if forced => blocking(move || work(body)).await,
+            Ok(Json(body)) if forced => blocking(move || turns.call().and_then(|_turn| work(body))).await,
             body => api.blocking(body, work).await,
         }
     };
@@ -233,8 +235,10 @@ impl Api {
         let slot = Arc::clone(&self.waiting).try_acquire_owned().map_err(|_| {
             ErrorBody::failed(format!("{WAITING_CALLS} other calls are being worked on; try again when one has ended"))
         })?;
+        let turns = Arc::clone(&self.turns);
         let work = move || {
             let _slot = slot;
+            let _turn = turns.call()?;
             work(body)
         };
         blocking(work).await

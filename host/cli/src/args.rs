@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use cofferdam_manager::MAX_RESTARTS;
 
-use crate::control::{LONGEST_HOLD, LONGEST_REVOKE, mapped_handles, mapped_mib};
+use crate::control::{LONGEST_HOLD, LONGEST_REVOKE, LONGEST_TAKEOVER, mapped_handles, mapped_mib};
 use crate::help;
 
 /// Device drivers as WebAssembly components: loaded, bound to real devices, and taken out safely while they are in use.
@@ -153,6 +153,9 @@ pub(crate) struct BindArgs {
     /// The wait before the second restart within that time; the first is at once, and each further one waits twice as long, 10 s at most.
     #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = parse_short_duration)]
     pub(crate) restart_wait: Duration,
+    /// Bring a device back that is lost (its backend died, it was unplugged) or breaks the rules: clients wait for it, at most so long (30s if that is not said). It has to be the same.
+    #[arg(long, value_name = "WAIT", num_args = 0..=1, require_equals = true, default_missing_value = "30s", value_parser = parse_duration)]
+    pub(crate) reconnect: Option<Duration>,
     /// Open handles of the binding.
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) handles: u32,
@@ -177,6 +180,16 @@ pub(crate) struct RunArgs {
 pub(crate) struct DaemonArgs {
     #[command(flatten)]
     pub(crate) socket: SocketArg,
+    /// Take over from the daemon that serves the socket: its bindings, with the devices, the memory and the connections of clients, who wait for a moment and see no error.
+    /// That daemon then ends. If anything is in the way it serves on.
+    #[arg(long)]
+    pub(crate) takeover: bool,
+    /// How long clients may be held for that: 10ms to 10s.
+    #[arg(long, value_name = "TIME", default_value = "2s", requires = "takeover", value_parser = parse_takeover_deadline)]
+    pub(crate) deadline: Duration,
+    /// Print JSON: one document, when everything is taken over.
+    #[arg(long, requires = "takeover")]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -431,6 +444,12 @@ fn parse_hold(text: &str) -> Result<Duration, String> {
     let hold = parse_duration(text)?;
     let fits = (Duration::from_millis(1)..=LONGEST_HOLD).contains(&hold);
     fits.then_some(hold).ok_or_else(|| format!("1ms to {LONGEST_HOLD:?}"))
+}
+
+fn parse_takeover_deadline(text: &str) -> Result<Duration, String> {
+    let hold = parse_duration(text)?;
+    let fits = (Duration::from_millis(10)..=LONGEST_TAKEOVER).contains(&hold);
+    fits.then_some(hold).ok_or_else(|| format!("10ms to {LONGEST_TAKEOVER:?}"))
 }
 
 fn parse_ring(text: &str) -> Result<u16, String> {

@@ -41,6 +41,8 @@ pub(crate) const DAEMON_HEADER: &str = "x-cofferdam-daemon";
 pub(crate) const LONGEST_UNLOAD: Duration = Duration::from_secs(86_400);
 /// Longest time that clients are held for an exchange of the driver.
 pub(crate) const LONGEST_HOLD: Duration = Duration::from_secs(5);
+/// Longest time that clients are held for another daemon that takes over.
+pub(crate) const LONGEST_TAKEOVER: Duration = Duration::from_secs(10);
 /// Longest probation of a new driver.
 pub(crate) const LONGEST_PROBATION: Duration = Duration::from_secs(86_400);
 /// Longest wait of a revocation: it goes on without its client.
@@ -83,6 +85,9 @@ pub(crate) struct LoadBody {
     pub(crate) restart_within_ms: u64,
     #[serde(default = "restart_wait_ms")]
     pub(crate) restart_wait_ms: u64,
+    /// How long a lost device is waited for; none: the binding leaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reconnect_ms: Option<u64>,
     #[serde(default = "mapped_handles")]
     pub(crate) mapped_handles: u32,
     #[serde(default = "mapped_mib")]

@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, HttpBody};
+use axum::response::Response;
 use cofferdam_manager::{EventReader, EventRecord};
 use hyper::body::{Bytes, Frame};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -44,12 +45,12 @@ impl Followers {
         Arc::new(Followers { slots, readers, stopping: AtomicBool::new(false) })
     }
 
-    /// The body that brings `reader`'s records until the client goes or the daemon stops.
-    pub(crate) fn follow(self: &Arc<Self>, reader: EventReader) -> Result<Body, ErrorBody> {
+    /// The answer that brings `reader`'s records until the client goes or the daemon stops.
+    pub(crate) fn follow(self: &Arc<Self>, reader: EventReader) -> Result<Response, ErrorBody> {
         let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| {
             ErrorBody::failed(format!("{FOLLOWERS} clients follow the events already; more are not served"))
         })?;
-        // Given back when both the thread and the connection are done with it.
+        // Given back when both the thread and the connection are done with it: not when the last piece is taken, but when it is written.
         let slot = Arc::new(slot);
         let (pieces, rest) = mpsc::channel(QUEUED);
         let (followers, kept) = (Arc::clone(self), Arc::clone(&slot));
@@ -59,17 +60,19 @@ impl Followers {
             followers.feed(reader, &pieces);
         };
         thread.spawn(run).map_err(|error| ErrorBody::failed(format!("no thread to follow the events on: {error}")))?;
-        Ok(Body::new(Following { pieces: rest, _slot: slot }))
+        let mut response = Response::new(Body::new(Following { pieces: rest }));
+        response.extensions_mut().insert(HeldByConnection(slot));
+        Ok(response)
     }
 
-    /// The body that brings what is kept from `reader`'s place on.
-    pub(crate) fn kept(&self, reader: EventReader) -> Result<Body, ErrorBody> {
+    /// The answer that brings what is kept from `reader`'s place on.
+    pub(crate) fn kept(&self, reader: EventReader) -> Result<Response, ErrorBody> {
         let slot = Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
             ErrorBody::failed(format!(
                 "{READERS} clients are being told the events already; try again when one has ended"
             ))
         })?;
-        Ok(Body::new(Kept { reader, left: ANSWER_RECORDS, _slot: slot }))
+        Ok(Response::new(Body::new(Kept { reader, left: ANSWER_RECORDS, _slot: slot })))
     }
 
     fn feed(&self, mut reader: EventReader, pieces: &mpsc::Sender<Bytes>) {
@@ -117,9 +120,12 @@ fn write_line(record: &EventRecord, out: &mut Vec<u8>) {
     out.push(b'\n');
 }
 
+/// What a connection keeps until it ends ([`crate::serve`]), as an extension of its answer.
+#[derive(Clone)]
+pub(crate) struct HeldByConnection(#[allow(dead_code, reason = "held, never looked at")] Arc<OwnedSemaphorePermit>);
+
 struct Following {
     pieces: mpsc::Receiver<Bytes>,
-    _slot: Arc<OwnedSemaphorePermit>,
 }
 
 impl HttpBody for Following {

@@ -40,11 +40,14 @@ Examples:
 /// `cofferdam daemon --help`.
 pub(crate) const DAEMON: &str = "\
 On SIGTERM or Ctrl-C every binding is unloaded, by force where it must be, within five seconds.
-Exit codes: 0 stopped, 1 failed, 2 usage.
+With --takeover the daemon that serves the socket hands over everything and ends; its clients wait for a moment and see no error. What cannot be handed over (data ports with clients, networks and consoles on PCI, pinned bindings) is named, and that daemon serves on. See docs/RECOVERY.md.
+Exit codes: 0 stopped, or another daemon has taken over; 1 failed, 2 usage.
 
 Examples:
   cofferdam daemon
-  cofferdam daemon --socket /run/cofferdam-test.sock";
+  cofferdam daemon --socket /run/cofferdam-test.sock
+  cofferdam daemon --takeover
+  cofferdam daemon --takeover --deadline 500ms --json";
 
 /// `cofferdam load --help`.
 pub(crate) const LOAD: &str = "\
@@ -55,6 +58,8 @@ Examples:
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --name disk0
   cofferdam load --device pci:0000:00:04.0 --port nbd:/run/disk.sock --drivers target/drivers
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --queues 4 --memory-mib 16 --json
+  cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port nbd:/run/disk.sock --reconnect
+  cofferdam load --device pci:0000:00:04.0 --port nbd:/run/disk.sock --reconnect=2m
   cofferdam load virtio-blk.wasm --device vhost-user:/run/blk.sock --port data:/run/disk.data --mapped-handles 4 --mapped-mib 64
   cofferdam load virtio-rng.wasm --device vhost-user:/run/rng.sock --port fifo:/run/random --port entropy-pool
   cofferdam load virtio-console.wasm --device vhost-user:/run/console.sock --queues 2 --port pty:/run/console --port pty:/run/agent,port=1";
@@ -80,7 +85,8 @@ Examples:
 /// `cofferdam restart --help`.
 pub(crate) const RESTART: &str = "\
 What was lost to the failure was answered with errors; what is on the device's rings was not touched and is answered as it completes.
-Exit codes: 0 it serves, 1 it failed again or has not failed, 2 usage, 3 no such binding.
+Of a binding whose device did not come back (--reconnect) the command returns at once, and the device is waited for as long as at first: 'recovering'.
+Exit codes: 0 it serves or waits for its device, 1 it failed again or has not failed, 2 usage, 3 no such binding.
 
 Examples:
   cofferdam restart disk0

@@ -8,8 +8,8 @@ use cofferdam_bus_pci::Via;
 use cofferdam_bus_vhost_user::{ConnectError, VhostUser};
 use cofferdam_manager::{
     Binding, BindingStatus, Cause, Certificate, Config, Explanation, Grants, GuestLimits, HandleStatus, LoadSpec,
-    Manager, Offer, Phase, Port, PortError, RestartPolicy, RevokeError, RevokeReport, Transport, UnloadError,
-    UnloadOptions, UpgradeReport, UpgradeSpec,
+    Manager, Offer, Phase, Port, PortError, Reconnect, RestartPolicy, RevokeError, RevokeReport, Transport,
+    UnloadError, UnloadOptions, UpgradeReport, UpgradeSpec,
 };
 use cofferdam_port_character::{CharacterAddress, CharacterError, CharacterPort};
 use cofferdam_port_data::{DataAddress, DataError, DataOptions, DataPort};
@@ -85,6 +85,7 @@ pub(crate) fn load_body(args: &BindArgs, pinned: bool) -> Result<LoadBody, Error
         restarts: args.restarts.0.map(|(count, _)| count),
         restart_within_ms: args.restarts.0.map_or(0, |(_, within)| millis(within)),
         restart_wait_ms: millis(args.restart_wait),
+        reconnect_ms: args.reconnect.map(millis),
         mapped_handles: args.mapped_handles,
         mapped_mib: args.mapped_mib,
     })
@@ -108,6 +109,11 @@ pub(crate) fn read_component(path: &Path) -> Result<Vec<u8>, ErrorBody> {
 }
 
 /// Finds and claims a device.
+/// The device once more, after it was lost.
+pub(crate) fn reopen(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, String> {
+    connect(address, via).map_err(|error| error.message)
+}
+
 fn connect(address: &str, via: Option<Via>) -> Result<Box<dyn Transport>, ErrorBody> {
     match address.split_once(':') {
         Some(("pci", _)) => cofferdam_bus_pci::connect(address, via).map_err(devices::error),
@@ -286,6 +292,10 @@ pub(crate) fn load(manager: &Manager, body: &LoadBody, terminal: Option<Over>) -
         within: Duration::from_millis(body.restart_within_ms),
         backoff: Duration::from_millis(body.restart_wait_ms),
         ..RestartPolicy::default()
+    });
+    spec.reconnect = body.reconnect_ms.map(|wait| {
+        let device = body.device.clone();
+        Reconnect { wait: Duration::from_millis(wait), open: Box::new(move || reopen(&device, via)) }
     });
     spec.crash_dir = crash_dir();
     spec.arena_bytes = u64::from(body.arena_mib) << 20;

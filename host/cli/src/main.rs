@@ -7,6 +7,7 @@
 //! drivers  from a device's id to the file of its driver
 //! run      one binding in the foreground
 //! daemon   the server: its socket, its end · api  its calls · follow  its event streams
+//! takeover a new daemon in the place of the one that serves
 //! link     the client's end of the socket · client, unload, events  the commands
 //! devices  PCI functions and who has them, without a daemon · doctor  what this machine can do
 //! serve    the daemon's connections and their bounds
@@ -18,6 +19,7 @@ mod args;
 mod client;
 mod control;
 mod daemon;
+mod descriptors;
 mod devices;
 mod doctor;
 mod drivers;
@@ -31,6 +33,7 @@ mod run;
 mod serve;
 mod show;
 mod signals;
+mod takeover;
 mod unload;
 
 use std::process::ExitCode;

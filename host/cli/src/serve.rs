@@ -4,7 +4,7 @@
 //! of its answer. Each connection carries one call, so that none is kept for a client that wants nothing.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -21,6 +21,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::api::answer_error;
 use crate::control::{DAEMON_HEADER, ErrorBody};
+use crate::follow::HeldByConnection;
 
 /// Control connections served at once. More than all the calls that may take long: see [`crate::api`] and [`crate::follow`].
 const CONNECTIONS: usize = 64;
@@ -55,10 +56,14 @@ pub(crate) async fn serve(listener: UnixListener, router: Router) -> Result<(), 
         let (router, daemon) = (router.clone(), daemon.clone());
         tokio::spawn(async move {
             let _slot = slot;
+            // Kept as long as the connection lasts.
+            let held = Arc::new(Mutex::new(None));
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                let (router, daemon) = (router.clone(), daemon.clone());
+                let (router, daemon, held) = (router.clone(), daemon.clone(), Arc::clone(&held));
                 async move {
                     let mut response = call(router, request).await?;
+                    *held.lock().unwrap_or_else(PoisonError::into_inner) =
+                        response.extensions_mut().remove::<HeldByConnection>();
                     response.headers_mut().insert(DAEMON_HEADER, daemon);
                     Ok::<_, Infallible>(response)
                 }

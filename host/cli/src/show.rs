@@ -191,6 +191,9 @@ pub(crate) fn binding(binding: &BindingStatus) {
         count(binding.calls_running, "call")
     ));
     line(&format!("  leased      {}", bytes(binding.leased_bytes)));
+    if let Some(away) = &binding.away {
+        line(&format!("  away        {away}"));
+    }
     if let Some(fault) = &binding.fault {
         line(&format!("  fault       {fault}"));
     }
@@ -347,7 +350,7 @@ fn kebab<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-fn count(number: u64, what: &str) -> String {
+pub(crate) fn count(number: u64, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 

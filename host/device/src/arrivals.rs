@@ -102,6 +102,8 @@ pub struct Arrivals {
     pieces: Vec<Piece>,
     /// Where the last piece of each given buffer ended.
     named: Vec<u32>,
+    /// One of them goes on, or has several pieces.
+    odd: bool,
 }
 
 impl Arrivals {
@@ -130,12 +132,19 @@ impl Arrivals {
         self.heads.clear();
         self.pieces.clear();
         self.named.clear();
+        self.odd = false;
     }
 
     /// Every arrival with its pieces, in the guest's order.
     pub fn iter(&self) -> impl Iterator<Item = (Head, &[Piece])> {
         let mut first = 0;
         self.heads.iter().map(move |(head, end)| (*head, &self.pieces[std::mem::replace(&mut first, *end)..*end]))
+    }
+
+    /// The same where each has one piece and none goes on, which is nearly always so.
+    #[inline]
+    pub fn plain(&self) -> Option<impl ExactSizeIterator<Item = (Head, &Piece)>> {
+        (!self.odd).then(|| self.heads.iter().zip(&self.pieces).map(|((head, _), piece)| (*head, piece)))
     }
 
     fn arrivals(&mut self, mut words: &[u32], given: &[Given]) -> Result<(), ArrivalError> {
@@ -176,6 +185,7 @@ impl Arrivals {
             }
             let argument = u64::from(low) | u64::from(high) << 32;
             let head = Head { flags: (word >> 24) as u8, argument, goes_on: word & GOES_ON != 0 };
+            self.odd |= count != 1 || head.goes_on;
             self.heads.push((head, self.pieces.len()));
         }
         Ok(())
@@ -195,6 +205,7 @@ mod tests {
         let mut arrivals = Arrivals::default();
         let words = [2 | 1 << 16 | 0x21 << 24, 5, 6, 1, 12, 8, 4, 0, 4096, 1, 0, 0, 1, 20, 80];
         arrivals.parse(&words, &GIVEN).unwrap();
+        assert!(arrivals.plain().is_none(), "the first goes on");
         let all: Vec<_> = arrivals.iter().collect();
         let (head, pieces) = all[0];
         assert_eq!((head.flags, head.argument, head.goes_on), (0x21, 6 << 32 | 5, true));

@@ -341,14 +341,9 @@ impl ChainBatch {
         self.entries.reserve(requests.len());
         let common = Common::new(queues);
         loop {
-            // A driver that keeps the order and makes nothing but whole chains, or packets, never leaves this loop before the end.
-            while let Some((next, expected)) = seen.next_of(requests)
-                && let Some((rest, head)) = common.known(words.0, expected, next as u16)
-            {
-                words.0 = rest;
-                self.entries.push(head);
-                seen.take_next();
-            }
+            // A driver that keeps the order and makes nothing but whole chains, or nothing but packets, never gets beyond these before the end.
+            self.parse_alike(&mut words, requests, &mut seen, |words, expected, at| common.whole(words, expected, at));
+            self.parse_alike(&mut words, requests, &mut seen, |words, expected, at| common.packet(words, expected, at));
             let Some(token) = words.next() else { break };
             let blame = |rule| ChainError::Rule { token, rule };
             let request = seen.take(token, requests.len(), |index| requests[index].token).map_err(|unseen| {
@@ -362,6 +357,24 @@ impl ChainBatch {
         match seen.first_missing(requests.len()) {
             None => Ok(()),
             Some(index) => Err(ChainError::Rule { token: requests[index].token, rule: ChainRule::MissingToken }),
+        }
+    }
+
+    /// Chains of a kind that is known in one step (`look`), in the order of the requests, as long as there is one.
+    #[inline(always)]
+    fn parse_alike<'a>(
+        &mut self,
+        words: &mut Words<'a>,
+        requests: &[Expected],
+        seen: &mut Seen,
+        look: impl Fn(&'a [u32], &Expected, u16) -> Option<(&'a [u32], Head)>,
+    ) {
+        while let Some((next, expected)) = seen.next_of(requests)
+            && let Some((rest, head)) = look(words.0, expected, next as u16)
+        {
+            words.0 = rest;
+            self.entries.push(head);
+            seen.take_next();
         }
     }
 

@@ -1,9 +1,9 @@
 //! Memory that a device may reach.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -78,6 +78,33 @@ impl DmaRegion {
         Ok(Self::of(mapping, file, Addresses::Run(iova), None))
     }
 
+    /// The region of `bytes` bytes behind `file`, which another process made with [`DmaRegion::new`] and handed over. Nothing in it is changed.
+    ///
+    /// Who can forge this: whoever sent the descriptor. The length and the seals are the file's own, so they are looked at and not believed.
+    ///
+    /// # Errors
+    /// As [`DmaRegion::new`], and [`RegionError::Shape`] for a file of another length; [`RegionError::Unsealed`] for one that its holders could resize.
+    pub fn adopt(file: OwnedFd, bytes: u64, iova: u64) -> Result<Self, RegionError> {
+        let shape = || RegionError::Shape { bytes, iova };
+        let sound = bytes > 0 && bytes.is_multiple_of(PAGE_BYTES) && iova.is_multiple_of(PAGE_BYTES);
+        let (Ok(len), true, Some(_)) = (usize::try_from(bytes), sound, iova.checked_add(bytes)) else {
+            return Err(shape());
+        };
+        let io = |what: &'static str| move |source: rustix::io::Errno| RegionError::Io { what, source: source.into() };
+        // Of a file that has no seals the kernel says that this makes no sense.
+        let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| RegionError::Unsealed)?;
+        if !seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL) || seals.contains(SealFlags::WRITE) {
+            return Err(RegionError::Unsealed);
+        }
+        // Sealed, so what is seen now stays so.
+        let size = rustix::fs::fstat(&file).map_err(io("fstat"))?.st_size;
+        if u64::try_from(size).ok() != Some(bytes) {
+            return Err(shape());
+        }
+        let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
+        Ok(Self::of(Arc::new(mapping), file, Addresses::Run(iova), None))
+    }
+
     /// Makes a region of a file of `bytes` bytes in pages of `page_bytes` (a power of two, at least [`PAGE_BYTES`]) that never move, for a device that is told physical
     /// addresses. The file is filled with zeroes; then `translate` is given where it is mapped in this process and answers the physical address of each page, in
     /// order.
@@ -118,6 +145,49 @@ impl DmaRegion {
         Ok(Self::of(Arc::new(mapping), file, addresses, Some(name)))
     }
 
+    /// The region behind `file`, which another process made with [`DmaRegion::in_pages`] and handed over. The device was told that its pages of `page_bytes` are at `pages`, so that is where
+    /// they have to be: `translate` is as for `in_pages`. Nothing in it is changed.
+    ///
+    /// Who can forge this: whoever sent the descriptor. It has to be the file `name`, which is removed with the region.
+    ///
+    /// # Errors
+    /// As [`DmaRegion::in_pages`]; [`RegionError::Io`] when the file is not the one of that name, and when a page is somewhere else.
+    pub fn adopt_pages(
+        file: OwnedFd,
+        name: FileName,
+        page_bytes: u64,
+        pages: &[u64],
+        translate: impl FnOnce(*const u8) -> std::io::Result<Vec<u64>>,
+    ) -> Result<Self, RegionError> {
+        let io = |what: &'static str| move |source: rustix::io::Errno| RegionError::Io { what, source: source.into() };
+        let bytes = page_bytes.checked_mul(pages.len() as u64).filter(|bytes| i64::try_from(*bytes).is_ok());
+        let shape = RegionError::Shape { bytes: bytes.unwrap_or(u64::MAX), iova: 0 };
+        let sound = page_bytes.is_power_of_two() && page_bytes >= PAGE_BYTES;
+        let Some((bytes, len)) = bytes.and_then(|bytes| Some((bytes, usize::try_from(bytes).ok()?))) else {
+            return Err(shape);
+        };
+        let stat = rustix::fs::fstat(&file).map_err(io("fstat"))?;
+        if !sound || bytes == 0 || u64::try_from(stat.st_size).ok() != Some(bytes) {
+            return Err(shape);
+        }
+        let named = rustix::fs::statat(&name.folder, &name.name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        let named = named.map_err(io("looking for memory by its name"))?;
+        let other = |what, text: &str| Err(RegionError::Io { what, source: std::io::Error::other(text.to_owned()) });
+        if (named.st_dev, named.st_ino) != (stat.st_dev, stat.st_ino) {
+            return other("looking for memory by its name", "it is another file");
+        }
+        let mapping = Mapping::new(file.as_fd(), len).map_err(|source| RegionError::Io { what: "mmap", source })?;
+        // A page that is only in the file, and not yet in this process, has no address here.
+        (0..len).step_by(page_bytes as usize).for_each(|at| mapping.copy_out(at, &mut [0]));
+        let what = "finding physical addresses";
+        let now = translate(mapping.base()).map_err(|source| RegionError::Io { what, source })?;
+        if now != pages {
+            return other(what, "the memory is not where the device was told that it is");
+        }
+        let addresses = Addresses::Pages { shift: page_bytes.trailing_zeros(), pages: now.into() };
+        Ok(Self::of(Arc::new(mapping), file, addresses, Some(name)))
+    }
+
     fn of(mapping: Arc<Mapping>, file: OwnedFd, addresses: Addresses, name: Option<FileName>) -> Self {
         Self { mapping, file, addresses, name, revoked: AtomicBool::new(false), gone: AtomicBool::new(false) }
     }
@@ -154,6 +224,15 @@ impl DmaRegion {
         match &self.addresses {
             Addresses::Run(_) => None,
             Addresses::Pages { shift, .. } => Some(1 << shift),
+        }
+    }
+
+    /// Where each of those pages is, in order, and the name of the file that they are of.
+    #[must_use]
+    pub fn pages(&self) -> Option<(&CStr, &[u64])> {
+        match (&self.addresses, &self.name) {
+            (Addresses::Pages { pages, .. }, Some(file)) => Some((&file.name, pages)),
+            _ => None,
         }
     }
 
@@ -206,10 +285,12 @@ impl DmaRegion {
     /// Copies from the region at `offset` into all of `into`.
     ///
     /// # Errors
-    /// [`RegionError::OutOfRange`], and nothing is read.
+    /// [`RegionError::OutOfRange`], and nothing is read; [`RegionError::Revoked`], and what `into` holds is nobody's data.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), RegionError> {
         self.mapping.copy_out(self.place(offset, into.len(), 1)?, into);
-        Ok(())
+        // Revoked meanwhile: what was read may be zeroes in place of the data. `revoke` says so before it does it, and the fence keeps the look behind the copy.
+        fence(Ordering::Acquire);
+        if self.is_revoked() { Err(RegionError::Revoked) } else { Ok(()) }
     }
 
     /// Sets `bytes` bytes at `offset` to `value`.

@@ -151,6 +151,19 @@ pub enum QueueError {
         /// Bytes of the region.
         region_bytes: u64,
     },
+    /// What is said of posted buffers that are to be gone on with cannot be. Whoever said so is to blame.
+    #[error("the posted buffers cannot be as they are said to be: {0}")]
+    Standing(&'static str),
+    /// A ring that was to be gone on with is not where it was said to be. Whoever said so is to blame, or the device.
+    #[error("the ring stands at {available} available and {used} used, not at {expected}: something is on it")]
+    Moved {
+        /// `avail.idx` in memory.
+        available: u16,
+        /// `used.idx` in memory.
+        used: u16,
+        /// What both were said to be.
+        expected: u16,
+    },
 }
 
 /// Why a DMA region cannot be made or reached.
@@ -169,6 +182,9 @@ pub enum RegionError {
         /// I/O address asked for.
         iova: u64,
     },
+    /// A file that was handed over to be a region, and that its holders could resize. Whoever sent it is to blame.
+    #[error("not memory that was made for a device: it is not sealed")]
+    Unsealed,
     /// An access outside the region, or an atomic one that is not aligned. The caller is to blame.
     #[error("{bytes} bytes at {offset} are outside the region of {region_bytes} bytes or not aligned")]
     OutOfRange {

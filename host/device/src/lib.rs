@@ -14,6 +14,7 @@
 //! - [`dma`]: memory that a device may reach; [`arena`]: leases of it; [`window`]: windows of a client's own; [`buffer`]: either of the two;
 //!   [`transfer`]: socket I/O straight from and to buffers.
 //! - [`queue`]: the driver side of a split virtqueue; [`chain`]: the check of a guest's chains; [`words`]: the numbers that cross.
+//! - [`handover`]: what one process gives another to go on with.
 //! - [`name`]: names with one holder over the whole host, for claims.
 //! - [`error`]: every error, each saying who is to blame.
 //!
@@ -26,6 +27,7 @@ pub mod chain;
 pub mod dma;
 pub mod error;
 pub mod function;
+pub mod handover;
 mod hollow;
 mod mmap;
 pub mod name;
@@ -44,9 +46,10 @@ pub use error::{
     AddError, AnswerError, ArenaError, ChainError, ChainRule, DeviceFault, QueueError, RegionError, TransportError,
 };
 pub use function::{Confinement, Function, FunctionIds, RegisterRegion, Width};
+pub use handover::{Exported, NotExportable};
 pub use hollow::hollow_out;
 pub use name::HeldName;
-pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Used};
+pub use queue::{MAX_STATUS_BYTES, Outstanding, QueueConfig, SplitQueue, Standing, Used};
 pub use transport::{Doorbell, QueueAddresses, QueueEvents, QueueSetup, Silence, Transport};
 pub use window::WindowedRegion;
 pub use words::{IoOp, Status};

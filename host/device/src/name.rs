@@ -6,7 +6,7 @@
 //! It keeps honest processes apart; it is no security boundary (any local user can bind an abstract name), and it does not reach over network namespaces.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
@@ -41,6 +41,12 @@ impl HeldName {
                 Err(other) => return Err(other),
             }
         }
+    }
+
+    /// The name that `socket` holds, which another process took and handed over with it.
+    #[must_use]
+    pub fn adopt(socket: OwnedFd) -> HeldName {
+        HeldName { socket: socket.into() }
     }
 
     /// Whether somebody has `name` at this moment. Does not take it, not even for a moment.

@@ -29,6 +29,7 @@
 
 mod notify;
 mod placing;
+mod standing;
 mod used;
 
 use std::sync::Arc;
@@ -41,6 +42,7 @@ use crate::ring::{self, Ring, SHORT_STATUS_BYTES};
 use crate::transport::QueueAddresses;
 
 pub use notify::need_event;
+pub use standing::Standing;
 pub use used::{Ordinary, Popped, Used};
 
 pub use crate::ring::QUEUE_ALIGN_BYTES;
@@ -174,7 +176,34 @@ impl SplitQueue {
     /// # Errors
     /// [`QueueError`] when size, alignment or place is wrong.
     pub fn new(config: QueueConfig, region: Arc<DmaRegion>, offset: u64) -> Result<Self, QueueError> {
-        let ring = Ring::new(config, region, offset)?;
+        let mut queue = Self::at(config, Ring::new(config, region, offset)?, 0);
+        queue.armed = true;
+        Ok(queue)
+    }
+
+    /// Goes on with a queue that is at `offset` of `region`, on which nothing is in flight, and that its device runs: [`SplitQueue::position`] told where it stands. The ring's
+    /// memory is not written to before the first chain is added or a notification asked for. Device notifications may be armed or not.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::new`], and [`QueueError::Moved`] when the ring stands somewhere else.
+    pub fn resume(config: QueueConfig, region: Arc<DmaRegion>, offset: u64, position: u16) -> Result<Self, QueueError> {
+        let ring = Ring::there(config, region, offset)?;
+        let (available, used) = (ring.available_index(), ring.used_index());
+        if (available, used) != (position, position) {
+            return Err(QueueError::Moved { available, used, expected: position });
+        }
+        Ok(Self::at(config, ring, position))
+    }
+
+    /// Where a queue stands on which nothing is in flight: `avail.idx` and `used.idx` are both this. `None` while something is, and of a poisoned queue.
+    #[must_use]
+    pub fn position(&self) -> Option<u16> {
+        let is_empty = self.in_flight == 0 && self.added == self.published && self.fault.is_none();
+        (is_empty && self.used_next == self.published as u16).then_some(self.used_next)
+    }
+
+    /// Nothing is in flight on `ring`, which stands at `position`.
+    fn at(config: QueueConfig, ring: Ring, position: u16) -> Self {
         let size = config.size;
         let mut queue = Self {
             ring,
@@ -190,17 +219,17 @@ impl SplitQueue {
             free_head: 0,
             free: size,
             in_flight: 0,
-            added: 0,
-            published: 0,
-            used_next: 0,
-            used_seen: 0,
-            armed: true,
-            armed_at: 0,
+            added: u64::from(position),
+            published: u64::from(position),
+            used_next: position,
+            used_seen: position,
+            armed: false,
+            armed_at: position,
             fault: None,
         };
         queue.direct_from = (3..=size).find(|&free| queue.is_direct(3, free)).unwrap_or(u16::MAX);
         queue.pair_from = (2..=size).find(|&free| queue.is_direct(2, free)).unwrap_or(u16::MAX);
-        Ok(queue)
+        queue
     }
 
     /// How the queue was made.
@@ -267,6 +296,22 @@ impl SplitQueue {
             return Ok(());
         }
         self.add_any(chain)
+    }
+
+    /// The same for a chain of one descriptor: `length` bytes at the I/O address `iova` that the device may write, and which the caller has found to be the binding's own.
+    ///
+    /// # Errors
+    /// [`AddError::NoRoom`] and [`AddError::Poisoned`].
+    #[inline]
+    pub fn add_buffer(&mut self, token: u32, iova: u64, length: u32) -> Result<(), AddError> {
+        if let Some(fault) = self.fault {
+            return Err(AddError::Poisoned(fault));
+        }
+        if self.free == 0 {
+            return Err(AddError::NoRoom { needed: 1, free: 0 });
+        }
+        self.place_buffer(token, iova, length);
+        Ok(())
     }
 
     /// Makes every added chain visible to the device. True: ring the doorbell. A poisoned queue publishes nothing.

@@ -105,6 +105,13 @@ pub(crate) struct Ring {
 impl Ring {
     /// Lays out and zeroes the ring at `offset` of `region`.
     pub(crate) fn new(config: QueueConfig, region: Arc<DmaRegion>, offset: u64) -> Result<Self, QueueError> {
+        let ring = Self::there(config, region, offset)?;
+        ring.descriptors.mapping().fill(ring.base, ring.layout.total, 0);
+        Ok(ring)
+    }
+
+    /// The ring that is at `offset` of `region`, as it is.
+    pub(crate) fn there(config: QueueConfig, region: Arc<DmaRegion>, offset: u64) -> Result<Self, QueueError> {
         if !config.size.is_power_of_two() {
             return Err(QueueError::Size(config.size));
         }
@@ -121,7 +128,6 @@ impl Ring {
             return Err(QueueError::Scattered { offset, bytes: layout.total as u64 });
         }
         let mapping = region.mapping();
-        mapping.fill(base, layout.total, 0);
         let count = config.size;
         let word = |place: usize| Entries::new(mapping, base + place, 1);
         Ok(Self {
@@ -256,6 +262,11 @@ impl Ring {
     #[inline]
     pub(crate) fn publish_available(&self, index: u16) {
         self.available_index.word16::<0>(0).store(index.to_le(), Ordering::Release);
+    }
+
+    /// Reads `avail.idx`, which this side alone writes: only of a ring that another process wrote until now is there something to be learnt.
+    pub(crate) fn available_index(&self) -> u16 {
+        u16::from_le(self.available_index.word16::<0>(0).load(Ordering::Acquire))
     }
 
     /// Writes `avail.flags`.

@@ -12,9 +12,12 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::event::{EventfdFlags, eventfd};
+
 use crate::dma::DmaRegion;
 use crate::error::{RegionError, TransportError};
 use crate::function::{Confinement, Function};
+use crate::handover::{Exported, NotExportable};
 
 /// Guest-visible addresses of one split virtqueue, as the device is told them (virtio 1.2, section 2.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,8 +126,17 @@ pub trait Transport: Send {
     /// takes. After `Timeout` or `Lost` the device may reach the region nevertheless: it has to be unmapped, or kept until `release`.
     fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError>;
 
-    /// Gives the device one ring. Called once per queue, after `map` and before `start`.
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError>;
+    /// Gives the device one ring, and `call`, a non-blocking eventfd, to tell of used buffers by. Called once per queue, after `map` and before `start`.
+    ///
+    /// Whoever sleeps on a call descriptor keeps it when another device takes the place of the first: that one is given the same.
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError>;
+
+    /// The same with a descriptor of the queue's own.
+    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+        let call = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+        let call = call.map_err(|e| TransportError::Io { what: "call eventfd".to_owned(), source: e.into() })?;
+        self.setup_queue_with(setup, call)
+    }
 
     /// DRIVER_OK: from here on the device may use the rings.
     fn start(&mut self) -> Result<(), TransportError>;
@@ -161,6 +173,53 @@ pub trait Transport: Send {
     /// Makes the device silent, waiting until `deadline` at most. `unanswered` is the number of requests that were published and
     /// not used: a vhost-user device is silent only when it is zero or when the backend process is gone. May be called again.
     fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence;
+
+    /// Whether the device could be handed to another process.
+    ///
+    /// # Errors
+    /// [`NotExportable`]: what is in the way.
+    fn exportable(&self) -> Result<(), NotExportable> {
+        Err(NotExportable::because("devices of this kind are not handed over"))
+    }
+
+    /// Everything that another process needs to go on with the device as it runs. Until [`Transport::resume`] nothing is said to it and nothing read of what it says, and
+    /// dropping this transport, or `release`, closes descriptors and does nothing that the device or the other process could notice.
+    ///
+    /// # Errors
+    /// [`NotExportable`]; then nothing has changed.
+    fn export(&mut self) -> Result<Exported, NotExportable> {
+        self.exportable()?;
+        Err(NotExportable::because("devices of this kind are not handed over"))
+    }
+
+    /// Of a transport that was made of what another process exported: the region behind `file`, as [`Transport::memory`] made it there, with nothing in it changed.
+    ///
+    /// # Errors
+    /// [`RegionError`], also for memory that the device was not given.
+    fn adopt_region(&mut self, file: OwnedFd, bytes: u64, iova: u64) -> Result<Arc<DmaRegion>, RegionError> {
+        DmaRegion::adopt(file, bytes, iova).map(Arc::new)
+    }
+
+    /// Of the same: memory that the device reaches already, as [`Transport::map`] gave it.
+    ///
+    /// # Errors
+    /// `Invalid` for memory that the device was not given.
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        let _ = region;
+        Err(TransportError::Unsupported("devices of this kind are not taken over".to_owned()))
+    }
+
+    /// Of the same: the doorbell of a queue that runs, with the descriptor behind the one that [`Transport::setup_queue`] made. Of a doorbell without one `kick` is nothing that counts.
+    ///
+    /// # Errors
+    /// `Invalid` for a queue that does not run.
+    fn adopt_queue(&mut self, index: u16, kick: OwnedFd) -> Result<Box<dyn Doorbell>, TransportError> {
+        let _ = (index, kick);
+        Err(TransportError::Unsupported("devices of this kind are not taken over".to_owned()))
+    }
+
+    /// The handover is over, one way or the other, and this is the side that has the device.
+    fn resume(&mut self) {}
 
     /// Gives the device up: unmaps what was mapped for it and closes every descriptor. Idempotent. After this the transport holds no
     /// region.

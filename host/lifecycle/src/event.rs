@@ -34,6 +34,8 @@ named! {
         Loaded = "loaded",
         /// See [`Event::Faulted`].
         Faulted = "faulted",
+        /// See [`Event::DeviceAway`].
+        DeviceAway = "device-away",
         /// See [`Event::Recovered`].
         Recovered = "recovered",
         /// See [`Event::Exhausted`].
@@ -88,9 +90,11 @@ pub enum Event {
     Loaded,
     /// The driver broke down, and may be replaced.
     Faulted,
-    /// Every lane has a driver again.
+    /// The device was lost or broke its rings' rules, and is to be brought back.
+    DeviceAway,
+    /// Every lane has a driver again, and the device is there.
     Recovered,
-    /// The driver broke down too often.
+    /// The driver broke down too often, or the device did not come back.
     Exhausted,
     /// An operator wants another try.
     Restarted,
@@ -145,6 +149,7 @@ impl Event {
         match self {
             Event::Loaded => EventKind::Loaded,
             Event::Faulted => EventKind::Faulted,
+            Event::DeviceAway => EventKind::DeviceAway,
             Event::Recovered => EventKind::Recovered,
             Event::Exhausted => EventKind::Exhausted,
             Event::Restarted => EventKind::Restarted,

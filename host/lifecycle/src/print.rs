@@ -12,7 +12,8 @@ const INTRODUCTION: &str = "\
 <!-- Printed by host/lifecycle from its table. UPDATE_SNAPSHOTS=1 cargo test -p cofferdam-lifecycle writes it anew. -->
 
 A binding joins a driver and a device. It is loaded, it serves, and it leaves by the ladder, whatever the reason: an operator's unload, a device that went away, a
-fault, a load that failed, the end of the daemon. A driver that breaks down is replaced while its clients wait; only one that does so too often is given up.
+fault, a load that failed, the end of the daemon. A driver that breaks down is replaced while its clients wait; only one that does so too often is given up. With
+`--reconnect` a device that is lost or breaks its rules is waited for, likewise.
 
 In every state there is one thing to do, the effect. What comes of it is an event, and the table says which state is next. The manager carries out effects and
 decides nothing; `cofferdam events` shows the steps as they are taken. What an effect does is documented at `Effect` in `host/lifecycle/src/state.rs`.

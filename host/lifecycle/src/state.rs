@@ -10,9 +10,9 @@ named! {
         Loading = "loading",
         /// Clients are served.
         Serving = "serving",
-        /// The driver broke down, and another instance takes its place; clients wait.
+        /// The driver broke down and another instance takes its place, or the device is away and is to come back; clients wait.
         Recovering = "recovering",
-        /// The driver broke down too often. The device runs on, clients get errors, and an operator may try again.
+        /// The driver broke down too often, or the device did not come back. Clients get errors, and an operator may try again.
         Failed = "failed",
         /// Admission is being stopped.
         Closing = "closing",
@@ -109,9 +109,9 @@ named! {
         Loading = "loading",
         /// Clients are served.
         Serving = "serving",
-        /// Its driver is being replaced; clients wait.
+        /// Its driver is being replaced or its device waited for; clients wait.
         Recovering = "recovering",
-        /// Its driver is given up; clients get errors.
+        /// Its driver or its device is given up; clients get errors.
         Failed = "failed",
         /// It is on the ladder.
         Draining = "draining",
@@ -128,7 +128,8 @@ named! {
         Build = "build",
         /// Nothing but to watch for loss and faults.
         Serve = "serve",
-        /// Instances are made that adopt rings and requests. Newcomers wait meanwhile, within a bound.
+        /// Instances are made that adopt rings and requests. Of a device that is away, silence is confirmed first; then it is waited for, set up as before, and given what it had
+        /// not done. Newcomers wait meanwhile, within a bound.
         Recover = "recover",
         /// What the driver was given and the device was not is answered as failed, and so is what comes. What is on the rings is answered as the device completes it.
         Refuse = "refuse",
@@ -170,7 +171,7 @@ impl Effect {
     pub const fn results(self) -> &'static [EventKind] {
         match self {
             Effect::Build => &[EventKind::Loaded, EventKind::Leave],
-            Effect::Serve => &[EventKind::Faulted, EventKind::Leave],
+            Effect::Serve => &[EventKind::Faulted, EventKind::DeviceAway, EventKind::Leave],
             Effect::Recover => &[EventKind::Recovered, EventKind::Exhausted, EventKind::Leave],
             Effect::Refuse => &[EventKind::Restarted, EventKind::Leave],
             Effect::Pause => &[EventKind::Leave],

@@ -63,8 +63,9 @@ const fn row(from: S, event: E, when: When, to: S) -> Transition {
 pub const TABLE: &[Transition] = &[
     // In.
     row(S::Loading, E::Loaded, When::Always, S::Serving),
-    // A driver that breaks down.
+    // A driver that breaks down, a device that is to come back.
     row(S::Serving, E::Faulted, When::Always, S::Recovering),
+    row(S::Serving, E::DeviceAway, When::Always, S::Recovering),
     row(S::Recovering, E::Recovered, When::Always, S::Serving),
     row(S::Recovering, E::Exhausted, When::Always, S::Failed),
     row(S::Failed, E::Restarted, When::Always, S::Recovering),

@@ -202,6 +202,12 @@ fn serving_after_the_last_restart_is_caught() {
 }
 
 #[test]
+fn serving_while_the_device_is_away_is_caught() {
+    caught(&redirected(S::Recovering, E::Exhausted, S::Serving), "it serves without");
+    caught(&without(S::Serving, E::DeviceAway), "refused");
+}
+
+#[test]
 fn a_failed_binding_that_hears_nobody_is_caught() {
     caught(&without(S::Failed, E::Leave), "refused");
 }

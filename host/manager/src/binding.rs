@@ -18,11 +18,13 @@ use crate::device::SharedTransport;
 use crate::error::{LaneFault, OpenError, PortError, RevokeError};
 use crate::events::{EventKind, EventLog};
 use crate::handle::{Handle, HandleShared, HandleSpec};
+use crate::handover::Recipe;
 use crate::ladder::Progress;
 use crate::lane::Lane;
 use crate::mapped::Regions;
 use crate::offer::Offer;
 use crate::ports::{Gone, Port, PortReport, Ports, Within};
+use crate::reconnect::Reconnection;
 use crate::recovery::Recovery;
 use crate::residue::Marks;
 
@@ -90,7 +92,7 @@ pub struct Binding {
     driver: Mutex<Arc<str>>,
     device: String,
     pub(crate) pinned: bool,
-    generation: AtomicU64,
+    pub(crate) generation: AtomicU64,
     created: Instant,
     gate: Gate,
     /// Where it is, and why it leaves. Locked for a step and for the record of it, so that the log has the steps in their order.
@@ -100,6 +102,10 @@ pub struct Binding {
     fault: OnceLock<LaneFault>,
     /// How its driver is replaced; unset where it is not.
     pub(crate) recovery: OnceLock<Recovery>,
+    /// How its device is brought back; unset where it is not.
+    pub(crate) reconnection: OnceLock<Reconnection>,
+    /// What its load was told, for another process that is to do the same.
+    pub(crate) recipe: OnceLock<Recipe>,
     /// An operator asked for force: the drain of a healthy device is cut short soon, whoever runs it.
     pub(crate) hurried: AtomicBool,
     /// How the device is kept to its memory, once that is decided.
@@ -112,6 +118,8 @@ pub struct Binding {
     pub(crate) remembered: AtomicBool,
     /// The watch has a ladder under way for it.
     pub(crate) leaving: AtomicBool,
+    /// Why it would have left while that was so, for whoever ends it without the binding having left.
+    pub(crate) put_off: Mutex<Option<Cause>>,
     pub(crate) serving: OnceLock<Serving>,
     /// Held by `load` while it builds and by the ladder while it takes apart; never on the data path.
     pub(crate) parts: Mutex<Parts>,
@@ -169,12 +177,15 @@ impl Binding {
             leaving_since: OnceLock::new(),
             fault: OnceLock::new(),
             recovery: OnceLock::new(),
+            reconnection: OnceLock::new(),
+            recipe: OnceLock::new(),
             hurried: AtomicBool::new(false),
             confinement: OnceLock::new(),
             judging: AtomicBool::new(false),
             control: ControlLane::default(),
             remembered: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
+            put_off: Mutex::new(None),
             serving: OnceLock::new(),
             parts: Mutex::new(Parts::default()),
             handles: Mutex::new(Handles { open: BTreeMap::new(), next: 1, closed: false }),
@@ -364,6 +375,9 @@ impl Binding {
         }
         let id = handles.next;
         let (handle, shared) = Handle::new(Arc::clone(self), Arc::clone(lane), id, spec)?;
+        if self.reconnection.get().is_some_and(Reconnection::is_untold) {
+            shared.owe_flush_error();
+        }
         handles.next += 1;
         handles.open.insert(id, shared);
         Ok(handle)
@@ -470,6 +484,26 @@ impl Binding {
     /// Addresses of the ports that are attached.
     pub fn ports(&self) -> Vec<String> {
         self.ports.addresses()
+    }
+
+    /// What keeps its ports from being handed to another process.
+    pub(crate) fn port_obstacles(&self) -> Vec<String> {
+        self.ports.obstacles()
+    }
+
+    /// Its ports, for somebody who gives them back or forgets them.
+    pub(crate) fn ports_taken_away(&self) -> Vec<Box<dyn Port>> {
+        self.ports.take_away()
+    }
+
+    /// Ports that were taken away go on.
+    pub(crate) fn give_ports_back(&self, ports: Vec<Box<dyn Port>>) {
+        self.ports.give_back(ports);
+    }
+
+    /// Ports that were adopted begin.
+    pub(crate) fn resume_ports(&self) {
+        self.ports.resume();
     }
 
     /// The ladder's: refuses new ports and takes all down; those that did not end. Bounded, and idempotent.

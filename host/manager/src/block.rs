@@ -103,50 +103,42 @@ impl BlockGeometry {
     /// Checks a client's request once, so that nothing behind it has to (who can forge this: any client).
     #[inline]
     pub(crate) fn check(&self, op: IoOp, offset: u64, length: u32, buffer: Option<&Buffer>) -> Result<(), IoError> {
+        // Reads and writes in one look; what is wrong with one is found out the long way.
+        let holds = buffer.is_some_and(|buffer| length <= buffer.len());
+        let is_transfer = op == IoOp::Read || (op == IoOp::Write && !self.read_only);
+        if is_transfer & holds & (length <= self.max_transfer_bytes) & self.contains(offset, length) {
+            return Ok(());
+        }
+        self.check_any(op, offset, length, holds)
+    }
+
+    /// Whether these are whole blocks of the medium, one at least.
+    #[inline]
+    fn contains(&self, offset: u64, length: u32) -> bool {
+        // A power of two: a mask, where a division would be as dear as all the rest.
+        let beyond = u64::from(self.logical_block_bytes) - 1;
+        let length = u64::from(length);
+        let is_inside = offset.checked_add(length).is_some_and(|end| end <= self.capacity_bytes);
+        (length != 0) & ((offset | length) & beyond == 0) & is_inside
+    }
+
+    /// `holds`: there is a buffer that is long enough.
+    #[inline(never)]
+    fn check_any(&self, op: IoOp, offset: u64, length: u32, holds: bool) -> Result<(), IoError> {
         let writes = matches!(op, IoOp::Write | IoOp::Discard | IoOp::WriteZeroes);
         if writes && self.read_only {
             return Err(IoError::ReadOnly);
         }
-        let longest = match op {
-            IoOp::Read | IoOp::Write => self.max_transfer_bytes,
-            IoOp::Discard if self.can_discard => self.max_discard_bytes,
-            IoOp::WriteZeroes if self.can_write_zeroes => self.max_write_zeroes_bytes,
-            IoOp::Flush if self.can_flush => 0,
-            IoOp::GetId if self.has_id => ID_BYTES,
+        let is_valid = match op {
+            IoOp::Read | IoOp::Write => length <= self.max_transfer_bytes && self.contains(offset, length),
+            IoOp::Discard if self.can_discard => length <= self.max_discard_bytes && self.contains(offset, length),
+            IoOp::WriteZeroes if self.can_write_zeroes => {
+                length <= self.max_write_zeroes_bytes && self.contains(offset, length)
+            }
+            IoOp::Flush if self.can_flush => offset == 0 && length == 0,
+            IoOp::GetId if self.has_id => offset == 0 && length == ID_BYTES,
             _ => return Err(IoError::Unsupported),
         };
-        if op.payload().is_some() {
-            match buffer {
-                Some(buffer) if u64::from(length) <= buffer.len() as u64 => {}
-                _ => return Err(IoError::Invalid),
-            }
-        }
-        match op {
-            IoOp::Flush => {
-                if offset != 0 || length != 0 {
-                    Err(IoError::Invalid)
-                } else {
-                    Ok(())
-                }
-            }
-            IoOp::GetId => {
-                if offset != 0 || length != ID_BYTES {
-                    Err(IoError::Invalid)
-                } else {
-                    Ok(())
-                }
-            }
-            _ => {
-                // A power of two: a mask, where a division would be as dear as all the rest.
-                let beyond = u64::from(self.logical_block_bytes) - 1;
-                let length64 = u64::from(length);
-                let aligned = (offset | length64) & beyond == 0;
-                let inside = offset.checked_add(length64).is_some_and(|end| end <= self.capacity_bytes);
-                if length == 0 || length > longest || !aligned || !inside {
-                    return Err(IoError::Invalid);
-                }
-                Ok(())
-            }
-        }
+        if is_valid && (holds || op.payload().is_none()) { Ok(()) } else { Err(IoError::Invalid) }
     }
 }

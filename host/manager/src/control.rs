@@ -10,6 +10,8 @@
 //!
 //! Requests of every handle, however old, are checked against what the device can do now; a handle goes on telling what it could do when the handle was opened.
 
+mod handover;
+mod hint;
 mod queues;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,6 +24,8 @@ use cofferdam_runtime::{Attachment, CallError, DriverError, ExportedState, Guest
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::binding::Binding;
+pub(crate) use crate::control::handover::ControlState;
+use crate::control::hint::Hint;
 use crate::control::queues::LiveWindow;
 pub(crate) use crate::control::queues::{ControlQueues, SharedQueues};
 use crate::device::DeviceWindow;
@@ -96,6 +100,28 @@ impl Control {
         Ok(Box::new(DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features)))
     }
 
+    /// Has an instance attach to the device that came back, which has been negotiated with and nothing else: what it says, and what the device can do.
+    pub(crate) fn attach_returned(&self, instance: &mut Instance) -> Result<(Attachment, Offer), CallError> {
+        let attachment = self.check(instance.attach(self.adopting()?)?)?;
+        Ok((attachment, self.offer_of(instance.properties()?)))
+    }
+
+    /// Puts it in the place of the one that is there, once the device runs. Also what was there.
+    pub(crate) fn replace(&mut self, instance: Instance, made_of: u64) -> Result<(Offer, Instance), CallError> {
+        let before = std::mem::replace(&mut self.instance, instance);
+        match self.live() {
+            Ok(offer) => {
+                self.made_of = made_of;
+                self.is_down = false;
+                Ok((offer, before))
+            }
+            Err(error) => {
+                self.instance = before;
+                Err(error)
+            }
+        }
+    }
+
     /// What it plans has to be what is set up.
     fn check(&self, attachment: Attachment) -> Result<Attachment, CallError> {
         let Attachment { features, queues, .. } = &self.attachment;
@@ -124,10 +150,12 @@ impl Control {
         self.instance.set_open(window, port, open).and_then(|()| self.offer()).map(Some).map_err(refused)
     }
 
-    /// Has `instance` take over: it attaches to the device as it runs, plans what is set up, and goes live. Also what it takes over from.
-    fn adopt(&mut self, mut instance: Instance) -> Result<(Offer, Instance), CallError> {
-        let attachment = instance.attach(self.adopting()?)?;
-        self.check(attachment)?;
+    /// Has `instance` take over: it attaches to the device as it runs, or resumes with a hint, plans what is set up, and goes live. Also what it takes over from.
+    fn adopt(&mut self, mut instance: Instance, hint: Option<&ExportedState>) -> Result<(Offer, Instance), CallError> {
+        match hint {
+            Some(hint) => drop(self.resume(&mut instance, hint)?),
+            None => drop(self.check(instance.attach(self.adopting()?)?)?),
+        }
         let before = std::mem::replace(&mut self.instance, instance);
         Ok((self.live()?, before))
     }
@@ -173,6 +201,8 @@ pub(crate) struct ControlLane {
     queues: Mutex<Option<SharedQueues>>,
     /// `None` before it serves, for a driver without a service, and after the code was dropped. Held while the driver is called.
     control: Mutex<Option<Control>>,
+    /// What the one that takes its place is told when it breaks down. Locked for a moment, under `control`.
+    hint: Mutex<Hint>,
 }
 
 /// A thread's stay.
@@ -189,6 +219,12 @@ impl ControlLane {
     pub(crate) fn open(&self, control: Control) {
         self.queues.lock().clone_from(&control.queues);
         *self.control.lock() = Some(control);
+    }
+
+    /// Whether the device has announced something that no call has come to its end for.
+    pub(crate) fn owes_a_call(&self) -> bool {
+        let turn = self.turn.lock();
+        turn.pending || turn.changed || turn.inside
     }
 
     /// The ladder's: nobody goes in any more. Idempotent.
@@ -225,6 +261,23 @@ impl ControlLane {
         }
         (turn.pending, turn.inside, turn.since) = (false, true, Some(Instant::now()));
         Ok(true)
+    }
+
+    /// The device is away: its queues are not touched until it is back.
+    pub(crate) fn hold_off(&self) {
+        // The one that comes back may have other ports.
+        self.forget_hint();
+        let queues = self.queues.lock().clone();
+        if let Some(queues) = queues {
+            queues.lock().hold_off();
+        }
+    }
+
+    /// Another descriptor for the call descriptor of one of its queues.
+    pub(crate) fn call(&self, is_posted: bool) -> Option<std::os::fd::OwnedFd> {
+        let queues = self.queues.lock().clone()?;
+        let queues = queues.lock();
+        queues.call(is_posted).and_then(|call| call.try_clone_to_owned().ok())
     }
 
     /// Lets go of the queues' memory and notification channels.
@@ -325,6 +378,7 @@ impl Binding {
         }
         if let Ok(Some(offer)) = &called {
             self.take_offer(offer.clone());
+            self.keep_hint(control);
         }
         called.map(drop)
     }
@@ -336,7 +390,12 @@ impl Binding {
             let next = fault.as_ref().map_or(Next::Revive, |fault| self.broke_down(CONTROL, fault));
             match next {
                 Next::Revive => {}
-                Next::Wait | Next::Refuse => return false,
+                Next::Wait => return false,
+                Next::Refuse => {
+                    // A restart by hand is a fresh one.
+                    self.control.forget_hint();
+                    return false;
+                }
                 Next::Leave => {
                     if let Some(lane) = self.serving.get().and_then(|serving| serving.lanes.first()) {
                         lane.wake_watch();
@@ -344,23 +403,36 @@ impl Binding {
                     return false;
                 }
             }
+            // Once: should it be the hint that breaks drivers down, the next one goes without.
+            let hint = self.control.hint.lock().state.take();
             let adopted = self.remake(LaneId::Control).map_err(CallError::Fault).and_then(|(made, version)| {
-                let (offer, dead) = control.adopt(made)?;
+                let (offer, dead) = control.adopt(made, hint.as_ref())?;
                 control.made_of = version.number;
                 Ok((offer, dead))
             });
             match adopted {
                 Ok((offer, dead)) => {
-                    self.bury(CONTROL, Box::new(dead));
+                    self.bury(CONTROL, Some(Box::new(dead)));
                     control.is_down = false;
                     self.take_offer(offer);
                     self.revived(CONTROL);
+                    // It may break down again before it is called again.
+                    self.control.hint.lock().state = hint;
                     return true;
                 }
-                Err(CallError::Fault(again)) => fault = Some(again),
-                Err(CallError::Driver(error)) => fault = Some(cannot_replace(&error)),
+                Err(error) => {
+                    // Of those that did not come to be only the report is left.
+                    if fault.is_some() {
+                        self.bury(CONTROL, None);
+                    }
+                    fault = Some(match error {
+                        CallError::Fault(again) => again,
+                        CallError::Driver(error) => cannot_replace(&error),
+                    });
+                }
             }
         }
+        self.control.forget_hint();
         self.cannot_revive();
         false
     }

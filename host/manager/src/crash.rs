@@ -5,8 +5,13 @@
 //!          a thread that exists while there is something to do writes report and core dump into the spool, and drops the store
 //! ```
 //!
-//! Nothing of it is done while clients wait. The spool is bounded (`spool`), and so is what waits to be written: an instance that finds no room is dropped without its dump.
+//! Nothing of it is done while clients wait, nor at once when they are served again: what had to wait is answered first, on a machine that may have no core to spare for both. The reaping thread starts that
+//! thread after [`GRACE`], for to start one can take a millisecond of whoever does it, and it rests between any two steps (`pace`); neither is so once somebody waits, or another instance. (Less priority for it was
+//! tried: on a busy machine an unload then waited for it in vain.)
+//!
+//! The spool is bounded (`spool`), and so is what waits to be written: an instance that finds no room is dropped without its dump, and its report is written all the same.
 
+mod pace;
 mod spool;
 
 use std::collections::VecDeque;
@@ -20,12 +25,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::ladder::micros;
 use crate::ports::Within;
+use pace::Pace;
 pub(crate) use spool::Spool;
 
 /// Reports of one binding that are kept in memory.
 const KEPT: usize = 16;
-/// Dead instances that may wait for their burial.
+/// Dead instances that may wait for their burial; of what comes beyond them only the reports wait, and no more than are kept.
 const WAITING: usize = 2;
+/// How long an instance is left alone at first.
+const GRACE: Duration = Duration::from_millis(20);
 
 /// How a driver broke down. Field by field what `cofferdam crashes --json` prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +91,9 @@ pub(crate) struct Crash<'a> {
 
 struct Dead {
     number: u64,
-    driver: Box<dyn LaneDriver>,
+    /// `None`: there was no room for it.
+    driver: Option<Box<dyn LaneDriver>>,
+    since: Instant,
 }
 
 #[derive(Default)]
@@ -93,18 +103,32 @@ struct Inside {
     dead: VecDeque<Dead>,
     /// There is a thread.
     thread: bool,
+    /// Somebody waits for it: so many.
+    waiters: usize,
+    /// The code goes: what comes now is dropped at once.
+    closed: bool,
+}
+
+impl Inside {
+    /// Whether the thread is to go on without a rest.
+    fn is_hurried(&self) -> bool {
+        self.waiters > 0 || !self.dead.is_empty()
+    }
 }
 
 /// The crashes of one binding.
 pub(crate) struct Crashes {
     spool: Option<Spool>,
     inside: Mutex<Inside>,
+    /// The thread has ended.
     done: Condvar,
+    /// It is to hurry.
+    hurry: Condvar,
 }
 
 impl Crashes {
     pub(crate) fn new(spool: Option<Spool>) -> Arc<Crashes> {
-        Arc::new(Crashes { spool, inside: Mutex::default(), done: Condvar::new() })
+        Arc::new(Crashes { spool, inside: Mutex::default(), done: Condvar::new(), hurry: Condvar::new() })
     }
 
     /// Notes a crash; its number.
@@ -113,9 +137,12 @@ impl Crashes {
         let calls = crash.view.map(CallView::recent).unwrap_or_default().into_iter();
         let mut inside = self.inside.lock();
         inside.count += 1;
+        // Files are named after it.
+        let last = inside.reports.back().map_or(0, |report| report.unix_micros);
+        let unix_micros = micros(now).max(last + 1);
         let report = CrashReport {
             number: inside.count,
-            unix_micros: micros(now),
+            unix_micros,
             binding: crash.binding.to_owned(),
             driver: crash.driver.to_string(),
             digest: crash.digest.clone().unwrap_or_default(),
@@ -152,24 +179,46 @@ impl Crashes {
         self.inside.lock().reports.iter().cloned().collect()
     }
 
+    /// So many there were in the process before this one.
+    pub(crate) fn begin_at(&self, count: u64) {
+        self.inside.lock().count = count;
+    }
+
     /// How many there were.
     pub(crate) fn count(&self) -> u64 {
         self.inside.lock().count
     }
 
-    /// Takes the instance of a crash, to write down what there is of it and to drop it, neither on this thread.
-    pub(crate) fn bury(self: &Arc<Self>, number: u64, driver: Box<dyn LaneDriver>) {
+    /// Takes the instance of a crash, to write down what there is of it and to drop it, neither on this thread. [`Crashes::begin`] is to be called soon.
+    /// Without an instance only the report is written.
+    pub(crate) fn bury(&self, number: u64, driver: Option<Box<dyn LaneDriver>>) {
         let mut inside = self.inside.lock();
-        if inside.dead.len() >= WAITING {
-            drop(inside);
-            // It costs this thread what taking a store apart costs.
-            drop(driver);
-            return;
+        let waiting = inside.dead.iter().filter(|dead| dead.driver.is_some()).count();
+        // It costs this thread what taking a store apart costs.
+        let is_kept = waiting < WAITING && !inside.closed;
+        let (kept, dropped) = if is_kept { (driver, None) } else { (None, driver) };
+        if inside.dead.len() < KEPT && !inside.closed {
+            inside.dead.push_back(Dead { number, driver: kept, since: Instant::now() });
         }
-        inside.dead.push_back(Dead { number, driver });
         if inside.thread {
-            return;
+            self.hurry.notify_all();
         }
+        drop(inside);
+        drop(dropped);
+    }
+
+    /// The reaping thread's: has the dead be put away if their time has come; whether it has to look again.
+    pub(crate) fn begin(self: &Arc<Self>) -> bool {
+        let mut inside = self.inside.lock();
+        let Some(first) = inside.dead.front().filter(|_| !inside.thread) else { return false };
+        if inside.dead.len() == 1 && first.since.elapsed() < GRACE {
+            return true;
+        }
+        self.start(&mut inside);
+        false
+    }
+
+    fn start(self: &Arc<Self>, inside: &mut Inside) {
         let crashes = Arc::clone(self);
         let bury = move || {
             crashes.bury_all();
@@ -184,14 +233,19 @@ impl Crashes {
     }
 
     fn bury_all(&self) {
+        let pace = Pace::of(self);
         let mut inside = self.inside.lock();
-        while let Some(Dead { number, mut driver }) = inside.dead.pop_front() {
+        while let Some(Dead { number, mut driver, .. }) = inside.dead.pop_front() {
             let report = inside.reports.iter().find(|report| report.number == number).cloned();
             drop(inside);
             let core = match (&self.spool, report) {
-                (Some(spool), Some(report)) => spool.keep(report, driver.core_dump().as_deref()),
+                (Some(spool), Some(report)) => {
+                    let core = driver.as_mut().and_then(|driver| driver.core_dump());
+                    spool.keep(report, core.as_deref(), &pace)
+                }
                 _ => None,
             };
+            pace.step();
             drop(driver);
             inside = self.inside.lock();
             if let Some(report) = inside.reports.iter_mut().find(|report| report.number == number) {
@@ -202,14 +256,138 @@ impl Crashes {
         self.done.notify_all();
     }
 
-    /// Waits until every dead instance is gone, at most until `until`; whether they are.
-    pub(crate) fn wait(&self, until: Instant) -> bool {
+    /// The code goes: has every dead instance be gone soon, and waits for that, at most until `until`; whether it is so.
+    pub(crate) fn close(self: &Arc<Self>, until: Instant) -> bool {
+        self.inside.lock().closed = true;
+        self.wait(until)
+    }
+
+    /// Has what is known be written down soon, and waits for that, at most until `until`; whether it is so.
+    pub(crate) fn wait(self: &Arc<Self>, until: Instant) -> bool {
         let mut inside = self.inside.lock();
-        while inside.thread {
-            if self.done.wait_until(&mut inside, until).timed_out() {
-                return !inside.thread;
-            }
+        inside.waiters += 1;
+        if inside.thread {
+            self.hurry.notify_all();
+        } else if !inside.dead.is_empty() {
+            self.start(&mut inside);
         }
-        true
+        while inside.thread && !self.done.wait_until(&mut inside, until).timed_out() {}
+        inside.waiters -= 1;
+        !inside.thread
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use cofferdam_runtime::CallError;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A driver of which there are so many.
+    struct Counted(Arc<AtomicUsize>);
+
+    impl Counted {
+        fn new(count: &Arc<AtomicUsize>) -> Box<Counted> {
+            count.fetch_add(1, Ordering::Relaxed);
+            Box::new(Counted(Arc::clone(count)))
+        }
+    }
+
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    impl LaneDriver for Counted {
+        fn submit(&mut self, _: &[u64], _: &mut Vec<u32>) -> Result<(), CallError> {
+            Ok(())
+        }
+
+        fn complete(&mut self, _: &[u32], _: &mut Vec<u32>) -> Result<(), CallError> {
+            Ok(())
+        }
+
+        fn core_dump(&mut self) -> Option<Vec<u8>> {
+            Some(vec![7; 1 << 20])
+        }
+    }
+
+    fn note(crashes: &Crashes) -> u64 {
+        let fault = GuestFault::layout("words");
+        crashes.note(&Crash {
+            binding: "disk0",
+            driver: "driver".into(),
+            device: "sim:0",
+            digest: None,
+            generation: 1,
+            lane: "0".to_owned(),
+            fault: &fault,
+            view: None,
+        })
+    }
+
+    fn files(folder: &Path, extension: &str) -> usize {
+        let Ok(files) = std::fs::read_dir(folder) else { return 0 };
+        files.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|of| of == extension)).count()
+    }
+
+    #[test]
+    fn a_dead_driver_is_left_alone_for_a_while_and_then_put_away_without_anybody_who_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let crashes = Crashes::new(Some(Spool::new(folder.path().to_owned())));
+        let count = Arc::default();
+        assert!(!crashes.begin(), "there is nothing to begin");
+        let begun = Instant::now();
+        crashes.bury(note(&crashes), Some(Counted::new(&count)));
+        while crashes.begin() {
+            assert!(begun.elapsed() < PATIENCE && !crashes.inside.lock().thread);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(begun.elapsed() >= GRACE);
+        while count.load(Ordering::Relaxed) > 0 {
+            assert!(begun.elapsed() < PATIENCE);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(crashes.wait(begun + PATIENCE));
+        assert_eq!((files(folder.path(), "json"), files(folder.path(), "core")), (1, 1));
+        assert!(crashes.reports().iter().all(|report| report.core.as_ref().is_some_and(|core| core.exists())));
+    }
+
+    #[test]
+    fn whoever_waits_does_not_wait_for_rests() {
+        let folder = tempfile::tempdir().unwrap();
+        let crashes = Crashes::new(Some(Spool::new(folder.path().to_owned())));
+        crashes.bury(note(&crashes), Some(Counted::new(&Arc::default())));
+        let rested = Arc::clone(&crashes);
+        // A rest that nobody outlasts, which the one who waits has to end.
+        let rests = std::thread::spawn(move || Pace::of(&rested).rest(PATIENCE));
+        let begun = Instant::now();
+        assert!(crashes.wait(begun + PATIENCE), "it is begun by whoever waits");
+        assert_eq!(files(folder.path(), "json"), 1);
+        crashes.inside.lock().waiters += 1;
+        crashes.hurry.notify_all();
+        rests.join().unwrap();
+        assert!(begun.elapsed() < PATIENCE);
+    }
+
+    #[test]
+    fn every_crash_leaves_its_report_and_few_dead_drivers_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        let crashes = Crashes::new(Some(Spool::new(folder.path().to_owned())));
+        let count = Arc::default();
+        for _ in 0..10 {
+            crashes.bury(note(&crashes), Some(Counted::new(&count)));
+            assert!(count.load(Ordering::Relaxed) <= WAITING);
+        }
+        assert!(crashes.close(Instant::now() + PATIENCE));
+        assert_eq!((files(folder.path(), "json"), files(folder.path(), "core")), (10, WAITING));
+        crashes.bury(note(&crashes), Some(Counted::new(&count)));
+        assert_eq!(count.load(Ordering::Relaxed), 0, "the code has gone: nothing of it waits");
     }
 }

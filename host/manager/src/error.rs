@@ -82,6 +82,11 @@ pub enum LoadError {
         #[source]
         source: TransportError,
     },
+    /// Its driver would not be replaced, and a device that comes back needs another instance.
+    #[error(
+        "a device is brought back (--reconnect) where its driver is replaced: not with --restarts never, nor for a driver that programs its device itself"
+    )]
+    CannotReconnect,
     /// The host has no memory or descriptors for it.
     #[error("the host cannot provide what the binding needs: {0}")]
     Host(String),

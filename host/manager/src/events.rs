@@ -58,6 +58,25 @@ pub enum EventKind {
         /// Guest frames, innermost first; at most 32.
         backtrace: Vec<String>,
     },
+    /// The device was lost or broke the rules of its rings, and is to be brought back (`--reconnect`).
+    DeviceAway {
+        /// What happened.
+        reason: String,
+        /// How long it is waited for, in milliseconds.
+        wait_ms: u64,
+    },
+    /// It is back, and clients go on.
+    DeviceBack {
+        /// Requests that it had and had not answered, and that were given again.
+        again: u64,
+        /// How long it was away, in microseconds.
+        waited_micros: u64,
+    },
+    /// It is not waited for any more.
+    DeviceGivenUp {
+        /// Why.
+        reason: String,
+    },
     /// A port serves the binding.
     PortAttached {
         /// Its address.
@@ -96,6 +115,13 @@ pub enum EventKind {
         from: String,
         /// The driver now.
         to: String,
+        /// How long clients were held.
+        blackout_micros: u64,
+    },
+    /// This daemon has taken the binding over from another one.
+    TakenOver {
+        /// Connections of clients that came with it.
+        connections: u64,
         /// How long clients were held.
         blackout_micros: u64,
     },
@@ -145,8 +171,10 @@ impl EventKind {
             EventKind::Upgraded { from, to, .. } => from.len() + to.len(),
             EventKind::RolledBack { from, to, reason } => from.len() + to.len() + reason.len(),
             EventKind::Trusted { driver, device } => driver.len() + device.len(),
-            EventKind::Retired { reason, .. } => reason.len(),
-            EventKind::Gap { .. } => 0,
+            EventKind::Retired { reason, .. }
+            | EventKind::DeviceAway { reason, .. }
+            | EventKind::DeviceGivenUp { reason } => reason.len(),
+            EventKind::DeviceBack { .. } | EventKind::TakenOver { .. } | EventKind::Gap { .. } => 0,
         }
     }
 }

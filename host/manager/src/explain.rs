@@ -295,6 +295,7 @@ fn step(state: State, device: &str, binding: &Binding) -> Option<String> {
             "nobody is waiting for the drain any more: another 'cofferdam unload' goes on from here, with --force it ends in a few seconds"
                 .to_owned()
         }
+        State::Recovering | State::Failed if binding.away_sentence().is_some() => binding.away_sentence()?,
         State::Recovering => "another driver is to take the place of the one that broke down; clients wait".to_owned(),
         State::Failed => format!(
             "the driver broke down too often and has failed: 'cofferdam restart {0}' tries again, 'cofferdam crashes {0}' says how",

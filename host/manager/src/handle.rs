@@ -21,7 +21,7 @@ use cofferdam_gate::{Cancel, DrainError, Guards, HandleError, HandleRefused, Not
 use cofferdam_runtime::clean;
 use parking_lot::Mutex;
 
-use crate::arrival::Arrival;
+use crate::arrival::Arrivals;
 use crate::binding::Binding;
 use crate::block::BlockGeometry;
 use crate::error::{LeaseError, OpenError, SubmitError};
@@ -75,6 +75,8 @@ pub(crate) struct HandleShared {
     answers: Mutex<Vec<Completion>>,
     /// Length of `answers`, so that the common poll takes no lock.
     waiting: AtomicU32,
+    /// Its next flush is to fail: writes that were acknowledged may be lost.
+    owes_flush_error: AtomicBool,
     /// Its one region is there or being made.
     mapping: AtomicBool,
     mapped: OnceLock<Arc<Share>>,
@@ -163,6 +165,21 @@ impl HandleShared {
         self.mapped.get().is_some_and(|mapped| mapped.owns(buffer))
     }
 
+    /// Its next flush is to fail.
+    pub(crate) fn owe_flush_error(&self) {
+        self.owes_flush_error.store(true, Ordering::Release);
+    }
+
+    /// Whether its next flush is to fail.
+    pub(crate) fn owes_flush_error(&self) -> bool {
+        self.owes_flush_error.load(Ordering::Acquire)
+    }
+
+    /// Whether a flush is to fail; the next one is not.
+    pub(crate) fn take_flush_error(&self) -> bool {
+        self.owes_flush_error.swap(false, Ordering::AcqRel)
+    }
+
     /// Takes the one chance to map a region; false when it is taken.
     pub(crate) fn claim_mapping(&self) -> bool {
         !self.mapping.swap(true, Ordering::AcqRel)
@@ -240,6 +257,7 @@ impl Handle {
             requests: AtomicU64::new(0),
             answers: Mutex::new(Vec::new()),
             waiting: AtomicU32::new(0),
+            owes_flush_error: AtomicBool::new(false),
             mapping: AtomicBool::new(false),
             mapped: OnceLock::new(),
         });
@@ -327,7 +345,7 @@ impl Handle {
 
     /// Takes what arrived, for a handle that was opened to receive; up to 64 buffers' worth at a time, in the order in which the device used them. Never blocks. Returns how much was found:
     /// only after a 0 with `arm` is it safe to sleep on [`Handle::arrival_fd`]. Buffers that clients let go of are given back to the device on the way.
-    pub fn receive(&self, arm: bool, out: &mut Vec<Arrival>) -> usize {
+    pub fn receive(&self, arm: bool, out: &mut Arrivals) -> usize {
         if !self.receives || self.state() == HandleState::Revoked || self.binding.gate().in_crossing() {
             return 0;
         }

@@ -28,6 +28,7 @@ use crate::ports::Within;
 use crate::watch::Watch;
 
 pub use cofferdam_lifecycle::Cause;
+pub(crate) use effects::silence;
 pub(crate) use progress::Progress;
 
 /// Longest sleep between two looks at what has no descriptor to wait on (cancellation).

@@ -9,11 +9,14 @@
 //! ladder takes it when it is free. It is held across a crossing, so a wait for it is bounded by the deadline of a guest call.
 //!
 //! After a fault of the driver another instance takes its place (`revive`). Where none does nothing crosses any more (L5), but the ring is the host's: what is on it is still reaped, and its ordinary answers are answered.
-//! After a fault of the device the ring is not believed any more, and what is on it waits for the ladder to silence the device (L1).
+//! After a fault of the device the ring is not believed any more, and what is on it waits for the device to be silenced (L1): by the ladder, or before it is brought back (`replay`).
 
 mod exchange;
+mod handover;
+mod identity;
 mod inside;
 pub(crate) mod posted;
+mod replay;
 mod revive;
 
 use std::ops::{Deref, DerefMut};
@@ -29,13 +32,16 @@ use cofferdam_runtime::{LaneDriver, LaneSetup};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::ReadWriteFlags;
 
-use crate::arrival::Arrival;
+use crate::arrival::Arrivals;
 use crate::binding::Binding;
 use crate::board::{Board, Picture};
 use crate::handle::HandleShared;
 pub(crate) use crate::lane::exchange::Timing;
+pub(crate) use crate::lane::handover::{EmptyState, LaneState, PostedState, RingState, channels};
+pub(crate) use crate::lane::identity::{DiskId, NotTold, Place, ask as ask_id, shown as shown_id};
 use crate::lane::inside::{Inside, Reaped, Sink};
 use crate::lane::posted::{Pool, Posted};
+pub(crate) use crate::lane::replay::{Fresh, Journal, Promise};
 use crate::ledger::Stage;
 use crate::offer::Offer;
 use crate::request::{Completion, IoError, IoRequest};
@@ -89,6 +95,8 @@ pub(crate) struct LaneParts {
     /// The queue that it keeps filled, if its set has one.
     pub(crate) posted: Option<(Posted, OwnedFd)>,
     pub(crate) requests: usize,
+    /// For a device that is to be brought back.
+    pub(crate) journal: Option<Journal>,
     pub(crate) binding: Weak<Binding>,
     /// Wakes who looks for faults.
     pub(crate) wake: Arc<Notify>,
@@ -147,14 +155,15 @@ impl Drop for Lease<'_> {
 
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
-        let LaneParts { driver, queue, arena, offer, set, setup, posted, requests, binding, wake, reaper } = parts;
+        let LaneParts { driver, queue, arena, offer, set, setup, posted, requests, journal, binding, wake, reaper } =
+            parts;
         let call = queue.events.call;
         let (posted, posted_call) = posted.unzip();
         let pool = posted.as_ref().map(|posted| Arc::clone(posted.pool()));
         // Of what is filled the client is told how much, which only the response says.
         let ordinary = queue.ordinary.filter(|_| !matches!(*offer, Offer::Entropy(_)));
         let queue = Inside::queue(queue.ring, queue.events.doorbell, ordinary);
-        let inside = Inside::new(driver, queue, requests, offer, set, posted);
+        let inside = Inside::new(driver, queue, requests, offer, set, posted, journal);
         Lane {
             arena,
             call,
@@ -244,7 +253,8 @@ impl Lane {
     pub(crate) fn try_reap(&self) -> Option<usize> {
         let mut lease = self.try_lease()?;
         self.reap(&mut lease, true, false, &mut Sink { me: None, out: &mut Vec::new() });
-        if lease.is_waiting() && self.binding.upgrade().is_none_or(|binding| binding.phase() != Phase::Recovering) {
+        let is_to_come = |binding: Arc<Binding>| matches!(binding.phase(), Phase::Recovering | Phase::Failed);
+        if lease.is_waiting() && !self.binding.upgrade().is_some_and(is_to_come) {
             // It leaves, and nobody will come.
             lease.give_up();
         }
@@ -267,6 +277,9 @@ impl Lane {
     }
 
     fn reap(&self, inside: &mut Inside, arm: bool, cross: bool, sink: &mut Sink<'_>) {
+        if inside.handed_over {
+            return;
+        }
         if arm {
             self.clear_call();
         }
@@ -315,9 +328,12 @@ impl Lane {
     }
 
     /// See [`crate::Handle::receive`]: up to 64 buffers' worth.
-    pub(crate) fn receive(&self, arm: bool, out: &mut Vec<Arrival>) -> usize {
+    pub(crate) fn receive(&self, arm: bool, out: &mut Arrivals) -> usize {
         let before = out.len();
         let mut lease = self.lease();
+        if lease.handed_over {
+            return 0;
+        }
         if let Some(call) = self.posted_fd().filter(|_| arm) {
             clear(call);
         }
@@ -375,6 +391,12 @@ impl Lane {
     /// Has the watching thread look for faults.
     pub(crate) fn wake_watch(&self) {
         self.wake.signal();
+    }
+
+    /// Another descriptor for one of its call descriptors.
+    pub(crate) fn duplicate_call(&self, is_posted: bool) -> Option<OwnedFd> {
+        let call = if is_posted { self.posted_fd() } else { Some(self.device_fd()) };
+        call.and_then(|call| call.try_clone_to_owned().ok())
     }
 
     /// Its number, which is that of its set of queues.

@@ -222,6 +222,22 @@ impl Ledger {
         self.get(token).map(|slot| slot.op)
     }
 
+    /// What an operation asked for that [`Ledger::claim`] has just taken out of this place.
+    #[inline]
+    pub(crate) fn op_at(&self, place: u16) -> IoOp {
+        self.slots[usize::from(place)].op
+    }
+
+    /// Where the device finds an operation's buffer.
+    pub(crate) fn iova(&self, token: u32) -> Option<u64> {
+        self.get(token).and_then(|slot| slot.buffer.as_ref()).map(Buffer::iova)
+    }
+
+    /// Whose an operation is.
+    pub(crate) fn handle_of(&self, token: u32) -> Option<&Arc<HandleShared>> {
+        self.get(token).and_then(|slot| self.handle(slot.owner))
+    }
+
     /// How far an operation has come.
     pub(crate) fn stage(&self, token: u32) -> Option<Stage> {
         self.get(token).map(|slot| slot.stage)

@@ -12,7 +12,9 @@
 //! handle     a client's revocable right to operate
 //! maker      makes instances of a driver
 //! recovery   what becomes of a binding whose driver breaks down
+//! reconnect  a device that is lost and comes back
 //! upgrade    another component in the place of a driver that serves
+//! handover   bindings in the hands of another process
 //! crash      what is kept of a driver that broke down
 //! offer      what a binding gives: its service, and what the device can do of it now
 //! request    what a client asks, and what it is answered
@@ -46,6 +48,7 @@ mod events;
 mod explain;
 mod function;
 mod handle;
+mod handover;
 mod ladder;
 mod lane;
 mod ledger;
@@ -54,8 +57,10 @@ mod maker;
 mod manager;
 mod mapped;
 mod offer;
+mod parking;
 mod ports;
 mod queues;
+mod reconnect;
 mod recovery;
 mod registry;
 mod request;
@@ -65,7 +70,7 @@ mod threads;
 mod upgrade;
 mod watch;
 
-pub use arrival::Arrival;
+pub use arrival::{Arrival, Arrivals};
 pub use binding::{Binding, RevokeReport};
 pub use block::BlockGeometry;
 pub use certificate::{Certificate, Leaked, Outcome, Residual, Stage, StageTime};
@@ -77,12 +82,15 @@ pub use error::{
 pub use events::{EventKind, EventReader, EventRecord};
 pub use explain::{CallStatus, Explanation, FaultStatus, RequestStatus};
 pub use handle::{Handle, HandleSpec, HandleState, Patience};
+pub use handover::{Adopted, BindingManifest, ExportedBinding, HandOver, HandOverError, Manifests, Prepared};
 pub use ladder::{Cause, UnloadOptions};
 pub use load::LoadSpec;
 pub use manager::{Config, Manager};
 pub use mapped::{MapError, Mapped, MappedUse};
 pub use offer::Offer;
+pub use parking::Parking;
 pub use ports::{Port, PortReport};
+pub use reconnect::{Open, Reconnect};
 pub use recovery::{MAX_RESTARTS, RestartPolicy};
 pub use request::{Completion, IoError, IoFlags, IoOp, IoRequest};
 pub use status::{BindingStatus, CoreCalls, HandleStatus};
@@ -91,7 +99,7 @@ pub use upgrade::{UpgradeReport, UpgradeSpec};
 
 pub use cofferdam_device::transfer;
 pub use cofferdam_device::transport::Transport;
-pub use cofferdam_device::{Buffer, RegionError};
+pub use cofferdam_device::{Buffer, Exported, NotExportable, RegionError};
 pub use cofferdam_gate::{Cancel, MECHANISM_VARIABLE, Mechanism, Notify, mechanism, mechanism_reason};
 pub use cofferdam_lifecycle::Phase;
 pub use cofferdam_runtime::{

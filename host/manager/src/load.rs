@@ -10,7 +10,7 @@ use cofferdam_device::transport::Transport;
 use cofferdam_lifecycle::Event;
 use cofferdam_runtime::{
     Attachment, BlockProperties, CallError, DeviceCapability, Grants, GuestLimits, LaneDriver, LaneId, LaneSetup,
-    Properties, QueueOwner, Runtime, Service,
+    Module, Properties, QueueOwner, Runtime, Service,
 };
 use parking_lot::Mutex;
 
@@ -19,12 +19,15 @@ use crate::control::Control;
 use crate::device::DeviceWindow;
 use crate::error::LoadError;
 use crate::function;
-use crate::lane::{Lane, LaneParts};
+use crate::handover::Recipe;
+use crate::lane::{Journal, Lane, LaneParts, Promise};
 use crate::maker::Maker;
+use crate::manager::Shared;
 use crate::mapped::{MapLimits, Site};
 use crate::offer::Offer;
 use crate::ports::Within;
 use crate::queues::{Layout, QueuesError, SetQueues};
+use crate::reconnect::{Expected, Reconnect, Reconnection};
 use crate::recovery::{Recovery, RestartPolicy, Version};
 use crate::residue::Marks;
 use crate::watch::Watch;
@@ -34,7 +37,7 @@ const RINGS_IOVA: u64 = 0x1000_0000;
 /// I/O address of the buffer arena.
 const ARENA_IOVA: u64 = 0x1_0000_0000;
 /// Most data lanes of one binding: `wit/virtio.wit` knows 64 queues.
-const LANE_LIMIT: u16 = 64;
+pub(crate) const LANE_LIMIT: u16 = 64;
 
 /// What to load. Limits not given here have the defaults of DESIGN section 9.
 pub struct LoadSpec {
@@ -64,6 +67,8 @@ pub struct LoadSpec {
     pub requests_per_lane: usize,
     /// When a driver that breaks down is replaced; `None`: never, the binding leaves.
     pub restarts: Option<RestartPolicy>,
+    /// How a device that is lost is brought back; `None`: it is not, the binding leaves. Needs [`LoadSpec::restarts`], which counts its returns as well.
+    pub reconnect: Option<Reconnect>,
     /// Where crashes of the driver are written down; `None`: nowhere. Made with the first crash.
     pub crash_dir: Option<PathBuf>,
     /// Open handles of the binding.
@@ -112,6 +117,7 @@ impl LoadSpec {
             ring_entries: 256,
             requests_per_lane: 1024,
             restarts: Some(RestartPolicy::default()),
+            reconnect: None,
             crash_dir: None,
             handle_limit: 4096,
             mapped_handles: 16,
@@ -122,9 +128,18 @@ impl LoadSpec {
 }
 
 /// Builds up `binding`, which is registered and `loading`. On error the caller runs the ladder on it.
-pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, spec: LoadSpec) -> Result<(), LoadError> {
+pub(crate) fn build(
+    binding: &Arc<Binding>,
+    runtime: &Runtime,
+    manager: &Arc<Shared>,
+    spec: LoadSpec,
+) -> Result<(), LoadError> {
+    let watch = manager.watch();
     let mut parts = binding.parts.lock();
     let _within = Within::enter();
+    if spec.native.is_none() {
+        let _ = binding.recipe.set(Recipe::of(&spec));
+    }
     let mappings = MapLimits { handles: spec.mapped_handles, bytes: spec.mapped_bytes };
     let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, ring_entries, .. } =
         spec;
@@ -149,9 +164,13 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         }
     };
     drop(component);
+    let is_replaced = spec.restarts.is_some() && module.as_ref().is_some_and(|module| !is_function(module));
+    if spec.reconnect.is_some() && !is_replaced {
+        return Err(LoadError::CannotReconnect);
+    }
     parts.module.clone_from(&module);
     let maker = module.as_ref().map(|module| Maker::new(module, grants, limits)).transpose()?;
-    if let Some(maker) = maker.as_ref().filter(|maker| maker.module().info().service == Service::Function) {
+    if let Some(maker) = maker.as_ref().filter(|maker| is_function(maker.module())) {
         parts.control = Some(function::attach(binding, maker, &transport, spec.trust_dma, &parts.marks.memory)?);
         transport.lock().start().map_err(device_error)?;
         return open_for_business(binding, &mut parts, None, watch, &transport);
@@ -214,6 +233,8 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         })?
     };
 
+    let promise = spec.reconnect.as_ref().map(|_| Arc::new(Promise::new(queues.sets.len(), false)));
+
     // Data lanes: one set of queues each.
     for (number, SetQueues { indices, requests, posted }) in queues.sets.into_iter().enumerate() {
         let set = number as u16;
@@ -236,6 +257,7 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
             setup,
             posted,
             requests: requests_per_lane,
+            journal: promise.as_ref().map(|promise| Journal::new(set, promise)),
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
             reaper: watch.reaper(),
@@ -246,8 +268,18 @@ pub(crate) fn build(binding: &Arc<Binding>, runtime: &Runtime, watch: &Watch, sp
         let version = Version { maker, driver: binding.driver(), state: attachment.state.clone(), number: 0 };
         let _ = binding.recovery.set(Recovery::new(version, policy, spec.crash_dir));
     }
+    if let Some((reconnect, promise)) = spec.reconnect.zip(promise) {
+        let expected = Expected::of(layout, features, transport.lock().as_ref());
+        let manager = Arc::downgrade(manager);
+        let _ = binding.reconnection.set(Reconnection::new(reconnect, expected, &transport, &manager, promise));
+    }
     transport.lock().start().map_err(device_error)?;
     parts.lanes.iter().for_each(|lane| lane.kick_posted());
+    if let (Some(reconnection), Some(lane)) = (binding.reconnection.get(), parts.lanes.first())
+        && offer.block().is_some_and(|disk| disk.has_id)
+    {
+        reconnection.learn_id(binding, lane, &rings);
+    }
     if is_block {
         let wake = watch.reaper();
         binding.regions().open(Site { transport: Arc::downgrade(&transport), memory, wake, limits: mappings });
@@ -306,7 +338,7 @@ fn open_for_business(
 }
 
 /// The driver's words about queues, checked against the device and the contract (who can forge this: the guest).
-fn check_plan(
+pub(crate) fn check_plan(
     attachment: &Attachment,
     transport: &dyn Transport,
     lane_limit: u16,
@@ -345,9 +377,21 @@ fn check_plan(
     Ok(())
 }
 
+/// Whether the driver programs its device itself.
+fn is_function(module: &Module) -> bool {
+    module.info().service == Service::Function
+}
+
 /// A name for memfds that no other binding of this process has.
 fn memory_name(binding: &str) -> String {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
     // The number comes first: a binding may be called like the end of another one's memory.
-    format!("cofferdam-{}-{binding}", NEXT.fetch_add(1, Ordering::Relaxed))
+    format!("cofferdam-{}-{binding}", NEXT_MEMORY.fetch_add(1, Ordering::Relaxed))
+}
+
+static NEXT_MEMORY: AtomicU64 = AtomicU64::new(1);
+
+/// Another process made memory of this name, and it is this one's now.
+pub(crate) fn skip_memory_names(taken: &str) {
+    let number = taken.strip_prefix("cofferdam-").and_then(|rest| rest.split('-').next()?.parse::<u64>().ok());
+    NEXT_MEMORY.fetch_max(number.unwrap_or(0).saturating_add(1), Ordering::Relaxed);
 }

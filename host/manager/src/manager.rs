@@ -1,5 +1,6 @@
 //! The host as a library: what the command line and the examples drive.
 
+use std::os::fd::AsFd;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use parking_lot::Mutex;
 use crate::binding::{Binding, RevokeReport};
 use crate::certificate::{Certificate, Outcome};
 use crate::departed::Departed;
+use crate::device::SharedTransport;
 use crate::error::{LoadError, ManagerError, RevokeError, UnloadError, UpgradeError};
 use crate::events::{EventLog, EventReader};
 use crate::explain::Explanation;
@@ -145,7 +147,7 @@ impl Manager {
             Err(LoadError::ShuttingDown)
         } else {
             // A panic of the host in here must not leave a binding behind that loads for ever.
-            let build = AssertUnwindSafe(|| load::build(&binding, &shared.runtime, &shared.watch, spec));
+            let build = AssertUnwindSafe(|| load::build(&binding, &shared.runtime, shared, spec));
             std::panic::catch_unwind(build).unwrap_or_else(|_| Err(LoadError::Host("the load panicked".into())))
         };
         match result {
@@ -267,6 +269,10 @@ impl Manager {
         Vec::new()
     }
 
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     fn free_name(&self, driver: &str) -> String {
         let stem = driver.rsplit('/').next().unwrap_or(driver);
         let stem = stem.strip_suffix(".wasm").unwrap_or(stem);
@@ -279,6 +285,39 @@ impl Manager {
 }
 
 impl Shared {
+    /// The log that bindings write into.
+    pub(crate) fn events(&self) -> Arc<EventLog> {
+        Arc::clone(&self.events)
+    }
+
+    pub(crate) fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// A binding that was made of another process's is one of this manager's.
+    pub(crate) fn enter(&self, binding: &Arc<Binding>) -> Result<(), LoadError> {
+        let entered = self.registry.insert(Arc::clone(binding));
+        entered.map_err(|taken| LoadError::NameTaken(taken.name().to_owned()))
+    }
+
+    /// Has the watching thread look after its device.
+    pub(crate) fn watch_device(&self, binding: &Arc<Binding>, transport: &SharedTransport) -> std::io::Result<()> {
+        let fd = transport.lock().event_fd().map(|fd| fd.try_clone_to_owned()).transpose()?;
+        let both = [fd, binding.control.event_fd()];
+        both.iter().flatten().try_for_each(|fd| self.watch.add(binding, transport, fd.as_fd()))
+    }
+
+    /// What its device said while nobody was to look is found now.
+    pub(crate) fn look_again(&self, binding: &Arc<Binding>) {
+        self.watch.look_again(binding);
+    }
+
+    /// Another process has it.
+    pub(crate) fn forget(&self, binding: &Arc<Binding>) {
+        self.watch.remove(binding);
+        self.registry.remove(binding);
+    }
+
     /// Whether the manager takes everything down.
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
@@ -330,7 +369,7 @@ fn is_name_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
 }
 
-fn check_name(name: &str) -> Result<&str, LoadError> {
+pub(crate) fn check_name(name: &str) -> Result<&str, LoadError> {
     let good = (1..=64).contains(&name.len()) && name.chars().all(is_name_char) && !name.starts_with(['-', '.']);
     if good { Ok(name) } else { Err(LoadError::BadName(name.to_owned())) }
 }

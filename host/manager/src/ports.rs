@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use cofferdam_device::{Exported, NotExportable};
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::PortError;
@@ -24,6 +25,36 @@ pub trait Port: Send {
     /// Stops accepting, lets what was answered go out for at most `grace`, then severs its clients. When this returns, every thread of the port has ended, every
     /// handle is closed and every buffer is given back. Bounded by `grace` and a little; a second later the ladder goes on without it.
     fn shutdown(self: Box<Self>, grace: Duration) -> PortReport;
+
+    /// Whether this port could be handed to another process.
+    ///
+    /// # Errors
+    /// [`NotExportable`]: what is in the way.
+    fn exportable(&self) -> Result<(), NotExportable> {
+        Err(NotExportable::because("ports of this kind are not handed over"))
+    }
+
+    /// Takes nothing more from any client, waits until `until` for what was taken to be answered, and tells everything that another process needs to go on with the clients.
+    /// Until [`Port::resume`] nothing is read from them or said to them, and they are connected still.
+    ///
+    /// # Errors
+    /// [`NotExportable`]: what was waited for in vain; then it is resumed as after an export.
+    fn export(&mut self, until: Instant) -> Result<Exported, NotExportable> {
+        let _ = until;
+        self.exportable()?;
+        Err(NotExportable::because("ports of this kind are not handed over"))
+    }
+
+    /// What makes an export that is under way, on another thread, fail soon; until [`Port::resume`]. `None` where none takes long.
+    fn canceller(&self) -> Option<Box<dyn Fn() + Send>> {
+        None
+    }
+
+    /// The handover is over, one way or the other, and this is the side that has the clients. Also after an export that failed.
+    fn resume(&mut self) {}
+
+    /// The handover is over and the other process has the clients: goes, and leaves their connections and the port's address alone.
+    fn forget(self: Box<Self>) {}
 }
 
 /// What a port says when it has gone.
@@ -45,8 +76,10 @@ pub(crate) struct Gone {
 #[derive(Default)]
 struct Inside {
     attached: Vec<Box<dyn Port>>,
-    /// Ports that are being detached by somebody now.
+    /// Ports that are being detached by somebody now, or that are away.
     leaving: usize,
+    /// Addresses of those that are on their way to another process.
+    away: Vec<String>,
     closed: bool,
 }
 
@@ -70,7 +103,45 @@ impl Ports {
     }
 
     pub(crate) fn addresses(&self) -> Vec<String> {
-        self.inside.lock().attached.iter().map(|port| port.address()).collect()
+        let inside = self.inside.lock();
+        inside.attached.iter().map(|port| port.address()).chain(inside.away.iter().cloned()).collect()
+    }
+
+    /// What keeps ports from being handed over, each in a sentence.
+    pub(crate) fn obstacles(&self) -> Vec<String> {
+        let inside = self.inside.lock();
+        let reason = |port: &dyn Port| port.exportable().err().map(|why| format!("{}: {why}", port.address()));
+        let found = inside.attached.iter().filter_map(|port| reason(port.as_ref()));
+        let leaving = (inside.leaving > 0).then(|| "a port is being detached".to_owned());
+        found.chain(leaving).collect()
+    }
+
+    /// All of them, for somebody who gives them back or forgets them. Whoever takes the ports down meanwhile waits for that, as long as for one that is being detached.
+    pub(crate) fn take_away(&self) -> Vec<Box<dyn Port>> {
+        let mut inside = self.inside.lock();
+        let ports = std::mem::take(&mut inside.attached);
+        inside.leaving += ports.len();
+        inside.away = ports.iter().map(|port| port.address()).collect();
+        ports
+    }
+
+    /// Those that were taken away, resumed.
+    pub(crate) fn give_back(&self, mut ports: Vec<Box<dyn Port>>) {
+        ports.iter_mut().for_each(|port| port.resume());
+        let mut inside = self.inside.lock();
+        inside.leaving -= ports.len();
+        inside.away.clear();
+        let late = if inside.closed { ports } else { inside.attached.splice(0..0, ports).collect() };
+        drop(inside);
+        self.changed.notify_all();
+        if !late.is_empty() {
+            shut_down(late);
+        }
+    }
+
+    /// Has all of them go on, which were adopted.
+    pub(crate) fn resume(&self) {
+        self.inside.lock().attached.iter_mut().for_each(|port| port.resume());
     }
 
     /// Takes one port down; the binding serves on.

@@ -10,6 +10,7 @@
 //! one, one at a time; what breaks two drivers in a row is answered as failed, and the next is tried.
 
 mod restarts;
+mod versions;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -26,10 +27,11 @@ use crate::crash::{Crash, CrashReport, Crashes, Spool};
 use crate::error::{LaneFault, RestartError};
 use crate::events::EventKind;
 use crate::lane::Lane;
-use crate::maker::Maker;
 use crate::ports::Within;
 use restarts::Restarts;
 pub use restarts::{MAX_RESTARTS, RestartPolicy};
+use versions::Versions;
+pub(crate) use versions::{Previous, Version};
 
 /// How long clients are held beyond the longest wait of the policy: making an instance for each lane, each within a call's deadline.
 const HOLD: Duration = Duration::from_secs(30);
@@ -53,6 +55,8 @@ pub(crate) enum Next {
 struct Turn {
     /// Lanes without a driver, by number; [`CONTROL`] among them.
     down: u128,
+    /// Something was found wrong with a device that is just being brought back.
+    reported: bool,
     /// Newcomers wait.
     hold: Option<Hold>,
     /// When the thread makes the next attempt.
@@ -72,33 +76,12 @@ impl Turn {
             self.hold = gate.hold_for(longest + HOLD, Overdue::Open).ok();
         }
     }
-}
 
-/// One of a binding's drivers: its code, and what its control lane tells its data lanes.
-#[derive(Clone)]
-pub(crate) struct Version {
-    pub(crate) maker: Maker,
-    pub(crate) driver: Arc<str>,
-    pub(crate) state: Vec<u8>,
-    /// Counts them.
-    pub(crate) number: u64,
-}
-
-/// The driver before an upgrade.
-#[derive(Clone)]
-pub(crate) struct Previous {
-    pub(crate) version: Version,
-    /// Until then it comes back by itself.
-    pub(crate) until: Option<Instant>,
-}
-
-/// What there is to make drivers of.
-#[derive(Default)]
-struct Versions {
-    /// `None` once the code is dropped.
-    current: Option<Version>,
-    previous: Option<Previous>,
-    count: u64,
+    /// The same from now on, also if they do already.
+    fn hold_anew(&mut self, gate: Gate, longest: Duration) {
+        self.hold = None;
+        self.hold_clients(gate, longest);
+    }
 }
 
 /// A binding's means to replace its driver.
@@ -125,60 +108,28 @@ impl Recovery {
         }
     }
 
-    /// What instances are made of now.
-    pub(crate) fn version(&self) -> Option<Version> {
-        self.versions.lock().current.clone()
+    /// Its driver broke down so often in the process before this one.
+    pub(crate) fn begin_at(&self, crashes: u64) {
+        self.crashes.begin_at(crashes);
     }
 
-    /// From now on they are made of this, and `previous` is what was before; its number.
-    pub(crate) fn adopt_version(&self, version: Version, previous: Option<Previous>) -> u64 {
-        let mut versions = self.versions.lock();
-        versions.count += 1;
-        versions.current = Some(Version { number: versions.count, ..version });
-        versions.previous = previous;
-        versions.count
-    }
-
-    /// What they were made of before.
-    pub(crate) fn previous(&self) -> Option<Version> {
-        self.versions.lock().previous.as_ref().map(|previous| previous.version.clone())
-    }
-
-    /// The driver of this number has stood its probation, if it is the one that is there; whether it is.
-    pub(crate) fn end_probation(&self, number: u64) -> bool {
-        let mut versions = self.versions.lock();
-        let is_current = versions.current.as_ref().is_some_and(|version| version.number == number);
-        if let Some(previous) = versions.previous.as_mut().filter(|_| is_current) {
-            previous.until = None;
-        }
-        is_current
-    }
-
-    /// A driver on probation has broken down: instances are made of the one before it again. Names of both, if that is so.
-    fn fall_back(&self) -> Option<(Arc<str>, Arc<str>)> {
-        let mut versions = self.versions.lock();
-        let until = versions.previous.as_ref()?.until?;
-        let from = Arc::clone(&versions.current.as_ref()?.driver);
-        if Instant::now() >= until {
-            return None;
-        }
-        let version = versions.previous.take()?.version;
-        let to = Arc::clone(&version.driver);
-        versions.count += 1;
-        versions.current = Some(Version { number: versions.count, ..version });
-        Some((from, to))
+    /// One more restart: how long to wait for it, or `None` if there were too many.
+    pub(crate) fn next_restart(&self) -> Option<Duration> {
+        self.restarts.lock().next(Instant::now())
     }
 
     /// The code goes, also what is dead already; whether all of it is gone by `until`.
     pub(crate) fn end(&self, until: Instant) -> bool {
         *self.versions.lock() = Versions::default();
         self.turn.lock().hold = None;
-        self.crashes.wait(until)
+        self.crashes.close(until)
     }
 }
 
 /// The control lane, behind the 64 data lanes that there can be.
 pub(crate) const CONTROL: u16 = 64;
+/// The device itself, behind both: it can be away.
+const DEVICE: u16 = 65;
 
 fn lane_id(lane: u16) -> LaneId {
     if lane == CONTROL { LaneId::Control } else { LaneId::Data(lane) }
@@ -222,12 +173,13 @@ impl Binding {
         let number = recovery.crashes.note(&self.crash(lane, fault, view));
         turn.crashes.entry(lane).or_default().push((number, Instant::now()));
         self.record(LaneFault::Guest(fault.clone()).to_event());
+        if turn.down & bit(DEVICE) != 0 && self.has_no_device() {
+            // Another driver comes with the device.
+            return Next::Wait;
+        }
         if let Some((from, to)) = recovery.fall_back() {
             drop(turn);
-            self.set_driver(&to);
-            let (from, to, reason) = (from.to_string(), to.to_string(), fault.to_string());
-            tracing::warn!(binding = self.name(), from, to, reason, "rolled back");
-            self.record(EventKind::RolledBack { from, to, reason });
+            self.rolled_back(&from, &to, fault);
             self.fall_back_elsewhere();
             return Next::Revive;
         }
@@ -242,6 +194,31 @@ impl Binding {
             }
             None => self.give_up(&mut turn),
         }
+    }
+
+    /// A driver that was made for a device that came back broke down over it. How long to wait for the next attempt; `None`: that was once too often.
+    pub(crate) fn broke_down_over_return(&self, lane: u16, fault: &GuestFault) -> Option<Duration> {
+        let recovery = self.recovery.get()?;
+        let views = self.views();
+        let view = views.iter().rev().find(|(of, _)| *of == lane_id(lane)).map(|(_, view)| view);
+        let number = recovery.crashes.note(&self.crash(lane, fault, view));
+        self.bury_of(recovery, number, None);
+        self.record(LaneFault::Guest(fault.clone()).to_event());
+        tracing::warn!(binding = self.name(), lane, %fault, "driver broke down over a device that came back");
+        if let Some((from, to)) = recovery.fall_back() {
+            // The next attempt makes every driver anew.
+            self.rolled_back(&from, &to, fault);
+            return Some(Duration::ZERO);
+        }
+        recovery.next_restart()
+    }
+
+    /// A driver on probation broke down, and what is made from here on is made of the one before it.
+    fn rolled_back(&self, from: &Arc<str>, to: &Arc<str>, fault: &GuestFault) {
+        self.set_driver(to);
+        let (from, to, reason) = (from.to_string(), to.to_string(), fault.to_string());
+        tracing::warn!(binding = self.name(), from, to, reason, "rolled back");
+        self.record(EventKind::RolledBack { from, to, reason });
     }
 
     fn crash<'a>(&'a self, lane: u16, fault: &'a GuestFault, view: Option<&'a CallView>) -> Crash<'a> {
@@ -261,12 +238,28 @@ impl Binding {
         }
     }
 
-    /// The instance that broke down on a lane, of which somebody else has taken the place.
-    pub(crate) fn bury(&self, lane: u16, driver: Box<dyn LaneDriver>) {
+    /// The instance that broke down on a lane, of which somebody else has taken the place; or `None`, if it did not even come to be.
+    pub(crate) fn bury(&self, lane: u16, driver: Option<Box<dyn LaneDriver>>) {
         let Some(recovery) = self.recovery.get() else { return };
         let last = recovery.turn.lock().crashes.get(&lane).and_then(|crashes| crashes.last().copied());
-        let number = last.map_or(0, |(number, _)| number);
+        self.bury_of(recovery, last.map_or(0, |(number, _)| number), driver);
+    }
+
+    fn bury_of(&self, recovery: &Recovery, number: u64, driver: Option<Box<dyn LaneDriver>>) {
         recovery.crashes.bury(number, driver);
+        if let Some(lane) = self.serving.get().and_then(|serving| serving.lanes.first()) {
+            lane.wake_reaper();
+        }
+    }
+
+    /// The reaping thread's: has drivers that broke down be put away; whether some are left alone yet.
+    pub(crate) fn begin_burials(&self) -> bool {
+        self.recovery.get().is_some_and(|recovery| recovery.crashes.begin())
+    }
+
+    /// Has its crashes so far be written down; whether that was done by `until`.
+    pub(crate) fn write_crashes(&self, until: Instant) -> bool {
+        self.recovery.get().is_none_or(|recovery| recovery.crashes.wait(until))
     }
 
     /// How its driver broke down, the last 16 times, the oldest first.
@@ -335,7 +328,10 @@ impl Binding {
     /// A lane has a driver again. The lane's lease is held.
     pub(crate) fn revived(&self, lane: u16) {
         let Some(recovery) = self.recovery.get() else { return };
-        let mut turn = recovery.turn.lock();
+        self.up(recovery, &mut recovery.turn.lock(), lane);
+    }
+
+    fn up(&self, recovery: &Recovery, turn: &mut Turn, lane: u16) {
         turn.down &= !bit(lane);
         for (number, since) in turn.crashes.remove(&lane).unwrap_or_default() {
             recovery.crashes.note_pause(number, since.elapsed());
@@ -350,6 +346,81 @@ impl Binding {
             // Expired, or closed by the ladder.
             let _ = hold.open();
         }
+    }
+
+    /// The device is away, and is to be brought back: by what `begin` starts, unless that was started before. Newcomers wait for as long as it may take. Whether it is so.
+    pub(crate) fn enter_away(&self, event: Event, wait: Duration, begin: impl FnOnce() -> bool) -> bool {
+        let Some(recovery) = self.recovery.get() else { return false };
+        let mut turn = recovery.turn.lock();
+        if turn.down & bit(DEVICE) != 0 {
+            turn.reported = true;
+            return true;
+        }
+        // Refused where a driver is being replaced: it is recovering already.
+        let _ = self.step(event);
+        if self.phase() != Phase::Recovering {
+            return false;
+        }
+        if event == Event::Restarted {
+            recovery.restarts.lock().forget();
+        }
+        turn.down |= bit(DEVICE);
+        // One for a driver is too short.
+        turn.hold_anew(*self.gate(), wait.max(recovery.longest));
+        let begun = begin();
+        if !begun {
+            turn.down &= !bit(DEVICE);
+        }
+        begun
+    }
+
+    /// Newcomers wait at the gate for a device that is away, once nobody else holds it (an upgrade may have).
+    pub(crate) fn keep_held(&self, wait: Duration) {
+        let Some(recovery) = self.recovery.get() else { return };
+        let mut turn = recovery.turn.lock();
+        if turn.down & bit(DEVICE) != 0 {
+            turn.hold_clients(*self.gate(), wait);
+        }
+    }
+
+    /// A device was found: what is reported from here on is of it.
+    pub(crate) fn forget_reports(&self) {
+        if let Some(recovery) = self.recovery.get() {
+            recovery.turn.lock().reported = false;
+        }
+    }
+
+    /// It is away once more before it was back: newcomers wait as long again.
+    pub(crate) fn hold_again(&self, wait: Duration) {
+        let Some(recovery) = self.recovery.get() else { return };
+        let mut turn = recovery.turn.lock();
+        if turn.down & bit(DEVICE) != 0 {
+            turn.hold_anew(*self.gate(), wait);
+        }
+    }
+
+    /// The device is back, and every lane has it, if `is_here` still says so.
+    pub(crate) fn device_returned(&self, is_here: impl FnOnce() -> bool) -> bool {
+        let Some(recovery) = self.recovery.get() else { return true };
+        // Whoever notices a loss from here on waits for this.
+        let mut turn = recovery.turn.lock();
+        let is_here = !turn.reported && is_here();
+        if is_here {
+            self.up(recovery, &mut turn, DEVICE);
+        }
+        is_here
+    }
+
+    /// The device is not waited for any more: everybody gets an error.
+    pub(crate) fn device_gave_up(&self) {
+        let (Some(recovery), Some(serving)) = (self.recovery.get(), self.serving.get()) else { return };
+        serving.lanes.iter().for_each(|lane| lane.refuse_all());
+        let mut turn = recovery.turn.lock();
+        turn.down &= !bit(DEVICE);
+        turn.at = None;
+        // Refused if it leaves by now.
+        let _ = self.step(Event::Exhausted);
+        turn.hold = None;
     }
 
     /// Has a thread make what is missing, at the time that is set. Whether there is one.
@@ -411,7 +482,7 @@ impl Binding {
         }
     }
 
-    /// One more try for a binding that is `failed`, whatever its restarts have been.
+    /// One more try for a binding that is `failed`, whatever its restarts have been. A device that did not come back is waited for once more, elsewhere.
     ///
     /// # Errors
     /// [`RestartError`].
@@ -420,6 +491,9 @@ impl Binding {
         let (Some(recovery), Some(serving)) = (self.recovery.get(), self.serving.get()) else {
             return Err(RestartError::NotFailed(name()));
         };
+        if self.wait_again() {
+            return Ok(());
+        }
         {
             let mut turn = recovery.turn.lock();
             self.step(Event::Restarted).map_err(|_| RestartError::NotFailed(name()))?;

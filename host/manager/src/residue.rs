@@ -33,6 +33,12 @@ impl Marks {
         self.descriptors.push(mark);
     }
 
+    /// Another device is in the place of the one whose descriptors these were.
+    pub(crate) fn forget_descriptors(&mut self) {
+        self.descriptors.clear();
+        self.witnesses.clear();
+    }
+
     /// Whether a file's name in `/proc` is that of the binding's memory: a memfd, or a file of its own in huge pages.
     fn is_memory(&self, text: &str) -> bool {
         let memory = &self.memory;

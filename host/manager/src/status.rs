@@ -81,10 +81,13 @@ pub struct BindingStatus {
     pub capacity_bytes: u64,
     /// Packets, or pieces of streams, that arrived.
     pub arrivals: u64,
-    /// Posted buffers that the driver made nothing of.
+    /// Posted buffers that the driver made nothing of, and packets that a device had when it was lost.
     pub dropped: u64,
     /// Bytes of buffer memory that clients hold.
     pub leased_bytes: u64,
+    /// That its device is waited for and how long yet, or why it is not any more (`--reconnect`); none while it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub away: Option<String>,
     /// Why it is leaving by itself, if it is.
     pub fault: Option<String>,
     /// Bytes of memory that were retired on purpose, because the device could not be shown to be silent; they stay until the process ends.
@@ -150,6 +153,7 @@ impl Binding {
                 .serving
                 .get()
                 .map_or(0, |serving| serving.lanes.first().map_or(0, |lane| lane.arena().leased_bytes())),
+            away: self.away_sentence(),
             fault: self.fault().map(ToString::to_string),
             retired_bytes: self.retired_bytes(),
         }

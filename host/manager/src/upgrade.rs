@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! compile, check, instantiate      the old one serves
+//! rehearse                         an instance that is thrown away does what comes below, without the hint
 //! hold -> leases of every lane     nobody is in the driver; what is on the rings stays there
 //! suspend -> resume, start, live   the new one plans what is set up, or refuses: then the old one goes on
 //! open                             blackout over; the old component stays at hand
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::binding::Binding;
 use crate::control::Control;
-use crate::error::UpgradeError;
+use crate::error::{LoadError, UpgradeError};
 use crate::events::EventKind;
 use crate::ladder::micros;
 use crate::lane::{Lane, Timing};
@@ -37,6 +38,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const ENOUGH: u32 = 32;
 /// How long calls of the old driver are waited for, so that there is something to compare with. An idle device has none.
 const OBSERVE: Duration = Duration::from_millis(50);
+/// The same of a device that is not idle: on a busy machine its clients may not run for a while.
+const OBSERVE_BUSY: Duration = Duration::from_millis(500);
 /// A median call may take so many times as long as before, and this much more.
 const SLOWER: u32 = 4;
 const SLOWER_BY: Duration = Duration::from_micros(2);
@@ -102,7 +105,7 @@ impl Binding {
             current.maker.of(&module).map_err(|error| UpgradeError::Refused(error.to_string()))
         })();
         let exchanged = prepared.and_then(|maker| {
-            self.observe(begun + OBSERVE);
+            self.observe(begun);
             let digest = maker.module().info().digest.clone();
             let probation = Some((current.clone(), spec.probation));
             let done = self.exchange(maker, &spec.driver, spec.deadline, begun, probation)?;
@@ -200,8 +203,13 @@ impl Binding {
         if self.phase() != Phase::Serving {
             return Err(self.not_exchangeable());
         }
-        let mut control = maker.make(self, LaneId::Control).map_err(|error| refused(&error))?;
         let lanes = &serving.lanes;
+        // A directory of the host's is not for throwing away what was done in it.
+        if !self.recipe.get().is_some_and(|recipe| recipe.grants_directory) {
+            self.rehearse(&maker, lanes).map_err(|error| refused(&error))?;
+        }
+        // After that: the latest instance of a lane is the one whose calls a report tells.
+        let mut control = maker.make(self, LaneId::Control).map_err(|error| refused(&error))?;
         let made: Result<Vec<Instance>, _> =
             lanes.iter().map(|lane| maker.make(self, LaneId::Data(lane.number()))).collect();
         let made = made.map_err(|error| refused(&error))?;
@@ -246,7 +254,8 @@ impl Binding {
         // Before anybody can call it: it may break down at once.
         let previous =
             probation.map(|(version, probation)| Previous { version, until: Instant::now().checked_add(probation) });
-        let number = recovery.adopt_version(Version { maker, driver: driver.into(), state, number: 0 }, previous);
+        let (number, outdated) =
+            recovery.adopt_version(Version { maker, driver: driver.into(), state, number: 0 }, previous);
         let median = leases.iter_mut().filter_map(|lease| lease.median()).max();
         let mut dead: Vec<_> = leases.iter_mut().zip(drivers).map(|(lease, new)| lease.exchange(new, number)).collect();
         dead.push(Some(Box::new(std::mem::replace(&mut current.instance, control))));
@@ -259,15 +268,32 @@ impl Binding {
         // Expired, or closed by the ladder: then the new one leaves like the old one would have.
         let _ = hold.open();
         let blackout = held.elapsed();
-        // To take a store apart takes time that nobody waits for.
-        drop(dead);
+        // To take a store apart, or to unmap machine code, takes time that nobody waits for.
+        drop((dead, outdated));
         Ok(Exchanged { prepare, blackout, median })
     }
 
-    /// Lets the old driver be called often enough to be measured, until `end`. Nobody is held.
-    fn observe(&self, end: Instant) {
+    /// Has instances that are thrown away do what those that take over will be asked while clients are held, but for the hint. What refuses, traps or hangs does so here already; and machine code that all of
+    /// them share is in memory afterwards.
+    fn rehearse(&self, maker: &Maker, lanes: &[Arc<Lane>]) -> Result<(), RehearsalError> {
+        let mut control = maker.make(self, LaneId::Control)?;
+        let attachment = {
+            let locked = self.control.lock_until(Instant::now() + LATE);
+            let Some(locked) = locked.as_ref().and_then(|locked| locked.as_ref()) else { return Ok(()) };
+            locked.resume(&mut control, &ExportedState::default())?
+        };
+        if let Some(lane) = lanes.first() {
+            maker.make(self, LaneId::Data(lane.number()))?.start(&lane.setup(&attachment.state))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the old driver be called often enough to be measured, if it is called at all. Nobody is held.
+    fn observe(&self, begun: Instant) {
         let Some(serving) = self.serving.get() else { return };
-        while Instant::now() < end && serving.lanes.iter().all(|lane| lane.median().is_none()) {
+        let are_timed = || serving.lanes.iter().any(|lane| lane.median().is_some());
+        let are_called = || serving.lanes.iter().any(|lane| lane.is_called());
+        while !are_timed() && begun.elapsed() < if are_called() { OBSERVE_BUSY } else { OBSERVE } {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -334,6 +360,15 @@ fn take_over(
         drivers.push(driver);
     }
     Ok((attachment.state, drivers))
+}
+
+/// How a rehearsal failed.
+#[derive(Debug, thiserror::Error)]
+enum RehearsalError {
+    #[error(transparent)]
+    Make(#[from] LoadError),
+    #[error(transparent)]
+    Call(#[from] CallError),
 }
 
 /// What an exchange took, and how long a median call of the driver before took, if it was seen.

@@ -1,7 +1,7 @@
 //! The thread that notices lost devices and faulty drivers, and sends their bindings down the ladder; and changed configurations, which it has passed on (`config`).
 //!
 //! It only looks and starts: the ladder itself runs on a thread of its own, so that one binding that takes long to leave hides no other's loss. A second thread reaps for
-//! handles that were closed with requests in flight, which may cross into a driver and take as long as a guest call may.
+//! handles that were closed with requests in flight, which may cross into a driver and take as long as a guest call may; and it has dead drivers be buried (`crash`).
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -21,12 +21,13 @@ use crate::device::SharedTransport;
 use crate::ladder::{Cause, UnloadOptions};
 use crate::manager::Shared;
 use crate::ports::Within;
+use crate::reconnect::Why;
 
 /// How long a binding that leaves by itself waits for its device before the drain is cut short.
 pub(crate) const SELF_DRAIN: Duration = Duration::from_secs(5);
 /// How soon a device that somebody else speaks to is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// How often the devices of closed handles are looked at. Only while there are any.
+/// How often the devices of closed handles, and dead drivers, are looked at. Only while there are any.
 const ORPHAN_LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 /// How long after a force the driver's code may go on by itself: what the ladder gives a drain, and a little.
 const GUEST_PATIENCE: Duration = Duration::from_millis(150);
@@ -53,6 +54,8 @@ pub(crate) struct Watch {
     next: AtomicU64,
     /// By epoll key.
     watched: Mutex<HashMap<u64, Watched>>,
+    /// Keys that are to be looked at although nothing told of them.
+    asked: Mutex<Vec<u64>>,
 }
 
 impl Watch {
@@ -68,6 +71,7 @@ impl Watch {
             ends: Mutex::new(Vec::new()),
             next: AtomicU64::new(WAKER + 1),
             watched: Mutex::new(HashMap::new()),
+            asked: Mutex::new(Vec::new()),
         })
     }
 
@@ -134,6 +138,17 @@ impl Watch {
         });
     }
 
+    /// Has the binding be looked at soon, until nothing that its device announced waits to be passed on. Also where none of its descriptors has anything new.
+    pub(crate) fn look_again(&self, binding: &Arc<Binding>) {
+        let target = Arc::downgrade(binding);
+        let keys = |watched: &HashMap<u64, Watched>| -> Vec<u64> {
+            watched.iter().filter(|(_, watched)| watched.binding.ptr_eq(&target)).map(|(key, _)| *key).collect()
+        };
+        let keys = keys(&self.watched.lock());
+        self.asked.lock().extend(keys);
+        self.wake.signal();
+    }
+
     /// Ends the threads.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
@@ -174,6 +189,10 @@ fn look(watch: &Watch, manager: &Weak<Shared>) {
             match event.data.u64() {
                 WAKER => {
                     watch.wake.clear();
+                    let asked = std::mem::take(&mut *watch.asked.lock());
+                    again.extend(asked);
+                    again.sort_unstable();
+                    again.dedup();
                     look_for_faults(&manager);
                 }
                 key if !again.contains(&key) => again.push(key),
@@ -197,7 +216,8 @@ fn reap(watch: &Watch, manager: &Weak<Shared>) {
         watch.reaper.clear();
         let Some(manager) = manager.upgrade() else { return };
         let bindings = manager.registry.snapshot();
-        let waits = bindings.values().filter(|binding| binding.reap_orphans() | binding.revoke_regions()).count();
+        let look = |binding: &Arc<Binding>| binding.reap_orphans() | binding.revoke_regions() | binding.begin_burials();
+        let waits = bindings.values().filter(|binding| look(binding)).count();
         soon = (waits > 0).then_some(&ORPHAN_LOOK);
     }
 }
@@ -215,7 +235,7 @@ fn look_for_faults(manager: &Arc<Shared>) {
 fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &SharedTransport) -> bool {
     let looked = transport.try_lock().map(|mut transport| (transport.is_lost(), transport.take_config_change()));
     let Some((lost, changed)) = looked else { return false };
-    if lost && may_leave(binding) {
+    if lost && may_leave(binding) && !binding.device_away(Why::Lost) {
         tracing::warn!(binding = binding.name(), device = binding.device(), "device lost");
         leave(manager, binding, Cause::Removed);
     }
@@ -229,9 +249,13 @@ fn may_leave(binding: &Binding) -> bool {
 }
 
 /// Takes the binding down the ladder on a thread of its own, one at a time.
-fn leave(manager: &Arc<Shared>, binding: &Arc<Binding>, cause: Cause) {
-    if binding.leaving.swap(true, Ordering::AcqRel) {
-        return;
+pub(crate) fn leave(manager: &Arc<Shared>, binding: &Arc<Binding>, cause: Cause) {
+    {
+        let mut put_off = binding.put_off.lock();
+        if binding.leaving.swap(true, Ordering::AcqRel) {
+            *put_off = Some(cause);
+            return;
+        }
     }
     let (manager, binding) = (Arc::clone(manager), Arc::clone(binding));
     let again = Arc::clone(&binding);

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Arrival, Binding, Config, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, LoadSpec, Manager, Offer,
-    OpenError, Phase, UnloadOptions,
+    Arrival, Arrivals, Binding, Config, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, LoadSpec, Manager,
+    Offer, OpenError, Phase, UnloadOptions,
 };
 use cofferdam_sim::{Behaviour, Drive, Frame, NetProfile, SimNet};
 
@@ -54,7 +54,7 @@ fn frame(number: u32) -> Vec<u8> {
     frame
 }
 
-fn bytes(arrival: &Arrival) -> Vec<u8> {
+fn bytes(arrival: Arrival<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
     arrival.read(&mut bytes).unwrap();
     bytes
@@ -69,8 +69,8 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// The next `count` packets.
-fn receive(handle: &Handle, count: usize) -> Vec<Arrival> {
-    let mut arrivals = Vec::new();
+fn receive(handle: &Handle, count: usize) -> Arrivals {
+    let mut arrivals = Arrivals::new();
     until("the packets", || {
         handle.receive(true, &mut arrivals);
         arrivals.len() >= count
@@ -110,7 +110,7 @@ fn packets_pass_both_ways_and_what_was_not_negotiated_is_refused() {
     assert_eq!((sent[1].header.flags, sent[1].header.csum_start, sent[1].header.csum_offset), (1, 34, 16));
     for number in 0..1000 {
         bed.inject(number);
-        assert_eq!(bytes(&receive(&handle, 1)[0]), frame(number));
+        assert_eq!(bytes(receive(&handle, 1).first().unwrap()), frame(number));
     }
     assert_eq!(bed.sim.violations(), []);
     drop(handle);
@@ -124,12 +124,12 @@ fn one_client_of_a_lane_receives_and_another_may_when_it_is_gone() {
     let spec = HandleSpec { receives: true, ..HandleSpec::default() };
     assert!(matches!(bed.binding.open(spec.clone()), Err(OpenError::Taken(0))));
     bed.inject(1);
-    assert_eq!(plain.receive(true, &mut Vec::new()), 0, "it did not ask to receive");
+    assert_eq!(plain.receive(true, &mut Arrivals::new()), 0, "it did not ask to receive");
     drop(receive(&first, 1));
     drop(first);
     let second = bed.binding.open(spec).unwrap();
     bed.inject(2);
-    assert_eq!(bytes(&receive(&second, 1)[0]), frame(2));
+    assert_eq!(bytes(receive(&second, 1).first().unwrap()), frame(2));
     drop((second, plain));
     bed.unload();
 }
@@ -143,17 +143,49 @@ fn arrivals_that_a_client_keeps_over_an_unload_hold_nothing_and_read_as_errors()
     // With the client's handle still open, too.
     bed.unload();
     let (_reader, writer) = std::io::pipe().unwrap();
-    for arrival in &kept {
+    for arrival in kept.iter() {
         let mut into = vec![1];
         assert_eq!(arrival.read(&mut into).unwrap_err().kind(), ErrorKind::NotConnected);
         assert_eq!((into, arrival.len()), (vec![1], 100));
         let written = arrival.write_to(writer.as_fd(), b"head", 0);
         assert_eq!(written.unwrap_err().kind(), ErrorKind::NotConnected);
     }
-    assert_eq!(handle.receive(true, &mut Vec::new()), 0);
+    assert_eq!(handle.receive(true, &mut Arrivals::new()), 0);
     handle.give_back();
     drop(kept);
     handle.give_back();
+}
+
+#[test]
+fn arrivals_are_let_go_of_one_by_one_or_together_also_those_of_two_devices() {
+    let (bed, other) = (Bed::new(NetProfile::default()), Bed::new(NetProfile::default()));
+    let handles = [bed.receiver(), other.receiver()];
+    let mut kept = Arrivals::new();
+    assert!(!kept.pop_front() && kept.first().is_none());
+    // Far more than there are buffers.
+    for round in 0..300 {
+        (0..3).for_each(|number| bed.inject(3 * round + number));
+        other.inject(round);
+        until("all of them", || {
+            for handle in &handles {
+                handle.receive(true, &mut kept);
+            }
+            kept.len() == 4
+        });
+        let mut numbers: Vec<_> = kept.iter().map(bytes).collect();
+        assert!(numbers.contains(&frame(3 * round)), "round {round}");
+        assert!(kept.pop_front() && kept.pop_front());
+        assert_eq!(kept.iter().map(bytes).collect::<Vec<_>>(), numbers.split_off(2), "round {round}");
+        if round % 2 == 0 {
+            kept.clear();
+        } else {
+            assert!(kept.pop_front() && kept.pop_front());
+        }
+        assert!(kept.is_empty() && !kept.pop_front());
+    }
+    drop(handles);
+    bed.unload();
+    other.unload();
 }
 
 #[test]
@@ -173,7 +205,7 @@ fn with_nobody_receiving_the_device_runs_out_of_buffers_and_nothing_else_happens
     let handle = bed.receiver();
     let kept = receive(&handle, last as usize);
     for _ in 0..100 {
-        assert_eq!(handle.receive(true, &mut Vec::new()), 0);
+        assert_eq!(handle.receive(true, &mut Arrivals::new()), 0);
     }
     assert_eq!(taken(), last);
     // What it lets go of is the device's again.
@@ -191,7 +223,7 @@ fn a_device_that_says_it_wrote_more_than_a_buffer_holds_takes_the_binding_down()
     let handle = bed.receiver();
     bed.sim.add_rule("lie:length-long,op=receive".parse().unwrap());
     bed.inject(1);
-    let mut arrivals = Vec::new();
+    let mut arrivals = Arrivals::new();
     until("the binding has left", || {
         handle.receive(true, &mut arrivals);
         bed.binding.certificate().is_some()

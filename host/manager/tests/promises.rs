@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod support;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -58,8 +58,8 @@ impl Transport for Slow {
             _ => self.inner.map(region),
         }
     }
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
-        self.inner.setup_queue(setup)
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
+        self.inner.setup_queue_with(setup, call)
     }
     fn start(&mut self) -> Result<(), TransportError> {
         self.started = true;
@@ -430,7 +430,7 @@ fn a_port_is_attached_before_it_is_detached() {
                 number += 1;
                 let port = HookedPort { address: format!("test:{number}"), shutdown: Box::new(|| ()) };
                 let _ = binding.attach_port(Box::new(port));
-                while binding.ports().len() > 8 {
+                while binding.ports().len() > 8 && !stop.load(Ordering::Acquire) {
                     std::thread::yield_now();
                 }
             }

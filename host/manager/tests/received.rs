@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Arrival, Binding, Config, GuestLimits, Handle, HandleSpec, LoadSpec, Manager, Offer, Outcome, Phase, UnloadOptions,
+    Arrivals, Binding, Config, GuestLimits, Handle, HandleSpec, LoadSpec, Manager, Offer, Outcome, Phase, UnloadOptions,
 };
 use cofferdam_sim::{Behaviour, ConsoleProfile, Drive, Quiescence, SimConsole};
 
@@ -72,18 +72,19 @@ impl Bed {
 }
 
 /// The next arrival.
-fn next(handle: &Handle) -> Arrival {
-    let mut all = Vec::new();
+fn next(handle: &Handle) -> Arrivals {
+    let mut all = Arrivals::new();
     until("an arrival", || {
         handle.receive(true, &mut all);
         !all.is_empty()
     });
-    all.remove(0)
+    all
 }
 
-fn bytes(arrival: &Arrival) -> Vec<u8> {
+/// Those of the first.
+fn bytes(arrivals: &Arrivals) -> Vec<u8> {
     let mut bytes = Vec::new();
-    arrival.read(&mut bytes).unwrap();
+    arrivals.first().unwrap().read(&mut bytes).unwrap();
     bytes
 }
 
@@ -96,7 +97,7 @@ fn a_driver_that_fails_in_received_takes_its_binding_down_and_leaves_the_posted_
         let kept = next(&handle);
         assert_eq!(bytes(&kept), b"before", "{name}");
         bed.sim.feed(0, &vec![7; count]);
-        let mut arrivals = Vec::new();
+        let mut arrivals = Arrivals::new();
         until(name, || {
             handle.receive(true, &mut arrivals);
             binding.certificate().is_some()
@@ -109,7 +110,7 @@ fn a_driver_that_fails_in_received_takes_its_binding_down_and_leaves_the_posted_
         let fault = binding.status().fault.map(|fault| fault.to_string()).unwrap_or_default();
         assert!(fault.contains(words), "{name}: {fault:?} does not say {words:?}");
         // What a client still holds of what arrived before is an error, and holds nothing.
-        assert!(kept.read(&mut Vec::new()).is_err(), "{name}");
+        assert!(kept.first().unwrap().read(&mut Vec::new()).is_err(), "{name}");
         drop((kept, handle));
         assert_eq!(bed.sim.violations(), [], "{name}");
         // The device is whole: another driver serves it.
@@ -130,20 +131,20 @@ fn what_a_driver_drops_or_leaves_unfinished_is_the_devices_again_or_goes_with_th
     for round in 0..200_u32 {
         bed.sim.feed(0, &[9; NOTHING_ARRIVED]);
         until("the buffer is used and dropped", || {
-            assert_eq!(handle.receive(true, &mut Vec::new()), 0);
+            assert_eq!(handle.receive(true, &mut Arrivals::new()), 0);
             bed.sim.waiting(0) == 0
         });
         if round % 50 == 0 {
             // A buffer of its own, once the device is asked again.
             std::thread::sleep(Duration::from_millis(5));
-            handle.receive(true, &mut Vec::new());
+            handle.receive(true, &mut Arrivals::new());
             bed.sim.feed(0, b"good");
             assert_eq!(bytes(&next(&handle)), b"good");
         }
     }
     bed.sim.feed(0, &[9; GOES_ON]);
     until("the buffer is used", || {
-        assert_eq!(handle.receive(true, &mut Vec::new()), 0);
+        assert_eq!(handle.receive(true, &mut Arrivals::new()), 0);
         bed.sim.waiting(0) == 0
     });
     assert_eq!(binding.phase(), Phase::Serving);

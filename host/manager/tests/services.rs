@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Arrival, Binding, Completion, Config, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, LoadSpec, Manager,
-    Offer, OpenError, Outcome, StreamPort, StreamProperties, Transport, UnloadOptions,
+    Arrival, Arrivals, Binding, Completion, Config, EventKind, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest,
+    LoadSpec, Manager, Offer, OpenError, Outcome, Phase, RestartPolicy, StreamPort, StreamProperties, Transport,
+    UnloadOptions, UpgradeSpec,
 };
 use cofferdam_sim::{Behaviour, ConsoleProfile, Drive, EntropyProfile, Quiescence, SimConsole, SimRng};
 
@@ -22,6 +23,8 @@ fn load(manager: &Manager, component: &str, transport: impl Transport + 'static)
     let driver = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}; run 'cargo xtask build' first"));
     let mut spec = LoadSpec::new(component, driver, Box::new(transport));
     spec.queues = None;
+    // As often as a test has it break down.
+    spec.restarts = Some(RestartPolicy { limit: 1000, backoff: Duration::ZERO, ..RestartPolicy::default() });
     manager.load(spec).unwrap()
 }
 
@@ -83,11 +86,15 @@ fn entropy_is_what_the_device_placed_in_order_and_no_more() {
 }
 
 fn console(profile: ConsoleProfile) -> (SimConsole, Manager, Arc<Binding>) {
+    console_of("virtio-console.wasm", profile)
+}
+
+fn console_of(driver: &str, profile: ConsoleProfile) -> (SimConsole, Manager, Arc<Binding>) {
     // Posted buffers must not keep a device from silence that is silent when its rings stop.
     let behaviour = Behaviour { quiescence: Quiescence::default(), ..Behaviour::default() };
     let sim = SimConsole::new(profile, behaviour).unwrap();
     let manager = manager();
-    let binding = load(&manager, "virtio-console.wasm", sim.transport(Drive::Threads).unwrap());
+    let binding = load(&manager, driver, sim.transport(Drive::Threads).unwrap());
     // It is added by a message (section 5.3.6.2).
     until("the console", || port(&binding, 0).is_some_and(|port| port.console));
     (sim, manager, binding)
@@ -111,12 +118,13 @@ fn receiver(binding: &Arc<Binding>, lane: usize) -> Handle {
 /// Waits until so many bytes came.
 fn read(handle: &Handle, bytes: usize) -> Vec<u8> {
     let mut got = Vec::new();
-    let mut arrivals: Vec<Arrival> = Vec::new();
+    let mut arrivals = Arrivals::new();
     until("the bytes", || {
         handle.receive(false, &mut arrivals);
-        for arrival in arrivals.drain(..) {
+        for arrival in arrivals.iter() {
             arrival.read(&mut got).unwrap();
         }
+        arrivals.clear();
         got.len() >= bytes
     });
     got
@@ -156,7 +164,7 @@ fn one_client_at_a_time_takes_what_arrives() {
     let second = binding.open(HandleSpec { receives: true, ..HandleSpec::default() });
     assert!(matches!(second, Err(OpenError::Taken(0))));
     let other = binding.open(HandleSpec::default()).unwrap();
-    assert_eq!(other.receive(false, &mut Vec::new()), 0);
+    assert_eq!(other.receive(false, &mut Arrivals::new()), 0);
     drop(handle);
     drop(receiver(&binding, 0));
     drop(other);
@@ -170,7 +178,7 @@ fn a_device_whose_client_does_not_read_runs_out_of_buffers_and_goes_on_when_it_d
     let handle = receiver(&binding, 0);
     sim.set_flood(0, true);
     // What the client holds is what the device has not.
-    let mut held: Vec<Arrival> = Vec::new();
+    let mut held = Arrivals::new();
     let mut quiet = 0;
     until("no more comes", || {
         let found = handle.receive(true, &mut held);
@@ -194,15 +202,71 @@ fn arrivals_that_outlive_their_binding_hold_nothing() {
     let (sim, manager, binding) = console(ConsoleProfile::default());
     let _ = binding.set_open(0, true);
     let handle = receiver(&binding, 0);
-    let mut held: Vec<Arrival> = Vec::new();
+    let mut held = Arrivals::new();
     until("something", || {
         sim.feed(0, b"kept");
         handle.receive(false, &mut held) > 0
     });
     is_clean(&manager, &binding);
-    assert!(held[0].read(&mut Vec::new()).is_err());
+    assert!(held.first().unwrap().read(&mut Vec::new()).is_err());
     drop(held);
-    assert_eq!(handle.receive(false, &mut Vec::new()), 0);
+    assert_eq!(handle.receive(false, &mut Arrivals::new()), 0);
+}
+
+#[test]
+fn another_version_of_the_driver_finds_the_ports_where_they_were() {
+    let (sim, manager, binding) = console(ConsoleProfile::default());
+    let handle = receiver(&binding, 0);
+    let _ = binding.set_open(0, true);
+    sim.resize(132, 43);
+    until("the size", || port(&binding, 0).is_some_and(|port| port.size == Some((132, 43))));
+    // Waits for the call that brought it, which has to tell of it, too.
+    let _ = binding.set_open(0, true);
+    let before = streams(&binding);
+    let mut events = manager.events(None);
+    while events.next(Duration::ZERO).is_some() {}
+    let path = format!("{}/../../target/drivers/virtio-console.wasm", env!("CARGO_MANIFEST_DIR"));
+    for round in 0..5 {
+        let component = std::fs::read(&path).unwrap();
+        let (deadline, probation) = (Duration::from_secs(2), Duration::ZERO);
+        let spec = UpgradeSpec { driver: format!("console-{round}"), component, deadline, probation };
+        manager.upgrade(binding.name(), spec).unwrap();
+        assert_eq!(streams(&binding), before);
+        sim.feed(0, b"still here");
+        assert_eq!(read(&handle, 10), b"still here");
+    }
+    let told = std::iter::from_fn(|| events.next(Duration::ZERO));
+    let changes: Vec<_> = told.filter(|event| matches!(event.what, EventKind::ConfigChanged { .. })).collect();
+    assert!(changes.is_empty(), "{changes:?}");
+    drop(handle);
+    is_clean(&manager, &binding);
+}
+
+#[test]
+fn a_control_lane_that_breaks_down_leaves_the_ports_where_they_were() {
+    // It panics whenever it is told that the configuration has changed.
+    let (sim, manager, binding) = console_of("test/hostile-stream.wasm", ConsoleProfile::default());
+    let handle = receiver(&binding, 0);
+    binding.set_open(0, true).unwrap();
+    assert!(sim.wait_open(0, true, PATIENCE));
+    until("the other side", || port(&binding, 0).is_some_and(|port| port.open));
+    let before = streams(&binding);
+    let mut events = manager.events(None);
+    while events.next(Duration::ZERO).is_some() {}
+    for _ in 0..3 {
+        let crashes = binding.crash_count();
+        sim.announce_config();
+        // The driver that came is called once more, and breaks down as well.
+        until("two crashes", || binding.crash_count() >= crashes + 2 && binding.phase() == Phase::Serving);
+        assert_eq!(streams(&binding), before);
+        sim.feed(0, b"still here");
+        assert_eq!(read(&handle, 10), b"still here");
+    }
+    let told = std::iter::from_fn(|| events.next(Duration::ZERO));
+    let changes: Vec<_> = told.filter(|event| matches!(event.what, EventKind::ConfigChanged { .. })).collect();
+    assert!(changes.is_empty(), "{changes:?}");
+    drop(handle);
+    is_clean(&manager, &binding);
 }
 
 #[test]

@@ -190,7 +190,7 @@ fn a_driver_that_cannot_take_over_changes_nothing() {
             assert_eq!((&*bed.binding.driver(), bed.binding.phase()), ("virtio-blk", Phase::Serving), "{driver}");
         }
     });
-    assert!(served > 100, "{served}");
+    assert!(served >= 64, "{served}");
     assert_eq!((bed.binding.crash_count(), bed.rollbacks()), (0, Vec::new()));
     assert_eq!(bed.binding.roll_back(Duration::from_secs(1)), Err(UpgradeError::NothingBefore("disk".into())));
     bed.is_clean();
@@ -206,7 +206,7 @@ fn a_new_driver_that_breaks_down_on_probation_is_taken_out_again() {
             until("it serves", || bed.binding.phase() == Phase::Serving);
             std::thread::sleep(Duration::from_millis(50));
         });
-        assert!(served > 100, "{driver}: {served}");
+        assert!(served >= 64, "{driver}: {served}");
         let rollbacks = bed.rollbacks();
         assert_eq!(rollbacks.len(), 1, "{driver}: {rollbacks:?}");
         let (from, to, reason) = &rollbacks[0];
@@ -239,11 +239,18 @@ fn an_old_driver_that_cannot_say_what_it_knows_is_replaced_all_the_same() {
         let (_, report) = bed.under_load(|| bed.upgrade("virtio-blk", NO_PROBATION));
         assert_eq!(report.unwrap().to, "virtio-blk");
         bed.is_clean();
-        // And if the next one refuses, it goes on as well as it can: a fresh instance of it.
+        // And if the next one breaks down after that, it goes on as well as it can: a fresh instance of it.
+        let bed = self::bed(driver, 1);
+        let (_, refused) = bed.under_load(|| bed.upgrade("test/trap-properties", NO_PROBATION));
+        assert!(matches!(refused, Err(UpgradeError::Refused(_))), "{refused:?}");
+        assert_eq!((&*bed.binding.driver(), bed.binding.phase()), (driver, Phase::Serving));
+        assert_eq!(bed.binding.crash_count(), 1, "it was asked what it knows, and broke down");
+        bed.is_clean();
+        // One that refuses to take over does so before anybody is asked or held.
         let bed = self::bed(driver, 1);
         let (_, refused) = bed.under_load(|| bed.upgrade("test/refuse-resume", NO_PROBATION));
         assert!(matches!(refused, Err(UpgradeError::Refused(_))), "{refused:?}");
-        assert_eq!((&*bed.binding.driver(), bed.binding.phase()), (driver, Phase::Serving));
+        assert_eq!((&*bed.binding.driver(), bed.binding.crash_count()), (driver, 0));
         bed.is_clean();
     }
 }
@@ -266,6 +273,6 @@ fn an_unload_on_probation_leaves_nothing_and_does_not_wait() {
     bed.upgrade("test/well-behaved", PROBATION).unwrap();
     let begun = Instant::now();
     bed.is_clean();
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < PROBATION / 2, "{:?}", begun.elapsed());
     assert!(matches!(bed.upgrade("virtio-blk", PROBATION), Err(UpgradeError::NoSuchBinding(_))));
 }

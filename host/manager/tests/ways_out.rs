@@ -1,6 +1,6 @@
 //! What must hold when bindings leave in unusual company.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -112,8 +112,8 @@ impl Transport for Wrapped {
         }
         self.inner.map(region)
     }
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
-        let events = self.inner.setup_queue(setup)?;
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
+        let events = self.inner.setup_queue_with(setup, call)?;
         if self.blocking_call {
             // What a backend can do to the descriptor it was sent: the flags are shared.
             rustix::fs::fcntl_setfl(events.call.as_fd(), rustix::fs::OFlags::empty()).unwrap();

@@ -45,6 +45,8 @@ pub struct Module {
 
 struct Inner {
     component: Component,
+    /// What it was compiled from, for a process that takes over from this one.
+    bytes: Arc<[u8]>,
     world: World,
     info: ModuleInfo,
     runtime: Runtime,
@@ -57,8 +59,20 @@ impl fmt::Debug for Module {
 }
 
 impl Module {
-    pub(crate) fn new(runtime: Runtime, component: Component, world: World, info: ModuleInfo) -> Module {
-        Module { inner: Arc::new(Inner { component, world, info, runtime }) }
+    pub(crate) fn new(
+        runtime: Runtime,
+        component: Component,
+        bytes: Arc<[u8]>,
+        world: World,
+        info: ModuleInfo,
+    ) -> Module {
+        Module { inner: Arc::new(Inner { component, bytes, world, info, runtime }) }
+    }
+
+    /// The component that it was compiled from.
+    #[must_use]
+    pub fn bytes(&self) -> &Arc<[u8]> {
+        &self.inner.bytes
     }
 
     /// What is known about it.

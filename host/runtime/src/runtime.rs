@@ -118,7 +118,7 @@ impl Runtime {
             from_cache,
             "component loaded"
         );
-        Ok(Module::new(self.clone(), component, world, info))
+        Ok(Module::new(self.clone(), component, bytes.into(), world, info))
     }
 
     pub(crate) fn engine(&self) -> &Engine {

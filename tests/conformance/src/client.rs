@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use cofferdam_manager::{
-    Arrival, Binding, BlockGeometry, Completion, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest, SubmitError,
+    Arrival, Arrivals, Binding, BlockGeometry, Completion, Handle, HandleSpec, IoError, IoFlags, IoOp, IoRequest,
+    SubmitError,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -242,7 +243,7 @@ impl Client {
     }
 
     /// Takes what arrived into `into`, waiting for `limit` at most if that is nothing; how much it was.
-    pub fn receive(&self, limit: Duration, into: &mut Vec<Arrival>) -> usize {
+    pub fn receive(&self, limit: Duration, into: &mut Arrivals) -> usize {
         let before = into.len();
         if self.handle.receive(true, into) == 0 && !limit.is_zero() && self.sleep(limit) {
             self.handle.receive(true, into);
@@ -274,7 +275,7 @@ pub(crate) fn contents(completion: &Completion, length: u32) -> anyhow::Result<V
 ///
 /// # Errors
 /// When the device is silent already.
-pub(crate) fn bytes(arrival: &Arrival) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn bytes(arrival: Arrival<'_>) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     arrival.read(&mut bytes)?;
     Ok(bytes)

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use cofferdam_manager::{
-    Arrival, Binding, Certificate, Config, IoOp, LoadSpec, Manager, NetProperties, Offer, StreamPort, StreamProperties,
-    UnloadOptions,
+    Arrival, Arrivals, Binding, Certificate, Config, IoOp, LoadSpec, Manager, NetProperties, Offer, StreamPort,
+    StreamProperties, UnloadOptions,
 };
 
 use crate::bed::{Bed, Class, Connect, Device, Lever, Pull, Wish};
@@ -82,7 +82,7 @@ impl Fixture<'_> {
     ///
     /// # Errors
     /// When the device is silent already.
-    pub fn numbers(&self, arrival: &Arrival) -> anyhow::Result<Vec<u64>> {
+    pub fn numbers(&self, arrival: Arrival<'_>) -> anyhow::Result<Vec<u64>> {
         let bytes = bytes(arrival)?;
         Ok(match self.wish.class {
             Class::Net => net::number(&bytes).into_iter().collect(),
@@ -195,9 +195,9 @@ impl Fixture<'_> {
                 let _ = client.ask(&ask);
                 (sent_at, marks) = (Some(Instant::now()), marks + 1);
             }
-            let mut arrivals = Vec::new();
+            let mut arrivals = Arrivals::new();
             client.receive(Duration::from_millis(5), &mut arrivals);
-            arrivals.drain(..).for_each(|arrival| drop(arrival.read(&mut came)));
+            arrivals.iter().for_each(|arrival| drop(arrival.read(&mut came)));
             let _ = client.answers();
             came.ends_with(&last)
         })?;

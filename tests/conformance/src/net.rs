@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{Arrival, IoError, IoOp};
+use cofferdam_manager::{Arrivals, IoError, IoOp};
 
 use crate::bed::{Class, Lever, Wish};
 use crate::client::{Ask, bytes};
@@ -81,7 +81,7 @@ fn transmit(frame: &[u8]) -> Ask {
 /// Sends frames of these lengths, a window of them at a time, and wants each back as it was, in their order. Numbers count from `first`.
 fn exchange(fixture: &Fixture<'_>, client: &mut Client, first: u64, lengths: &[usize]) -> anyhow::Result<()> {
     let mut lengths = lengths.iter();
-    let (mut next, mut expected, mut unanswered, mut arrivals) = (first, VecDeque::new(), 0_usize, Vec::new());
+    let (mut next, mut expected, mut unanswered, mut arrivals) = (first, VecDeque::new(), 0_usize, Arrivals::new());
     let mut deadline = Instant::now() + fixture.patience();
     loop {
         while expected.len() < WINDOW
@@ -103,13 +103,14 @@ fn exchange(fixture: &Fixture<'_>, client: &mut Client, first: u64, lengths: &[u
             deadline = Instant::now() + fixture.patience();
         }
         ensure!(Instant::now() < deadline, "{} frames do not come back, {unanswered} answers", expected.len());
-        for arrival in arrivals.drain(..) {
-            let came = bytes(&arrival)?;
+        for arrival in arrivals.iter() {
+            let came = bytes(arrival)?;
             ensure!(came.len() == arrival.len(), "{} bytes of {}", came.len(), arrival.len());
             let Some(number) = number(&came) else { continue };
             let sent = expected.pop_front().with_context(|| format!("{number} came twice"))?;
             ensure!(came == sent, "{number}: {} bytes came for {} of {next}", came.len(), sent.len());
         }
+        arrivals.clear();
     }
 }
 
@@ -182,10 +183,11 @@ fn not_negotiated(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
 fn comes_back_unfinished(fixture: &Fixture<'_>, ask: &Ask) -> anyhow::Result<()> {
     let mut client = fixture.receiver(0)?;
     client.whole(ask)??;
-    let mut arrivals: Vec<Arrival> = Vec::new();
+    let mut arrivals = Arrivals::new();
     fixture.until("the packet", || client.receive(Duration::from_millis(5), &mut arrivals) > 0)?;
-    let (flags, argument) = (arrivals[0].flags(), arrivals[0].argument());
-    ensure!(arrivals.len() == 1 && bytes(&arrivals[0])? == ask.data, "{} bytes", arrivals[0].len());
+    let arrival = arrivals.first().context("nothing arrived")?;
+    let (flags, argument) = (arrival.flags(), arrival.argument());
+    ensure!(arrivals.len() == 1 && bytes(arrival)? == ask.data, "{} bytes", arrival.len());
     ensure!((flags, argument) == (ask.flags, ask.offset), "flags {flags:#x}, {argument:#x} and not {ask:?}");
     Ok(())
 }
@@ -229,10 +231,11 @@ fn send(client: &mut Client, numbers: std::ops::Range<u64>) -> anyhow::Result<()
 fn nobody_receives(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     send(&mut fixture.client(0)?, 0..1000)?;
     let client = fixture.receiver(0)?;
-    let (mut arrivals, mut came) = (Vec::new(), Vec::new());
+    let (mut arrivals, mut came) = (Arrivals::new(), Vec::new());
     let enough = || {
         client.receive(Duration::from_millis(5), &mut arrivals);
-        came.extend(arrivals.drain(..).filter_map(|arrival| number(&bytes(&arrival).ok()?)));
+        came.extend(arrivals.iter().filter_map(|arrival| number(&bytes(arrival).ok()?)));
+        arrivals.clear();
         came.len() >= 64
     };
     fixture.until("what there was room for", enough)?;
@@ -246,7 +249,7 @@ fn kept_frames(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     /// Entries of the ring, which is how many buffers are posted at the most.
     const POSTED: usize = 256;
     let mut client = fixture.receiver(0)?;
-    let (mut kept, mut sent) = (Vec::new(), 0);
+    let (mut kept, mut sent) = (Arrivals::new(), 0);
     // As long as more comes, and until so much was sent that it could have been too much.
     let mut quiet = 0;
     while quiet < 20 || sent < 3 * POSTED as u64 {
@@ -257,7 +260,7 @@ fn kept_frames(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
         ensure!(kept.len() <= POSTED, "{} packets came into {POSTED} buffers", kept.len());
     }
     ensure!(kept.len() >= POSTED / 4, "{} packets came", kept.len());
-    let numbers = |arrivals: &[Arrival]| -> Vec<u64> {
+    let numbers = |arrivals: &Arrivals| -> Vec<u64> {
         arrivals.iter().filter_map(|arrival| number(&bytes(arrival).ok()?)).collect()
     };
     let last = numbers(&kept).last().copied().context("none of the frames came")?;

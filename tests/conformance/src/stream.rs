@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{IoError, IoOp};
+use cofferdam_manager::{Arrivals, IoError, IoOp};
 
 use crate::bed::{Class, Lever, Wish};
 use crate::client::{Ask, bytes};
@@ -38,9 +38,9 @@ fn write(port: u32, data: &[u8]) -> Ask {
 
 /// Takes what arrived behind `came`, waiting a little if there is nothing; whether there was something.
 fn read(client: &Client, came: &mut Vec<u8>) -> anyhow::Result<bool> {
-    let mut arrivals = Vec::new();
+    let mut arrivals = Arrivals::new();
     client.receive(Duration::from_millis(5), &mut arrivals);
-    for arrival in &arrivals {
+    for arrival in arrivals.iter() {
         came.extend(bytes(arrival)?);
     }
     Ok(!arrivals.is_empty())

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use cofferdam_conformance::{Ask, Class, Client, driver_path};
-use cofferdam_manager::{Binding, Config, IoOp, LoadSpec, Manager, UnloadOptions};
+use cofferdam_manager::{Arrivals, Binding, Config, IoOp, LoadSpec, Manager, UnloadOptions};
 use cofferdam_sim::{
     Behaviour, ConfigLie, ConsoleProfile, Drive, Effect, EntropyProfile, Lie, NetProfile, Rule, SimConsole, SimDevice,
     SimNet, SimRng, Transmit, When,
@@ -65,7 +65,7 @@ fn traffic(class: Class, binding: &Arc<Binding>, joins: bool) -> anyhow::Result<
     if class == Class::Stream {
         let _ = binding.set_open(0, true);
     }
-    let (mut well, mut seen, mut arrivals) = (0, HashSet::new(), Vec::new());
+    let (mut well, mut seen, mut arrivals) = (0, HashSet::new(), Arrivals::new());
     let until = Instant::now() + Duration::from_millis(200);
     let mut sent = 0;
     while Instant::now() < until {
@@ -75,7 +75,7 @@ fn traffic(class: Class, binding: &Arc<Binding>, joins: bool) -> anyhow::Result<
         // One that was answered twice is an error.
         well += client.answers()?.iter().filter(|answer| answer.result.is_ok()).count();
         client.receive(Duration::from_millis(1), &mut arrivals);
-        for arrival in arrivals.drain(..) {
+        for arrival in arrivals.iter() {
             let mut bytes = Vec::new();
             if arrival.read(&mut bytes).is_err() || class != Class::Net {
                 continue;
@@ -86,6 +86,7 @@ fn traffic(class: Class, binding: &Arc<Binding>, joins: bool) -> anyhow::Result<
                 ensure!(number < sent && seen.insert(number), "packet {number} of {sent}, once more or never sent");
             }
         }
+        arrivals.clear();
     }
     Ok((well, seen.len()))
 }

@@ -1,6 +1,6 @@
 //! Loads that fail half-way: they leave by the same steps, and nothing behind.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -248,9 +248,9 @@ impl Transport for Failing {
         self.at("map")?;
         self.inner.map(region)
     }
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
         self.at("setup-queue")?;
-        self.inner.setup_queue(setup)
+        self.inner.setup_queue_with(setup, call)
     }
     fn start(&mut self) -> Result<(), TransportError> {
         self.at("start")?;

@@ -22,6 +22,11 @@ pub fn command(arguments: &[&str]) -> Command {
     command
 }
 
+/// Where a daemon on `socket` writes crashes down: beside it, so that it goes when the test does.
+fn state_of(socket: &Path) -> PathBuf {
+    socket.with_file_name("state")
+}
+
 /// A path as an argument.
 #[track_caller]
 pub fn text(path: &Path) -> String {
@@ -60,6 +65,7 @@ impl Daemon {
     #[track_caller]
     pub fn start_with(socket: &Path, environment: &[(&str, &str)]) -> Process {
         let mut command = command(&["daemon", "--socket", &text(socket)]);
+        command.env("XDG_STATE_HOME", state_of(socket));
         let process = Process::start(command.envs(environment.iter().copied()));
         process.wait_stdout("cofferdam daemon on");
         process
@@ -71,6 +77,29 @@ impl Daemon {
         self.process.signal(Signal::KILL);
         assert_eq!(self.process.end(PATIENCE).signal, Some(Signal::KILL.as_raw()));
         self.process = Daemon::start_on(&self.socket());
+    }
+
+    /// Starts another daemon that is to take over from this one.
+    #[track_caller]
+    pub fn challenge(&self, more: &[&str]) -> Process {
+        let socket = text(&self.socket());
+        let mut command = command(&[&["daemon", "--takeover", "--socket", &socket], more].concat());
+        Process::start(command.env("XDG_STATE_HOME", state_of(&self.socket())))
+    }
+
+    /// Has another daemon take over from this one, which then ends; what that one said of it.
+    #[track_caller]
+    pub fn take_over(&mut self) -> String {
+        // Longer than a busy disk takes for a flush.
+        let next = self.challenge(&["--deadline", "10s"]);
+        next.wait_stdout("cofferdam daemon on");
+        let mut old = std::mem::replace(&mut self.process, next);
+        let ended = old.end(PATIENCE).expect(0);
+        ended.assert_no_panic();
+        assert!(ended.stderr.contains("a new daemon has taken over; this one ends"), "{}", ended.stderr);
+        let said = self.process.stdout();
+        let line = said.lines().find(|line| line.starts_with("took over"));
+        line.unwrap_or_else(|| panic!("{said}")).to_owned()
     }
 
     /// The control socket.

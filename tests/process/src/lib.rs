@@ -8,7 +8,9 @@
 pub mod backend;
 pub mod census;
 pub mod certificate;
+pub mod challenger;
 pub mod fake;
+pub mod faulty;
 pub mod host;
 pub mod nbd;
 pub mod process;

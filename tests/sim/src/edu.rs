@@ -4,7 +4,7 @@
 //! of the machine's memory.
 
 use std::collections::BTreeMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -186,7 +186,7 @@ impl Transport for SimEdu {
         Err(no_virtio())
     }
 
-    fn setup_queue(&mut self, _: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, _: QueueSetup, _: OwnedFd) -> Result<QueueEvents, TransportError> {
         Err(no_virtio())
     }
 

@@ -1,6 +1,6 @@
 //! The device in this process, behind [`cofferdam_device::transport::Transport`].
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -200,7 +200,7 @@ impl Transport for SimTransport {
         Silence::Confirmed
     }
 
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
         self.reachable()?;
         if self.started
             || setup.index >= self.max_queues()
@@ -211,13 +211,11 @@ impl Transport for SimTransport {
         if !setup.size.is_power_of_two() || setup.size > self.max_queue_size(setup.index) {
             return Err(TransportError::Invalid(format!("queue {} of {} entries", setup.index, setup.size)));
         }
-        let event = || Event::new().map(Arc::new).map_err(io_error("make an event descriptor"));
-        let (kick, call) = (event()?, event()?);
-        let events = QueueEvents {
-            doorbell: Box::new(Bell { kick: Arc::clone(&kick), machine: Arc::clone(self.machine()) }),
-            call: call.duplicate().map_err(io_error("duplicate an event descriptor"))?,
-        };
-        self.lines.push(Line { setup, kick, call });
+        let kick = Event::new().map(Arc::new).map_err(io_error("make an event descriptor"))?;
+        let own = call.try_clone().map_err(io_error("duplicate an event descriptor"))?;
+        let doorbell = Box::new(Bell { kick: Arc::clone(&kick), machine: Arc::clone(self.machine()) });
+        self.lines.push(Line { setup, kick, call: Arc::new(Event::of(own)) });
+        let events = QueueEvents { doorbell, call };
         Ok(events)
     }
 

@@ -20,6 +20,8 @@ pub const MODEST: &[&str] = &["--arena-mib", "8", "--call-deadline-ms", "10000"]
 const BUSY_REQUESTS: u64 = 50;
 
 const SOCKET: &str = "/tmp/cofferdam.sock";
+/// Where a new daemon asks the one on `SOCKET`.
+pub const DOOR: &str = "/tmp/cofferdam.sock.takeover";
 
 /// The component that drives disks.
 pub const BLOCK_DRIVER: &str = "/drivers/virtio-blk.wasm";
@@ -61,6 +63,38 @@ impl Host {
             bail!("{error:#}{}", process.where_it_is());
         }
         Ok(Host { process })
+    }
+
+    /// Starts a new daemon that is to take over from this one, with `more` arguments.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn challenge(&self, vm: &Vm, more: &[&str]) -> Result<Running> {
+        let line = ["cofferdam", "daemon", "--takeover", "--socket", SOCKET];
+        vm.spawn("daemon", [&line[..], more].concat())
+    }
+
+    /// The daemon is that one from now on, which has taken over: the one before has ended in order. What it said of how it went.
+    ///
+    /// # Errors
+    /// When either of them does something else.
+    pub fn succeeded_by(&mut self, vm: &Vm, mut new: Running) -> Result<String> {
+        let took = |said: &str| said.lines().find(|line| line.starts_with("took over ")).map(str::to_owned);
+        vm.wait_until("the new daemon", SHORT, || Ok(took(&new.stdout()).is_some() || !new.is_alive()?))?;
+        let Some(told) = took(&new.stdout()) else {
+            bail!("it took nothing over: {}{}\nthe one before: {}", new.stdout(), new.stderr(), self.process.stderr());
+        };
+        std::mem::replace(&mut self.process, new).finish(SHORT)?.success()?;
+        Ok(told)
+    }
+
+    /// A new daemon takes over.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn take_over(&mut self, vm: &Vm) -> Result<String> {
+        let new = self.challenge(vm, &["--deadline", "10s"])?;
+        self.succeeded_by(vm, new)
     }
 
     /// Loads the block driver on `disk` as `disk`, served on `port`; what `load --json` said.

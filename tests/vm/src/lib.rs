@@ -45,6 +45,7 @@
 //! `cargo xtask vm-test NAME` boots only what holds a scenario of that name; the serial log stays in `target/vm/logs`. Outside a virtual machine this program runs no
 //! scenario.
 
+pub mod challenger;
 pub mod disk;
 pub mod fio;
 pub mod host;

@@ -44,7 +44,7 @@ impl Aim {
 }
 
 /// A figure without an interval, against a bound without a tolerance.
-fn figure(what: &str, value: f64, bound: f64) -> Aim {
+pub(crate) fn figure(what: &str, value: f64, bound: f64) -> Aim {
     let value = Estimate { median: value, low: value, high: value };
     Aim { what: what.to_owned(), value, at_least: false, bound, met: value.median <= bound }
 }

@@ -1,6 +1,6 @@
 //! The yardstick of the data paths: Cofferdam beside what people would use instead, on the same device, in the same run.
 //!
-//! `cargo xtask bench block` and `cargo xtask bench net` run it; `docs/PERFORMANCE.md` says what came of it. For block devices:
+//! `cargo xtask bench block`, `net` and `recovery` run it; `docs/PERFORMANCE.md` says what came of it. For block devices:
 //!
 //! ```text
 //! backend  devices as processes: qemu-storage-daemon, and null, which answers at once
@@ -12,7 +12,7 @@
 //! report   table, aims, JSON; plot: SVG
 //! ```
 //!
-//! For network devices the same in `net`.
+//! For network devices the same in `net`; what crashes and upgrades of a driver cost its clients in `recovery`.
 
 pub mod aims;
 pub mod backend;
@@ -26,6 +26,7 @@ pub mod net;
 pub mod null;
 pub mod plan;
 pub mod plot;
+pub mod recovery;
 pub mod report;
 pub mod run;
 pub mod solo;

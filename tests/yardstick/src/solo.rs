@@ -130,7 +130,7 @@ impl Transport for SoloTransport {
         Ok(())
     }
 
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
         let mut regions = Vec::new();
         for region in &self.regions {
             let file = File::from(region.fd().try_clone_to_owned().map_err(failed)?);
@@ -144,7 +144,7 @@ impl Transport for SoloTransport {
             queues.resize_with(index + 1, || None);
         }
         queues[index] = Some(served);
-        Ok(QueueEvents { doorbell: Box::new(NoBell), call: event()? })
+        Ok(QueueEvents { doorbell: Box::new(NoBell), call })
     }
 
     fn start(&mut self) -> Result<(), TransportError> {

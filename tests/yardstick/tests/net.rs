@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use cofferdam_manager::{IoFlags, IoOp, IoRequest};
+use cofferdam_manager::{Arrivals, IoFlags, IoOp, IoRequest};
 use cofferdam_yardstick::clients::cofferdam::Host;
 use cofferdam_yardstick::counting::Counting;
 use cofferdam_yardstick::machine::Cores;
@@ -37,7 +37,7 @@ fn frames_come_back_from_testpmd_as_they_were_sent_and_testpmd_has_counted_them(
     let host = Host::of("virtio-net.wasm", None)?;
     let (loaded, handle) = cofferdam::open(&host, &device.socket(), 256)?;
     let (mut sent, mut begun) = (0, false);
-    let (mut missing, mut arrivals, mut completions) = (BTreeSet::new(), Vec::new(), Vec::new());
+    let (mut missing, mut arrivals, mut completions) = (BTreeSet::new(), Arrivals::new(), Vec::new());
     let deadline = Instant::now() + LIMIT;
     while sent < FRAMES || !missing.is_empty() {
         ensure!(Instant::now() < deadline, "{} of {sent} did not come back: {:?}", missing.len(), missing.first());
@@ -57,7 +57,7 @@ fn frames_come_back_from_testpmd_as_they_were_sent_and_testpmd_has_counted_them(
             completion.result?;
         }
         handle.receive(false, &mut arrivals);
-        for arrival in arrivals.drain(..) {
+        for arrival in arrivals.iter() {
             let mut bytes = Vec::new();
             arrival.read(&mut bytes)?;
             let number = bytes.get(14..18).and_then(|number| number.try_into().ok()).map(u32::from_le_bytes);
@@ -66,6 +66,7 @@ fn frames_come_back_from_testpmd_as_they_were_sent_and_testpmd_has_counted_them(
             assert!(missing.remove(&number), "frame {number} came twice, or was never sent");
             begun = true;
         }
+        arrivals.clear();
     }
     let counters = device.counters()?;
     assert_eq!((counters.received, counters.sent), (FRAMES.into(), FRAMES.into()));

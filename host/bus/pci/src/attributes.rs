@@ -1,7 +1,7 @@
 //! What the kernel says of one function in its sysfs folder, as far as `uio` and `vfio` stand on it. The names are constants; what is read is parsed and bounded.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -104,18 +104,33 @@ pub(crate) fn numbered(device: &Dir, folder: &str, prefix: &str) -> io::Result<u
 
 /// Opens the device node `path` for reading and writing, and checks that it is the character device that the attribute `dev` names (`major:minor`).
 pub(crate) fn open_node(device: &Dir, dev: &str, path: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let node = rustix::fs::open(path, flags, Mode::empty())?;
+    check_node(device, dev, path, &node)?;
+    Ok(node)
+}
+
+/// Whether `node`, found as `path`, is the character device that the attribute `dev` names.
+pub(crate) fn check_node(device: &Dir, dev: &str, path: &str, node: &OwnedFd) -> io::Result<()> {
     let wrong = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
     let named = text(device, dev)?;
     let parts = named.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
     let (major, minor): (u32, u32) = parts.ok_or_else(|| wrong(format!("{dev} names no device")))?;
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let node = rustix::fs::open(path, flags, Mode::empty())?;
-    let stat = rustix::fs::fstat(&node)?;
+    let stat = rustix::fs::fstat(node)?;
     let is_character = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_char_device();
     if !is_character || stat.st_rdev != rustix::fs::makedev(major, minor) {
         return Err(wrong(format!("{path} is not the device {named}")));
     }
-    Ok(node)
+    Ok(())
+}
+
+/// Whether two descriptors are of one file.
+pub(crate) fn check_same(one: impl AsFd, other: impl AsFd) -> io::Result<()> {
+    let (one, other) = (rustix::fs::fstat(one)?, rustix::fs::fstat(other)?);
+    if (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino) {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidData, "it is another one by now"))
 }
 
 /// Makes a refusal of the system one that says what was being done with which function.

@@ -4,7 +4,7 @@
 //! ([`HeldName`]) made of the address, so that the kernel takes it back however its holder ends; beside it a small file says who holds it, for whoever is refused. The file
 //! is only believed while the name is held, and a claim is good without it.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use cofferdam_device::HeldName;
 use serde::{Deserialize, Serialize};
@@ -59,15 +59,31 @@ impl Claim {
                 None => PciError::AlreadyClaimed(address),
             });
         };
-        // Without the directory (not root) the claim holds all the same; it only cannot say whose it is.
-        let store = Store::make(sysfs).ok();
-        if let Some(store) = &store {
+        let mut claim = Claim { address, store: None, name };
+        claim.sign(sysfs, purpose);
+        Ok(claim)
+    }
+
+    /// The claim that another process has, and has handed over with `name`. That one gives it back until [`Claim::sign`].
+    pub(crate) fn adopt(address: Address, name: OwnedFd) -> Claim {
+        Claim { address, store: None, name: HeldName::adopt(name) }
+    }
+
+    /// Says that it is this process's. Without the directory (not root) the claim holds all the same; it only cannot say whose it is.
+    pub(crate) fn sign(&mut self, sysfs: &Sysfs, purpose: &str) {
+        let address = self.address;
+        self.store = Store::make(sysfs).ok();
+        if let Some(store) = &self.store {
             let claimant = Claimant { process: ProcessId::own(sysfs), purpose: purpose.chars().take(64).collect() };
             if let Err(error) = store.put_claimant(address, &claimant) {
                 tracing::debug!(%address, %error, "the claim says not whose it is");
             }
         }
-        Ok(Claim { address, store, name })
+    }
+
+    /// Leaves it to another process that has the name too: dropped, it takes nothing from that one.
+    pub(crate) fn leave(&mut self) {
+        self.store = None;
     }
 
     /// Whether some process has the function claimed at this moment.
@@ -133,6 +149,29 @@ mod tests {
         assert!(!Claim::is_held(&sysfs, one).unwrap());
         assert_eq!(Claim::holder(&sysfs, one), None);
         Claim::take(&sysfs, one, "bind").unwrap();
+    }
+
+    #[test]
+    fn a_claim_that_two_processes_have_goes_with_the_one_that_has_signed_it() {
+        let tree = Tree::new();
+        let sysfs = tree.sysfs();
+        let address = "0000:00:04.0".parse().unwrap();
+        let note = tree.run().join("cofferdam/pci/0000:00:04.0.claim");
+        let mut first = Claim::take(&sysfs, address, "load").unwrap();
+        let copy = || first.descriptor().try_clone_to_owned().unwrap();
+        let (fails, mut second) = (Claim::adopt(address, copy()), Claim::adopt(address, copy()));
+        let says = std::fs::read(&note).unwrap();
+        drop(fails);
+        assert_eq!(std::fs::read(&note).unwrap(), says, "one that came to nothing takes nothing away");
+        assert!(matches!(Claim::take(&sysfs, address, "bind"), Err(PciError::ClaimedBy { .. })));
+        first.leave();
+        drop(first);
+        assert!(note.exists() && Claim::is_held(&sysfs, address).unwrap());
+        std::fs::remove_file(&note).unwrap();
+        second.sign(&sysfs, "load");
+        assert_eq!(Claim::holder(&sysfs, address).unwrap().purpose, "load");
+        drop(second);
+        assert!(!note.exists() && !Claim::is_held(&sysfs, address).unwrap());
     }
 
     #[test]

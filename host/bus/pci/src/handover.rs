@@ -253,6 +253,21 @@ pub fn record(sysfs: &Sysfs, address: Address) -> Result<Option<Record>, PciErro
     Store::open(sysfs)?.map_or(Ok(None), |store| store.record(sysfs, address, false))
 }
 
+/// A load of this process goes on with what one of another process was handed over: that is written down.
+///
+/// # Errors
+/// As [`record`], and when it cannot be written.
+pub(crate) fn inherit(sysfs: &Sysfs, address: Address) -> Result<(), PciError> {
+    let by = By::load(sysfs);
+    match record(sysfs, address)? {
+        Some(record @ Record { by: By::Load(_), .. }) if record.by != by => {
+            Store::make(sysfs)?.put_record(sysfs, &Record { by, ..record })
+        }
+        // What an operator bound stays an operator's.
+        _ => Ok(()),
+    }
+}
+
 #[derive(Default)]
 struct Done {
     is_silent: Option<bool>,

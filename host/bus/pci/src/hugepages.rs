@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A process that is killed leaves its files, so that the kernel gives none of their pages to somebody else while the function may still write to them (DESIGN section 8).
-//! [`Hugepages::take_back`] removes them: after a confirmed reset, and not before.
+//! [`Hugepages::take_back`] removes them: after a confirmed reset, and not before. A file that somebody still has is locked, so that it is told from those.
 //!
 //! Pages are reserved and allocated with fallocate before anything touches them: mmap alone would end in SIGBUS where another process was quicker.
 //!
@@ -22,10 +22,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use cofferdam_device::{DmaRegion, FileName, RegionError};
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::Address;
+use crate::adopt::Pages;
 
 /// Size that is looked for first: small enough that little is wasted, and every x86-64 and most arm64 machines have it.
 const PREFERRED_BYTES: u64 = 2 << 20;
@@ -121,6 +122,7 @@ impl Hugepages {
             .map_err(|errno| io("making a file in hugetlbfs")(errno.into()))?;
         // From here on a failure takes the file away again: no function has been told of it.
         let fill = || -> io::Result<OwnedFd> {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)?;
             rustix::fs::ftruncate(&file, whole)?;
             let reserved = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, whole);
             match reserved {
@@ -139,11 +141,32 @@ impl Hugepages {
         };
         let held = fill().map_err(io("taking hugepages")).map_err(unmade)?;
         let at = FileName { folder: held, name: name.clone() };
-        let translate = |base: *const u8| {
-            let pagemap = File::open(self.root.join("proc/self/pagemap"))?;
-            frames(&pagemap, base as u64, whole / self.page_bytes, self.page_bytes, crate::mmio::page_bytes())
-        };
+        let translate = |base: *const u8| self.translate(base, whole / self.page_bytes);
         DmaRegion::in_pages(file, at, whole, self.page_bytes, translate).map_err(unmade)
+    }
+
+    /// The region behind `file`, which another process made with [`Hugepages::memory`] for the function at `address` and handed over.
+    ///
+    /// # Errors
+    /// [`RegionError`]: also when it is not the file of that name here, or its pages are not where the function was told that they are.
+    pub(crate) fn adopt(&self, address: Address, file: OwnedFd, pages: &Pages) -> Result<DmaRegion, RegionError> {
+        let io = |what| move |source: io::Error| RegionError::Io { what, source };
+        let name = CString::new(pages.name.as_str()).map_err(|error| io("a name in hugetlbfs")(error.into()))?;
+        if pages.name.contains('/') || pages.page_bytes != self.page_bytes {
+            let why = format!("{:?} in pages of {} bytes", pages.name, pages.page_bytes);
+            return Err(io("looking for a file in hugetlbfs")(other(why)));
+        }
+        let folder = self.folder(address, false).map_err(io("looking for the folder in hugetlbfs"))?;
+        // From here on there is memory of this process that nobody may take back.
+        self.made.fetch_add(1, Ordering::Relaxed);
+        let translate = |base: *const u8| self.translate(base, pages.addresses.len() as u64);
+        DmaRegion::adopt_pages(file, FileName { folder, name }, self.page_bytes, &pages.addresses, translate)
+    }
+
+    /// The physical addresses of `count` pages from `base` on.
+    fn translate(&self, base: *const u8, count: u64) -> io::Result<Vec<u64>> {
+        let pagemap = File::open(self.root.join("proc/self/pagemap"))?;
+        frames(&pagemap, base as u64, count, self.page_bytes, crate::mmio::page_bytes())
     }
 
     /// What earlier processes left for the function at `address`. Files that this process has in use are among them.
@@ -171,7 +194,8 @@ impl Hugepages {
         Ok(left)
     }
 
-    /// Removes what earlier processes left for the function at `address`, and the folder; how many bytes that were.
+    /// Removes what earlier processes left for the function at `address`, and the folder; how many bytes that were. What a binding still has is locked and stays: its device may be
+    /// another one by now, or on its way back.
     ///
     /// The caller has confirmed that the function was reset and masters no bus: before that its queues may still be where the files are, and their pages would become
     /// somebody else's under a device that writes. Not after the first [`Hugepages::memory`], whose file it would take too.
@@ -187,6 +211,9 @@ impl Hugepages {
         if !left.is_empty() {
             let folder = self.folder(address, false)?;
             for file in left {
+                if is_in_use(&folder, &file.name)? {
+                    continue;
+                }
                 rustix::fs::unlinkat(&folder, &file.name, AtFlags::empty())?;
                 bytes += file.bytes;
             }
@@ -258,6 +285,17 @@ fn open_own(folder: &OwnedFd, name: &str) -> io::Result<OwnedFd> {
         return Err(other(format!("{name} in hugetlbfs is not this user's alone; remove it or chmod 0700 it")));
     }
     Ok(own)
+}
+
+/// Whether some region is of this file: its lock belongs to the open file, which may have been handed to another process, and ends with the last who has it open.
+fn is_in_use(folder: &OwnedFd, name: &OsString) -> io::Result<bool> {
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(folder, name, flags, Mode::empty())?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// The places of the hugetlbfs mounts in the text of /proc/mounts.

@@ -10,6 +10,7 @@
 //! registers   mapped BARs: volatile accesses that are checked
 //! uio         /dev/uioN, INTx, hugepages with physical addresses
 //! vfio        container and group, or iommufd; MSI-X eventfds; an IOMMU domain that holds the binding's memory and nothing else
+//! adopt       a function that runs, in the hands of another process
 //! virtio      the modern virtio transport over a claimed function (virtio 1.2, section 4.1)
 //! raw         a function that its driver programs itself
 //! ```
@@ -18,6 +19,7 @@
 //! a function that is gone is removal and not data, whether its registers read all ones (hardware) or zero (QEMU).
 
 mod address;
+mod adopt;
 mod attributes;
 mod bounded;
 mod claim;
@@ -39,6 +41,7 @@ pub mod handover;
 pub mod sysfs;
 
 pub use address::Address;
+pub use adopt::{KIND, adopt};
 pub use claim::{Claim, Claimant};
 pub use connect::connect;
 pub use error::PciError;

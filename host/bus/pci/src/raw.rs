@@ -146,7 +146,7 @@ impl Transport for Raw {
         Err(no_virtio())
     }
 
-    fn setup_queue(&mut self, _: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, _: QueueSetup, _: OwnedFd) -> Result<QueueEvents, TransportError> {
         Err(no_virtio())
     }
 

@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cap_std::fs::Dir;
-use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
+use cofferdam_device::{DmaRegion, FunctionIds, NotExportable, RegionError, Silence, TransportError};
 use rustix::io::Errno;
 
+use crate::adopt::{Pages, Parcel};
 use crate::attributes::{self, Place, refused};
 use crate::bounded::Bounded;
 use crate::claimed::{self, Claimed, Interrupts, Reach};
@@ -22,13 +23,17 @@ use crate::config::ConfigSpace;
 use crate::hugepages::{self, Hugepages};
 use crate::mmio::{Mmio, page_bytes};
 use crate::registers::{Bar, Registers, Window};
-use crate::watch::{Line, Source, Watch, event};
+use crate::watch::{Source, Watch, event};
 use crate::{Address, PciError};
+
+mod adopt;
 
 /// One function that `uio_pci_generic` is bound to.
 pub(crate) struct UioFunction {
     address: Address,
     ids: FunctionIds,
+    /// N of `/dev/uioN`.
+    number: u32,
     /// Its folder in sysfs.
     device: Option<Dir>,
     config: ConfigSpace,
@@ -42,6 +47,25 @@ pub(crate) struct UioFunction {
     /// What the function may reach.
     regions: Vec<Arc<DmaRegion>>,
     resets: Bounded,
+    /// Another process has it, too, and is to go on with it or does already.
+    dormant: bool,
+}
+
+/// N of `/dev/uioN`.
+fn number(address: Address, device: &Dir) -> Result<u32, PciError> {
+    let io = |what: &str| refused(address, what.to_owned());
+    let unbound = || PciError::Unusable { address, why: "uio_pci_generic is not bound to it".to_owned() };
+    let number = match attributes::numbered(device, "uio", "uio") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unbound()),
+        number => number.map_err(io("find its uio device"))?,
+    };
+    let name = attributes::text(device, format!("uio/uio{number}/name")).map_err(io("read uio/name"))?;
+    if name == "uio_pci_generic" { Ok(number) } else { Err(unbound()) }
+}
+
+/// The attribute that says which character device it is, and the node's path.
+fn node_of(number: u32) -> (String, String) {
+    (format!("uio/uio{number}/dev"), format!("/dev/uio{number}"))
 }
 
 impl UioFunction {
@@ -51,37 +75,42 @@ impl UioFunction {
     /// [`PciError::Unusable`] when `uio_pci_generic` does not have it; [`PciError::Permission`]; [`PciError::Io`].
     pub(crate) fn open(address: Address, device: Dir) -> Result<Self, PciError> {
         let io = |what: &str| refused(address, what.to_owned());
-        let unbound = || PciError::Unusable { address, why: "uio_pci_generic is not bound to it".to_owned() };
-        let number = match attributes::numbered(&device, "uio", "uio") {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unbound()),
-            number => number.map_err(io("find its uio device"))?,
-        };
-        let name = attributes::text(&device, format!("uio/uio{number}/name")).map_err(io("read uio/name"))?;
-        if name != "uio_pci_generic" {
-            return Err(unbound());
-        }
-        let (dev, path) = (format!("uio/uio{number}/dev"), format!("/dev/uio{number}"));
+        let number = number(address, &device)?;
+        let (dev, path) = node_of(number);
         let node = attributes::open_node(&device, &dev, &path).map_err(io(&format!("open {path}")))?;
+        let config = attributes::open(&device, "config").map_err(io("open config"))?;
+        let mut new = Self::found(address, number, device, node, config, event().map_err(io("make an eventfd"))?)?;
+        let silent = |error| PciError::Unusable { address, why: format!("it cannot be kept from the bus: {error}") };
+        new.config.set_line(false).and_then(|()| new.config.set_master(false)).map_err(silent)?;
+        new.watch().map_err(io("start a thread"))?;
+        tracing::info!(%address, uio = number, has_line = new.has_line, "function opened through uio");
+        Ok(new)
+    }
+
+    /// The function with what is open, of which nothing is changed; nobody watches it yet.
+    fn found(
+        address: Address,
+        number: u32,
+        device: Dir,
+        node: OwnedFd,
+        config: OwnedFd,
+        lost: OwnedFd,
+    ) -> Result<Self, PciError> {
+        let io = |what: &str| refused(address, what.to_owned());
         let ids = attributes::ids(&device).map_err(io("read its ids"))?;
         let places = attributes::places(&device).map_err(io("read resource"))?;
-        let config = attributes::open(&device, "config").map_err(io("open config"))?;
         let stat = rustix::fs::fstat(&config).map_err(|errno| io("fstat config")(errno.into()))?;
         let config = ConfigSpace::new(Arc::new(config), 0, u64::try_from(stat.st_size).unwrap_or(0));
         let interrupt = attributes::number(&device, "irq").map_err(io("read irq"))?;
-        let silent = |error| PciError::Unusable { address, why: format!("it cannot be kept from the bus: {error}") };
-        config.set_line(false).and_then(|()| config.set_master(false)).map_err(silent)?;
         let has_line = interrupt != 0 && config.has_pin();
-        let node = Arc::new(node);
-        let source = UioSource { node: has_line.then(|| Arc::clone(&node)), config: config.clone() };
-        let event = Arc::new(event().map_err(io("make an eventfd"))?);
-        let watch = Watch::start(&format!("uio{number}"), source, event).map_err(io("start a thread"))?;
-        tracing::info!(%address, uio = number, has_line, "function opened through uio");
+        let watch = Watch::asleep(Arc::new(lost)).map_err(io("make an eventfd"))?;
         Ok(Self {
             address,
             ids,
+            number,
             device: Some(device),
             config,
-            node: Some(node),
+            node: Some(Arc::new(node)),
             has_line,
             places,
             bars: Default::default(),
@@ -89,7 +118,18 @@ impl UioFunction {
             hugepages: None,
             regions: Vec::new(),
             resets: Bounded::default(),
+            dormant: false,
         })
+    }
+
+    /// Starts the thread.
+    fn watch(&mut self) -> io::Result<()> {
+        let node = self.node.as_ref().filter(|_| self.has_line).map(Arc::clone);
+        let source = UioSource { node, config: self.config.clone() };
+        match &mut self.watch {
+            Some(watch) => watch.run(&format!("uio{}", self.number), source),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 
     /// Nobody takes interrupts from now on, and the function does not assert its line.
@@ -159,13 +199,11 @@ impl Claimed for UioFunction {
     }
 
     fn wire(&mut self, interrupts: Interrupts) -> Result<(), TransportError> {
-        let line = match interrupts {
-            Interrupts::Vectors(vectors) if vectors.is_empty() => return self.unwire(),
-            Interrupts::Vectors(_) => {
-                return Err(TransportError::Refused("uio hands on INTx and no messages".to_owned()));
-            }
-            Interrupts::Line { acknowledge, signal } => Line { acknowledge: Some(acknowledge), signal },
-            Interrupts::Masked { signal } => Line { acknowledge: None, signal: vec![signal] },
+        if matches!(&interrupts, Interrupts::Vectors(vectors) if vectors.is_empty()) {
+            return self.unwire();
+        }
+        let Some(line) = interrupts.into_line() else {
+            return Err(TransportError::Refused("uio hands on INTx and no messages".to_owned()));
         };
         if !self.has_line {
             return Err(TransportError::Refused(format!("{}: it has no interrupt line", self.address)));
@@ -265,7 +303,31 @@ impl Claimed for UioFunction {
         crate::config::done("reset", written.map_err(|_| TransportError::Timeout)?, 1)
     }
 
+    fn exportable(&self) -> Result<(), NotExportable> {
+        self.check_exportable()
+    }
+
+    fn export(&mut self) -> Result<Parcel, NotExportable> {
+        self.export_all()
+    }
+
+    fn resume(&mut self, line: Option<Interrupts>) {
+        self.go_on(line);
+    }
+
+    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError> {
+        let io = |source| RegionError::Io { what: "finding memory that a function reaches through uio", source };
+        hugepages::found(&mut self.hugepages).map_err(io)?.adopt(self.address, file, pages).map(Arc::new)
+    }
+
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
+        self.regions.push(region);
+    }
+
     fn quiet(&mut self, _: Instant) -> Silence {
+        if self.dormant {
+            return Silence::Unconfirmed { reason: format!("{}: another process has it", self.address) };
+        }
         if self.device.is_none() {
             return Silence::Confirmed;
         }
@@ -277,7 +339,10 @@ impl Claimed for UioFunction {
         if self.device.is_none() {
             return;
         }
-        if let Silence::Unconfirmed { reason } = self.quiet(Instant::now()) {
+        // What is dormant masters the bus for another process.
+        if !self.dormant
+            && let Silence::Unconfirmed { reason } = self.quiet(Instant::now())
+        {
             tracing::error!(reason, "a function is released that may still master the bus");
         }
         self.forget_registers();

@@ -4,6 +4,7 @@
 //! ioctl     the calls, and all that is unsafe about them
 //! iommu     container and group: who translates          iommufd   the same without groups
 //! device    regions, interrupts, reset        msix      where the MSI-X table is, which is never mapped
+//! open      from an address to a function     adopt     one that another process has opened
 //! ```
 //!
 //! How it goes: `device_del`, an unbinding or a `remove` in sysfs signals the request eventfd, and the kernel waits until everything is closed; an error of the bus signals the error
@@ -17,37 +18,40 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cap_std::fs::Dir;
 use cofferdam_device::dma::PAGE_BYTES;
-use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
+use cofferdam_device::{DmaRegion, FunctionIds, NotExportable, RegionError, Silence, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio as v;
 
 use self::device::{Device, Region};
 use self::iommu::IommuBackend;
 use self::msix::Table;
-use crate::attributes::{self, refused};
+use crate::Address;
+use crate::adopt::{Pages, Parcel};
 use crate::bounded::Bounded;
 use crate::claimed::{self, Claimed, Interrupts, Reach};
 use crate::config::ConfigSpace;
 use crate::hugepages::{self, Hugepages};
 use crate::registers::{Bar, Registers};
-use crate::watch::{Line, Source, Watch, event};
-use crate::{Address, PciError};
+use crate::watch::{Line, Source, Watch};
 
+mod adopt;
 mod close;
 mod device;
 mod ioctl;
 mod iommu;
 mod iommufd;
 mod msix;
+mod open;
 
 /// How long a release waits for the kernel to let the function go.
 const CLOSE_WITHIN: Duration = Duration::from_secs(2);
 
 /// What signals interrupts now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wired {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Wired {
     Nothing,
     Vectors,
     Line,
@@ -75,6 +79,8 @@ pub(crate) struct VfioFunction {
     /// What the IOMMU has been told.
     mapped: Vec<Arc<DmaRegion>>,
     slow: Bounded,
+    /// Another process has it, too, and is to go on with it or does already.
+    dormant: bool,
 }
 
 /// In the order in which it is closed.
@@ -86,66 +92,6 @@ struct Held {
 }
 
 impl VfioFunction {
-    /// Opens the function at `address`, whose folder in sysfs is `device`, behind an IOMMU domain that is empty; it masters no bus.
-    ///
-    /// # Errors
-    /// [`PciError::Unusable`] where nothing would translate, or somebody else has the function or its group; [`PciError::Permission`]; [`PciError::Io`].
-    pub(crate) fn open(address: Address, device: Dir) -> Result<Self, PciError> {
-        let io = |what: &str| refused(address, what.to_owned());
-        let ids = attributes::ids(&device).map_err(io("read its ids"))?;
-        let places = attributes::places(&device).map_err(io("read resource"))?;
-        let truth = attributes::open(&device, "config").map_err(io("open config"))?;
-        let stat = rustix::fs::fstat(&truth).map_err(|errno| io("fstat config")(errno.into()))?;
-        let truth = ConfigSpace::new(Arc::new(truth), 0, u64::try_from(stat.st_size).unwrap_or(0));
-
-        let (function, iommu) = iommu::open(address, &device)?;
-        let function = Device::new(function).map_err(io("VFIO_DEVICE_GET_INFO"))?;
-        let region = |index| function.region(index).map_err(io("VFIO_DEVICE_GET_REGION_INFO"));
-        let mut regions: [Region; 6] = Default::default();
-        for ((index, place), slot) in (0..).zip(&places).zip(&mut regions).filter(|((_, place), _)| place.bytes > 0) {
-            *slot = region(index)?;
-            slot.bytes = slot.bytes.min(place.bytes);
-        }
-        let space = region(v::VFIO_PCI_CONFIG_REGION_INDEX)?;
-        let config = ConfigSpace::new(function.share(), space.offset, space.bytes);
-        let silent = |error| PciError::Unusable { address, why: format!("it cannot be kept from the bus: {error}") };
-        config.set_master(false).and_then(|()| config.enable_memory()).map_err(silent)?;
-        let table = msix::table(&config)
-            .map_err(|error| PciError::Unusable { address, why: format!("its configuration space: {error}") })?;
-        let count = |index| function.interrupts(index).map_err(io("VFIO_DEVICE_GET_IRQ_INFO"));
-        let msix_vectors = u16::try_from(count(v::VFIO_PCI_MSIX_IRQ_INDEX)?).unwrap_or(u16::MAX);
-        let has_line = count(v::VFIO_PCI_INTX_IRQ_INDEX)? > 0;
-
-        let eventfd = || event().map(Arc::new).map_err(io("make an eventfd"));
-        let (gone, line) = (eventfd()?, eventfd()?);
-        for index in [v::VFIO_PCI_REQ_IRQ_INDEX, v::VFIO_PCI_ERR_IRQ_INDEX] {
-            if count(index)? > 0 {
-                let one = rustix::io::fcntl_dupfd_cloexec(&*gone, 0).map_err(|errno| io("dup")(errno.into()))?;
-                function.signal(index, &[one]).map_err(io("VFIO_DEVICE_SET_IRQS"))?;
-            }
-        }
-        let source = VfioSource { device: function.clone(), line: Arc::clone(&line), truth: truth.clone() };
-        let watch = Watch::start("vfio-watch", source, gone).map_err(io("start a thread"))?;
-        tracing::info!(%address, by = iommu.name(), msix_vectors, has_line, "function opened through vfio");
-        Ok(Self {
-            address,
-            ids,
-            held: Some(Held { device: function, iommu, line }),
-            config,
-            truth,
-            msix_vectors,
-            has_line,
-            regions,
-            table,
-            bars: Default::default(),
-            wired: Wired::Nothing,
-            watch: Some(watch),
-            hugepages: None,
-            mapped: Vec::new(),
-            slow: Bounded::default(),
-        })
-    }
-
     fn held(&self) -> Result<&Held, TransportError> {
         self.held.as_ref().ok_or(TransportError::Lost)
     }
@@ -267,8 +213,7 @@ impl Claimed for VfioFunction {
                 self.wired = Wired::Vectors;
                 Ok(())
             }
-            Interrupts::Line { acknowledge, signal } => self.wire_line(Line { acknowledge: Some(acknowledge), signal }),
-            Interrupts::Masked { signal } => self.wire_line(Line { acknowledge: None, signal: vec![signal] }),
+            line => line.into_line().map_or(Ok(()), |line| self.wire_line(line)),
         }
     }
 
@@ -404,7 +349,31 @@ impl Claimed for VfioFunction {
         }
     }
 
+    fn exportable(&self) -> Result<(), NotExportable> {
+        self.check_exportable()
+    }
+
+    fn export(&mut self) -> Result<Parcel, NotExportable> {
+        self.export_all()
+    }
+
+    fn resume(&mut self, line: Option<Interrupts>) {
+        self.go_on(line);
+    }
+
+    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError> {
+        let io = |source| RegionError::Io { what: "finding memory that a function reaches through vfio", source };
+        hugepages::found(&mut self.hugepages).map_err(io)?.adopt(self.address, file, pages).map(Arc::new)
+    }
+
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
+        self.mapped.push(region);
+    }
+
     fn quiet(&mut self, _: Instant) -> Silence {
+        if self.dormant {
+            return Silence::Unconfirmed { reason: format!("{}: another process has it", self.address) };
+        }
         if self.held.is_none() {
             return Silence::Confirmed;
         }
@@ -420,7 +389,11 @@ impl Claimed for VfioFunction {
         if self.held.is_none() {
             return;
         }
-        if let Silence::Unconfirmed { reason } = self.quiet(Instant::now()) {
+        if self.dormant {
+            // It is another process's: what the IOMMU has is for that one, and so are the pages.
+            self.mapped.clear();
+            self.hugepages = None;
+        } else if let Silence::Unconfirmed { reason } = self.quiet(Instant::now()) {
             tracing::error!(reason, "a function is released that may still master the bus");
         }
         self.watch = None;

@@ -62,15 +62,19 @@ struct Shared {
     absent: AtomicBool,
 }
 
-/// The thread, and what it has seen.
+/// The thread, if it runs, and what it has seen.
 pub(crate) struct Watch {
     shared: Arc<Shared>,
     stop: OwnedFd,
     /// Readable from the loss on.
     event: Arc<OwnedFd>,
+    thread: Mutex<Option<Running>>,
+}
+
+struct Running {
     /// Disconnected when the thread has nothing left to do.
     ended: Receiver<()>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: JoinHandle<()>,
 }
 
 /// A non-blocking eventfd.
@@ -84,24 +88,42 @@ pub(crate) fn signal(event: impl AsFd) {
 }
 
 impl Watch {
-    /// Starts the thread, named `name`. `event` becomes readable when the function is lost; others may signal it too.
+    /// One without a thread: nobody takes interrupts or notices anything until [`Watch::run`]. `event` becomes readable when the function is lost; others may signal it too.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub(crate) fn asleep(event: Arc<OwnedFd>) -> io::Result<Self> {
+        Ok(Self { shared: Arc::default(), stop: self::event()?, event, thread: Mutex::new(None) })
+    }
+
+    /// Starts the thread, named `name`, of one that is asleep or was stopped.
     ///
     /// # Errors
     /// When the system has no thread or descriptor left.
-    pub(crate) fn start(name: &str, source: impl Source, event: Arc<OwnedFd>) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let stop = self::event()?;
+    pub(crate) fn run(&mut self, name: &str, source: impl Source) -> io::Result<()> {
+        match lock(&self.thread).take() {
+            // It did not stop in time: it ends by the descriptor that it has, and holds its source until then.
+            Some(_) => self.stop = self::event()?,
+            None => drop(rustix::io::read(&self.stop, &mut [0; 8])),
+        }
         let (alive, ended) = mpsc::channel();
         let mut body = Body {
             source,
-            shared: Arc::clone(&shared),
-            stop: rustix::io::fcntl_dupfd_cloexec(&stop, 0)?,
-            event: Arc::clone(&event),
+            shared: Arc::clone(&self.shared),
+            stop: rustix::io::fcntl_dupfd_cloexec(&self.stop, 0)?,
+            event: Arc::clone(&self.event),
             unclaimed: 0,
             _alive: alive,
         };
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body.run())?;
-        Ok(Self { shared, stop, event, ended, thread: Mutex::new(Some(thread)) })
+        *lock(&self.thread) = Some(Running { ended, thread });
+        Ok(())
+    }
+
+    /// The function is lost: nobody is there to notice it.
+    pub(crate) fn give_up(&self) {
+        self.shared.lost.store(true, Ordering::Release);
+        signal(&self.event);
     }
 
     /// Who takes interrupts from now on. Nothing lets the line assert while the guard is held; with `None` nothing ever does.
@@ -127,14 +149,16 @@ impl Watch {
     /// Ends the thread, waiting a second at most; whether it has ended. Idempotent.
     pub(crate) fn stop(&self) -> bool {
         signal(&self.stop);
-        let ended = self.ended.recv_timeout(STOP_WITHIN) == Err(RecvTimeoutError::Disconnected);
-        if ended {
-            if let Some(thread) = lock(&self.thread).take() {
-                let _ = thread.join();
+        let mut thread = lock(&self.thread);
+        if let Some(running) = thread.take() {
+            if running.ended.recv_timeout(STOP_WITHIN) != Err(RecvTimeoutError::Disconnected) {
+                *thread = Some(running);
+                return false;
             }
-            lock(&self.shared.line).take();
+            let _ = running.thread.join();
         }
-        ended
+        lock(&self.shared.line).take();
+        true
     }
 
     /// What it holds open.
@@ -320,7 +344,8 @@ mod tests {
     fn set() -> Set {
         let (interrupt, state) = (Arc::new(event().unwrap()), Arc::new(FakeState::default()));
         let source = Fake { interrupt: Arc::clone(&interrupt), state: Arc::clone(&state) };
-        let watch = Watch::start("test", source, Arc::new(event().unwrap())).unwrap();
+        let mut watch = Watch::asleep(Arc::new(event().unwrap())).unwrap();
+        watch.run("test", source).unwrap();
         Set { interrupt, state, watch }
     }
 
@@ -417,6 +442,28 @@ mod tests {
         set.state.absent.store(true, Ordering::SeqCst);
         assert!(readable(set.watch.event(), LONG));
         assert!(set.watch.is_lost() && set.watch.is_absent());
+    }
+
+    #[test]
+    fn what_comes_while_nobody_watches_is_taken_by_the_next_thread_on_the_same_event() {
+        let mut set = set();
+        assert!(set.watch.stop());
+        signal(&*set.interrupt);
+        set.watch.run("again", Fake { interrupt: Arc::clone(&set.interrupt), state: Arc::clone(&set.state) }).unwrap();
+        until("taken", || !readable(&*set.interrupt, Duration::ZERO));
+        set.state.given_up.store(true, Ordering::SeqCst);
+        signal(&*set.interrupt);
+        assert!(readable(set.watch.event(), LONG) && set.watch.is_lost());
+        assert!(set.watch.stop());
+    }
+
+    #[test]
+    fn one_that_is_asleep_takes_nothing_and_notices_nothing() {
+        let set = set();
+        set.state.absent.store(true, Ordering::SeqCst);
+        let asleep = Watch::asleep(Arc::new(event().unwrap())).unwrap();
+        assert!(!asleep.is_lost() && !readable(asleep.event(), Duration::ZERO));
+        assert!(asleep.stop(), "there is nothing to wait for");
     }
 
     #[test]

@@ -61,6 +61,23 @@ impl BackendChannel {
         Ok((Self { socket: Some(ours), timer, rests_until: None, acks, inbox, filled: 0, changed: false }, theirs))
     }
 
+    /// A channel that another process has made and in which it has read `inbox` of a message that is not whole yet. `changed`: it had not passed on what it had heard.
+    ///
+    /// # Errors
+    /// No timer is to be had, or there is more of a message than one can have.
+    pub(crate) fn adopt(socket: OwnedFd, acks: bool, inbox: &[u8], changed: bool) -> rustix::io::Result<Self> {
+        let timer =
+            rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+        let mut bytes = [0; HEADER_BYTES + MAX_BODY_BYTES];
+        bytes.get_mut(..inbox.len()).ok_or(Errno::INVAL)?.copy_from_slice(inbox);
+        Ok(Self { socket: Some(socket), timer, rests_until: None, acks, inbox: bytes, filled: inbox.len(), changed })
+    }
+
+    /// What was read of a message that is not whole yet, and whether a change waits to be passed on.
+    pub(crate) fn pending(&self) -> (&[u8], bool) {
+        (self.inbox.get(..self.filled).unwrap_or_default(), self.changed)
+    }
+
     /// What becomes readable when there is something to look at.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.socket.iter().chain([&self.timer]).map(AsFd::as_fd)

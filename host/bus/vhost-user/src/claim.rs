@@ -6,7 +6,7 @@
 //! A claim holds a name ([`HeldName`]) that is the identity of the backend's socket file: one holder only, in this process or another, whatever path or symbolic link led
 //! there. It keeps honest processes apart and is no security boundary.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use cofferdam_device::HeldName;
@@ -59,6 +59,11 @@ impl Claim {
         let held = HeldName::take(&id.name());
         let held = held.map_err(|source| ConnectError::Io { path: path.to_owned(), what: "claim", source })?;
         held.map(|name| Claim { name }).ok_or_else(|| ConnectError::AlreadyClaimed(path.to_owned()))
+    }
+
+    /// The claim that another process took and handed over with the socket that holds it.
+    pub(crate) fn adopt(socket: OwnedFd) -> Self {
+        Claim { name: HeldName::adopt(socket) }
     }
 
     /// The socket that holds the name.

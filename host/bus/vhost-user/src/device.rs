@@ -17,7 +17,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use cofferdam_device::{DmaRegion, QueueEvents, QueueSetup, Silence, Transport, TransportError};
+use cofferdam_device::{
+    DmaRegion, Doorbell, Exported, NotExportable, QueueEvents, QueueSetup, Silence, Transport, TransportError,
+};
 use vhost::vhost_user::message::{
     FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserMemory, VhostUserMemoryRegion,
     VhostUserProtocolFeatures, VhostUserU64, VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringAddrFlags,
@@ -26,6 +28,7 @@ use vhost::vhost_user::message::{
 use vm_memory::ByteValued;
 
 use crate::address::Address;
+use crate::adopt::Dormant;
 use crate::backend_channel::BackendChannel;
 use crate::claim::{Claim, SocketId};
 use crate::error::ConnectError;
@@ -55,39 +58,43 @@ const TRANSPORT_BITS: u64 = VhostUserVirtioFeatures::all().bits();
 
 /// A device served by another process over vhost-user.
 pub struct VhostUser {
-    address: String,
+    pub(crate) address: String,
     /// `None` after `release`.
     pub(crate) open: Option<Open>,
-    offered: u64,
-    protocol: VhostUserProtocolFeatures,
-    max_queues: u16,
-    negotiated: bool,
-    started: bool,
+    pub(crate) offered: u64,
+    pub(crate) protocol: VhostUserProtocolFeatures,
+    pub(crate) max_queues: u16,
+    pub(crate) negotiated: bool,
+    pub(crate) started: bool,
     /// Every ring that the backend was or may have been given.
-    rings: Vec<Ring>,
+    pub(crate) rings: Vec<Ring>,
     /// In the order they were mapped. Kept until `release`, whatever happens, because the backend may reach them; but for those that it has acknowledged to be removed.
     pub(crate) regions: Vec<Arc<DmaRegion>>,
     pub(crate) slots: Slots,
     /// What `quiesce` has confirmed once stays so: nothing starts a ring again.
     pub(crate) silent: bool,
+    /// The configuration space from byte 0, as far as it was ever read, as it was last.
+    pub(crate) config: Vec<u8>,
+    /// Another process has the device, or may get it: nothing is said to the backend, and nothing of what it says is read.
+    pub(crate) dormant: Option<Dormant>,
 }
 
 /// What is closed by `release`.
 pub(crate) struct Open {
     pub(crate) wire: Wire,
     /// Readable when `wire`'s socket hangs up or has something to read, when the backend's process ends, or when `channel` is to be looked at.
-    events: OwnedFd,
-    claim: Claim,
-    channel: Option<BackendChannel>,
+    pub(crate) events: OwnedFd,
+    pub(crate) claim: Claim,
+    pub(crate) channel: Option<BackendChannel>,
 }
 
-struct Ring {
-    index: u16,
-    state: RingState,
+pub(crate) struct Ring {
+    pub(crate) index: u16,
+    pub(crate) state: RingState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum RingState {
+pub(crate) enum RingState {
     /// The backend was or may have been given it.
     Running,
     /// The backend was asked to stop it and has not answered yet.
@@ -126,6 +133,8 @@ impl VhostUser {
             regions: Vec::new(),
             slots: Slots::new(hello.memory_slots),
             silent: false,
+            config: Vec::new(),
+            dormant: None,
         })
     }
 
@@ -136,6 +145,10 @@ impl VhostUser {
 
     pub(crate) fn wire(&mut self) -> Result<&mut Wire, TransportError> {
         match &mut self.open {
+            // The one way to the backend, so this is the one look that keeps a device that is handed over from being spoken to by two.
+            _ if self.dormant.is_some() => {
+                Err(TransportError::Invalid("the device is being handed to another process".to_owned()))
+            }
             Some(open) => Ok(&mut open.wire),
             None => Err(TransportError::Invalid("the device was released".to_owned())),
         }
@@ -188,6 +201,9 @@ impl VhostUser {
     }
 
     fn silence(&mut self, unanswered: usize, deadline: Instant) -> Result<(), String> {
+        if self.dormant.is_some() {
+            return Err("another process has the device".to_owned());
+        }
         if self.silent || self.rings.is_empty() {
             return Ok(());
         }
@@ -267,6 +283,9 @@ impl Transport for VhostUser {
         }
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(into.len());
+        if let Some(dormant) = &self.dormant {
+            return dormant.read_config(start..end, into);
+        }
         let Some(size) = u32::try_from(end).ok().filter(|_| end <= MAX_CONFIG_BYTES) else {
             return Err(TransportError::Invalid(format!(
                 "bytes {start} to {end} of a configuration space that has at most {MAX_CONFIG_BYTES}"
@@ -281,6 +300,10 @@ impl Transport for VhostUser {
         match (VhostUserConfig::from_slice(said), bytes.get(start..end)) {
             (Some(said), Some(found)) if said.offset == 0 && said.size == size && bytes.len() == end => {
                 into.copy_from_slice(found);
+                if self.config.len() < end {
+                    self.config.resize(end, 0);
+                }
+                self.config[..end].copy_from_slice(bytes);
                 Ok(())
             }
             // Refusals: qemu sends no payload at all, rust-vmm a head that says size 0.
@@ -343,7 +366,7 @@ impl Transport for VhostUser {
 
     /// # Errors
     /// `Invalid` before `negotiate`, twice for one queue, for an index or size out of bounds, and for a ring that is misaligned or not in mapped memory.
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
         self.check(&setup)?;
         let index = u32::from(setup.index);
         let state = |number: u32| VhostUserVringState::new(index, number);
@@ -356,7 +379,7 @@ impl Transport for VhostUser {
 
         // Both are always given: without a call eventfd qemu's device fails an assertion, without a kick it hangs. Both are
         // non-blocking from the start, because qemu makes them so, and the flag is shared with this side.
-        let (kick, call) = (event("kick eventfd")?, event("call eventfd")?);
+        let kick = event("kick eventfd")?;
         let number = VhostUserU64::new(u64::from(setup.index));
         self.tell(FrontendReq::SET_VRING_CALL, number.as_slice(), &[call.as_fd()])?;
         // From here on the backend may have started it, whatever it answers.
@@ -405,6 +428,9 @@ impl Transport for VhostUser {
     }
 
     fn is_lost(&mut self) -> bool {
+        if self.dormant.is_some() {
+            return false;
+        }
         let Some(open) = &mut self.open else { return true };
         if let Some(channel) = &mut open.channel {
             channel.look();
@@ -414,6 +440,9 @@ impl Transport for VhostUser {
 
     /// Where the backend has `VHOST_USER_PROTOCOL_F_BACKEND_REQ`; else never.
     fn take_config_change(&mut self) -> bool {
+        if self.dormant.is_some() {
+            return false;
+        }
         let channel = self.open.as_mut().and_then(|open| open.channel.as_mut());
         channel.is_some_and(BackendChannel::take_change)
     }
@@ -435,11 +464,36 @@ impl Transport for VhostUser {
     }
 
     fn release(&mut self) {
-        if let Some(mut open) = self.open.take() {
-            open.wire.shut_down("released");
-            tracing::info!(address = self.address, "vhost-user device released");
+        match self.open.take() {
+            // The other process uses the same connection.
+            Some(open) if self.dormant.is_some() => drop(open),
+            Some(mut open) => {
+                open.wire.shut_down("released");
+                tracing::info!(address = self.address, "vhost-user device released");
+            }
+            None => {}
         }
         self.regions.clear();
+    }
+
+    fn exportable(&self) -> Result<(), NotExportable> {
+        self.check_exportable()
+    }
+
+    fn export(&mut self) -> Result<Exported, NotExportable> {
+        self.export_all()
+    }
+
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        self.take_memory(region)
+    }
+
+    fn adopt_queue(&mut self, index: u16, kick: OwnedFd) -> Result<Box<dyn Doorbell>, TransportError> {
+        self.take_queue(index, kick)
+    }
+
+    fn resume(&mut self) {
+        self.dormant = None;
     }
 }
 

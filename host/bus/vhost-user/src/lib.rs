@@ -32,10 +32,12 @@
 //! - `peer`: the backend's process and whether it is gone.
 //! - `backend_channel`: what the backend says unasked.
 //! - `handshake`: what is learnt before a driver is asked. `device`: the transport. `events`: its descriptors. `slots`: its memory while it runs.
+//! - `adopt`: the same device, handed from one process to another.
 //!
 //! [spec]: https://qemu-project.gitlab.io/qemu/interop/vhost-user.html
 
 mod address;
+mod adopt;
 mod backend_channel;
 mod claim;
 mod credentials;
@@ -48,6 +50,7 @@ mod slots;
 mod wire;
 
 pub use address::{Address, MAX_PATH_BYTES, SCHEME};
+pub use adopt::KIND;
 pub use device::{MAX_CONFIG_BYTES, MAX_QUEUES, MAX_REGIONS, MAX_RING_ENTRIES, VhostUser};
 pub use error::ConnectError;
 pub use wire::ANSWER_LIMIT;

@@ -42,6 +42,23 @@ impl Peer {
         };
     }
 
+    /// What another process found out, and handed over with the process's descriptor where it is known.
+    pub(crate) fn adopt(known: Option<(i32, OwnedFd)>, reason: &str) -> Self {
+        match known {
+            Some((pid, pidfd)) => Peer::Known { pid, pidfd },
+            None => Peer::Unknown { reason: reason.to_owned() },
+        }
+    }
+
+    /// Why it is not known, if it is not.
+    pub(crate) fn doubt(&self) -> Option<&str> {
+        match self {
+            Peer::Known { .. } => None,
+            Peer::Unknown { reason } => Some(reason),
+            Peer::Unseen | Peer::Candidate { .. } => Some("the backend has not shown which process it is"),
+        }
+    }
+
     fn open(pid: i32) -> Self {
         let unknown = |reason: String| Peer::Unknown { reason };
         if u32::try_from(pid) == Ok(std::process::id()) {

@@ -31,6 +31,16 @@ impl Slots {
     pub(crate) fn new(most: u64) -> Self {
         Self { most: usize::try_from(most).unwrap_or(usize::MAX), ..Self::default() }
     }
+
+    /// Regions that the backend takes.
+    pub(crate) fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Nothing was added to the running device, and no question is open.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.added.is_empty() && self.open.is_none()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

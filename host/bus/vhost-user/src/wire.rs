@@ -102,6 +102,16 @@ impl Wire {
         })
     }
 
+    /// A connection that another process has made, on which no question is open.
+    pub(crate) fn adopt(socket: OwnedFd, peer: Peer, acks: bool) -> Self {
+        Wire { socket, link: Link::Open, peer, acks, pending: None, inbox: Vec::new(), senders: [None; 2] }
+    }
+
+    /// In use, and no question is open.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.link == Link::Open && self.pending.is_none() && self.inbox.is_empty()
+    }
+
     /// From now on every message asks for an acknowledgement (`REPLY_ACK` is negotiated).
     pub(crate) fn expect_acks(&mut self) {
         self.acks = true;

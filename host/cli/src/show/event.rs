@@ -41,6 +41,14 @@ fn what(what: &EventKind) -> String {
             let frames: String = backtrace.iter().map(|frame| format!("\n{frame}")).collect();
             format!("fault ({kind}): {message}{frames}")
         }
+        EventKind::DeviceAway { reason, wait_ms } => {
+            format!("device away: {reason}; it is waited for up to {:.1} s", *wait_ms as f64 / 1e3)
+        }
+        EventKind::DeviceBack { again, waited_micros } => {
+            let waited = *waited_micros as f64 / 1e6;
+            format!("device back after {waited:.3} s, {} given again", count(*again, "request"))
+        }
+        EventKind::DeviceGivenUp { reason } => format!("device given up: {reason}"),
         EventKind::PortAttached { port } => format!("port attached: {port}"),
         EventKind::PortDetached { port, connections, severed, ended } => {
             let left_behind = if *ended { "" } else { "; it did not end in time and was left behind" };
@@ -52,6 +60,9 @@ fn what(what: &EventKind) -> String {
         EventKind::ConfigChanged { changes, refused: None } => format!("configuration changed: {}", changes.join(", ")),
         EventKind::Upgraded { from, to, blackout_micros } => {
             format!("upgraded: {from} -> {to}, clients waited {blackout_micros} us")
+        }
+        EventKind::TakenOver { connections, blackout_micros } => {
+            format!("taken over with {connections} connections, clients waited {blackout_micros} us")
         }
         EventKind::RolledBack { from, to, reason } => format!("rolled back: {from} -> {to}: {reason}"),
         EventKind::Trusted { driver, device } => {

@@ -46,15 +46,6 @@ impl Common {
         }
     }
 
-    /// [`Common::packet`] or [`Common::whole`], whichever the number of segments asks for.
-    #[inline(always)]
-    pub(super) fn known<'a>(&self, words: &'a [u32], expected: &Expected, request: u16) -> Option<(&'a [u32], Head)> {
-        match *words {
-            [_, second, ..] if second == self.word | PACKET_SEGMENTS => self.packet(words, expected, request),
-            _ => self.whole(words, expected, request),
-        }
-    }
-
     /// What comes after the chain that `words` begin with, and its head, if it is such a chain for `expected`, the request at position `request`. `None` says nothing about the
     /// words but that they have to be looked at one by one, by [`Checks`]; what is answered here is what would be answered there (a test compares them).
     #[inline(always)]
@@ -312,9 +303,7 @@ mod tests {
         assert!(whole.is_none() || packet.is_none(), "no chain is both");
         let (made, length) =
             if whole.is_some() { (Made::Whole, WHOLE_HEADER_BYTES) } else { (Made::Packet, PACKET_HEADER_BYTES) };
-        let known = common.known(words, &expected, 9);
-        assert_eq!(known.map(|(_, head)| head.made), whole.or(packet).map(|(_, head)| head.made));
-        let (rest, head) = known?;
+        let (rest, head) = whole.or(packet)?;
         let chain = Chain { head: &head, header: &head.header[..length], segments: &[] };
         let count = if made == Made::Whole { 3 } else { 2 };
         assert_eq!((chain.token(), chain.queue(), chain.request(), chain.segment_count()), (TOKEN, QUEUE, 9, count));

@@ -95,6 +95,22 @@ impl SplitQueue {
         self.added += 1;
     }
 
+    /// Puts one device-writable descriptor on the ring, for which there is room.
+    #[inline]
+    pub(super) fn place_buffer(&mut self, token: u32, iova: u64, length: u32) {
+        self.break_sets(1);
+        let head = self.free_head;
+        let slot = &mut self.slots[usize::from(head)];
+        self.ring.write_descriptor(head, iova, length, DESC_WRITE, 0);
+        self.ring.write_available(self.added as u16, head);
+        *slot =
+            Slot { sequence: self.added, token, offered: length, tail: head, descriptors: 1, ..Slot::new(slot.area) };
+        self.free_head = self.next[usize::from(head)];
+        self.free -= 1;
+        self.in_flight += 1;
+        self.added += 1;
+    }
+
     /// Takes three descriptors from the free list, where they are if there is no free set, and makes a set of them, with a status of no bytes.
     #[cold]
     fn make_set(&mut self) -> u16 {

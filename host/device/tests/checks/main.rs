@@ -8,4 +8,5 @@ mod lies;
 mod queue;
 mod region;
 mod scattered;
+mod standing;
 mod transfer;

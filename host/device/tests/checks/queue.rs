@@ -1,8 +1,9 @@
 //! The queue with an honest device that does everything in the most inconvenient legal way.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
-use cofferdam_device::{AddError, Direction, QueueConfig};
+use cofferdam_device::{AddError, Direction, DmaRegion, QueueConfig, QueueError, SplitQueue};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -22,6 +23,8 @@ enum Step {
     Arm(u16),
     ArmNext,
     Disarm,
+    /// Another process goes on with the ring, if nothing is on it.
+    Resume,
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
@@ -55,6 +58,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (1..8u16).prop_map(Step::Arm),
         1 => Just(Step::ArmNext),
         1 => Just(Step::Disarm),
+        2 => Just(Step::Resume),
     ]
 }
 
@@ -164,6 +168,11 @@ proptest! {
                 },
                 Step::Arm(count) => prop_assert_eq!(queue.arm_after(count), !used.is_empty()),
                 Step::ArmNext => queue.arm_next(),
+                Step::Resume => {
+                    if let Some(position) = queue.position() {
+                        queue = SplitQueue::resume(config, Arc::clone(&device.region), 4096, position).unwrap();
+                    }
+                }
                 Step::Disarm => queue.disarm(),
             }
             let expected: BTreeMap<u32, bool> = added.iter().map(|(token, _)| (*token, false))
@@ -286,4 +295,62 @@ fn a_place_that_does_not_fit_is_refused() {
         assert!(matches!(make(size, offset), Some(QueueError::OutOfRegion { .. })), "{size} at {offset}");
     }
     assert_eq!(make(2, 4096), None);
+}
+
+fn bytes(region: &DmaRegion) -> Vec<u8> {
+    let mut all = vec![0; region.len() as usize];
+    region.read_at(0, &mut all).unwrap();
+    all
+}
+
+#[test]
+fn a_ring_is_gone_on_with_wherever_its_indices_stand_and_is_not_written_to_for_that() {
+    for (event_idx, indirect) in [(false, false), (true, true)] {
+        let config = QueueConfig { index: 0, size: 8, event_idx, indirect };
+        let (mut queue, mut device) = pair(config);
+        // Past the end of 16 bits, with a stop at every place around it.
+        for token in 0..65_600 {
+            queue.add(&READ.chain(token, 0).chain()).unwrap();
+            assert!(queue.position().is_none(), "something is on it");
+            queue.publish();
+            let taken = device.take().unwrap();
+            check_taken(&device, &taken, token, READ);
+            device.complete(taken.head.into(), READ.writable());
+            assert_eq!(queue.pop().unwrap().map(|used| used.token), Some(token));
+            if !(16..65_520).contains(&token) {
+                let position = queue.position().unwrap();
+                assert_eq!(position, (token + 1) as u16);
+                let before = bytes(&device.region);
+                queue = SplitQueue::resume(config, Arc::clone(&device.region), 4096, position).unwrap();
+                assert!(before == bytes(&device.region), "the ring was written to");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_ring_that_stands_somewhere_else_is_not_gone_on_with() {
+    let config = QueueConfig { index: 0, size: 8, event_idx: true, indirect: false };
+    let (mut queue, mut device) = pair(config);
+    let resume = |device: &Device, position| SplitQueue::resume(config, Arc::clone(&device.region), 4096, position);
+    for wrong in [1, 8, u16::MAX] {
+        let refused = resume(&device, wrong).map(|_| ());
+        assert_eq!(refused, Err(QueueError::Moved { available: 0, used: 0, expected: wrong }));
+    }
+    queue.add(&READ.chain(0, 0).chain()).unwrap();
+    queue.publish();
+    assert_eq!(queue.position(), None);
+    assert!(resume(&device, 0).is_err() && resume(&device, 1).is_err(), "a chain is on it");
+    let taken = device.take().unwrap();
+    device.complete(taken.head.into(), READ.writable());
+    assert_eq!(queue.position(), None, "it was not taken off yet");
+    queue.pop().unwrap();
+    resume(&device, 1).unwrap();
+    // A device that says more than it was given has broken the ring, for whomever.
+    device.set_used(3);
+    assert!(queue.pop().is_err());
+    assert_eq!(queue.position(), None);
+    assert!(resume(&device, 1).is_err());
+    let far = SplitQueue::resume(config, Arc::clone(&device.region), device.region.len(), 0);
+    assert!(matches!(far, Err(QueueError::OutOfRegion { .. })));
 }

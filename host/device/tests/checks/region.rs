@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use cofferdam_device::{DmaRegion, RegionError};
 use proptest::prelude::*;
-use rustix::fs::SealFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 
 #[test]
 fn a_region_cannot_be_resized_by_whoever_holds_its_descriptor() {
@@ -14,6 +14,59 @@ fn a_region_cannot_be_resized_by_whoever_holds_its_descriptor() {
         assert!(rustix::fs::ftruncate(region.fd(), bytes).is_err());
     }
     assert!(rustix::fs::fcntl_add_seals(region.fd().as_fd(), SealFlags::WRITE).is_err());
+}
+
+#[test]
+fn what_is_read_while_a_region_is_revoked_is_the_data_or_an_error() {
+    const BYTES: usize = 1 << 20;
+    let mut into = vec![0; BYTES];
+    for _ in 0..300 {
+        let region = DmaRegion::new("test-revoked", BYTES as u64, 0).unwrap();
+        region.fill(0, BYTES as u64, 7).unwrap();
+        std::thread::scope(|scope| {
+            let revoked = scope.spawn(|| region.revoke());
+            while region.read_at(0, &mut into).is_ok() {
+                // What was taken away in the middle of the copy ends in zeroes.
+                assert_eq!(into[BYTES - 1], 7, "zeroes in place of the data");
+            }
+            assert!(revoked.join().unwrap());
+        });
+    }
+}
+
+#[test]
+fn a_region_can_be_adopted_by_its_descriptor_and_is_the_same_memory() {
+    let region = DmaRegion::new("test-adopt", 8192, 0x4000).unwrap();
+    region.write_at(4000, b"before").unwrap();
+    let other = DmaRegion::adopt(region.duplicate().unwrap(), 8192, 0x4000).unwrap();
+    assert_eq!((other.iova(), other.len(), other.run_bytes(0)), (0x4000, 8192, 8192));
+    let mut seen = [0; 6];
+    other.read_at(4000, &mut seen).unwrap();
+    assert_eq!(&seen, b"before");
+    other.write_at(0, b"after").unwrap();
+    drop(other);
+    region.read_at(0, &mut seen).unwrap();
+    assert_eq!(&seen, b"after\0", "dropping one takes nothing from the other");
+}
+
+#[test]
+fn what_is_no_regions_file_is_not_adopted() {
+    let region = || DmaRegion::new("test-adopt", 8192, 0).unwrap().duplicate().unwrap();
+    for (bytes, iova) in [(0, 0), (4096, 0), (16384, 0), (8191, 0), (8192, 1), (8192, u64::MAX - 4095), (1 << 63, 0)] {
+        let refused = DmaRegion::adopt(region(), bytes, iova);
+        assert!(matches!(refused, Err(RegionError::Shape { .. })), "{bytes} at {iova}: {refused:?}");
+    }
+    let memfd = |flags| rustix::fs::memfd_create("test-adopt", flags).unwrap();
+    let open = memfd(MemfdFlags::ALLOW_SEALING);
+    let half = memfd(MemfdFlags::ALLOW_SEALING);
+    for file in [&open, &half] {
+        rustix::fs::ftruncate(file, 8192).unwrap();
+    }
+    rustix::fs::fcntl_add_seals(&half, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap().into();
+    for file in [open, half, memfd(MemfdFlags::empty()), null] {
+        assert!(matches!(DmaRegion::adopt(file, 8192, 0), Err(RegionError::Unsealed)));
+    }
 }
 
 #[test]

@@ -122,3 +122,41 @@ fn a_translation_that_is_not_one_aligned_address_a_page_is_refused() {
         assert!(matches!(made, Err(RegionError::Shape { .. })), "{bytes} in {page}");
     }
 }
+
+#[test]
+fn another_process_finds_the_pages_where_they_are_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let first = region(folder.path(), "arena", 3 * PAGE, addresses(3)).unwrap();
+    region(folder.path(), "another", 3 * PAGE, addresses(3)).unwrap();
+    region(other.path(), "arena", 3 * PAGE, addresses(3)).unwrap();
+    for page in 0..3 {
+        first.write_at(page * PAGE + 7, &[page as u8 + 1]).unwrap();
+    }
+    let adopt = |at: &Path, name: &str, page_bytes: u64, said: &[u64], found: Vec<u64>| {
+        let place = FileName { folder: OwnedFd::from(File::open(at).unwrap()), name: CString::new(name).unwrap() };
+        DmaRegion::adopt_pages(first.duplicate().unwrap(), place, page_bytes, said, |_| Ok(found))
+    };
+    let pages = addresses(3);
+    let second = adopt(folder.path(), "arena", PAGE, &pages, pages.clone()).unwrap();
+    for page in 0..3 {
+        let mut found = [0];
+        second.read_at(page * PAGE + 7, &mut found).unwrap();
+        assert_eq!((found[0], second.address_of(page * PAGE)), (page as u8 + 1, first.address_of(page * PAGE)));
+    }
+    assert_eq!(second.pages(), first.pages());
+    // A page that has moved, one too few, another size, another file of that name or none.
+    let moved: Vec<_> = pages.iter().map(|page| page + PAGE).collect();
+    assert!(matches!(adopt(folder.path(), "arena", PAGE, &pages, moved), Err(RegionError::Io { .. })));
+    let fewer = pages[..2].to_vec();
+    assert!(matches!(adopt(folder.path(), "arena", PAGE, &fewer, fewer.clone()), Err(RegionError::Shape { .. })));
+    assert!(matches!(adopt(folder.path(), "arena", PAGE / 2, &pages, pages.clone()), Err(RegionError::Shape { .. })));
+    assert!(matches!(adopt(folder.path(), "arena", 3, &pages, pages.clone()), Err(RegionError::Shape { .. })));
+    for (at, name) in [(folder.path(), "another"), (other.path(), "arena"), (folder.path(), "none")] {
+        assert!(matches!(adopt(at, name, PAGE, &pages, pages.clone()), Err(RegionError::Io { .. })), "{name}");
+    }
+    drop(first);
+    assert!(folder.path().join("arena").exists());
+    assert!(second.revoke());
+    assert!(!folder.path().join("arena").exists(), "the one that has it removes it");
+}

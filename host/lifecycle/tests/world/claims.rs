@@ -27,6 +27,7 @@ pub(crate) fn check(here: &Situation, setting: Setting<'_>) -> Result<(), Broken
     claim(!(world.code == Code::Dropped && world.call != Call::None), "code is dropped under a call (G9)")?;
     claim(!(is_past_closing(life.state()) && world.gate_open), "something can be admitted after gate-closed (G1)")?;
     claim(!(life.state() == State::Serving && world.down), "it serves without a driver")?;
+    claim(!(life.state() == State::Serving && world.away), "it serves without its device")?;
     let by_itself = matches!(life.cause(), Some(Cause::Removed | Cause::Fault));
     claim(life.state() != State::Interrupting || life.forced() || by_itself, "guests are interrupted without force")?;
     if !life.forced() && life.state() == State::Draining {

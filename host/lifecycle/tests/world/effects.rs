@@ -24,6 +24,7 @@ pub(crate) fn carry_out(here: &Situation) -> Result<Vec<Turn>, Broken> {
         // The loading thread has died.
         Effect::Build => said(next, Event::Leave { cause: Cause::LoadFailed, force: true }),
         Effect::Serve | Effect::Pause | Effect::Nothing => Ok(Vec::new()),
+        Effect::Recover if world.away => Ok(bring_back(world)),
         Effect::Recover => {
             let mut given_up = next.clone();
             next.down = false;
@@ -115,6 +116,28 @@ fn build(world: &World, wanted: bool) -> Vec<Turn> {
     }
     let failed = Event::Leave { cause: Cause::LoadFailed, force: true };
     vec![(next, finished.then_some(Event::Loaded)), (let_go.clone(), Some(failed)), (let_go, None)]
+}
+
+/// The device that is away: silence first, and without it there is no way but out. Then it comes back and is given again what it had not done, or it does not come back.
+fn bring_back(world: &World) -> Vec<Turn> {
+    if world.call != Call::None {
+        // The lane's lease is waited for.
+        return Vec::new();
+    }
+    if world.device == Device::CutOff {
+        return vec![(world.clone(), Some(Event::Leave { cause: Cause::Removed, force: true }))];
+    }
+    let mut back = world.clone();
+    (back.given, back.published) = (world.given + world.published, 0);
+    (back.away, back.down, back.device) = (false, false, Device::Healthy);
+    let mut given_up = world.clone();
+    (given_up.down, given_up.given, given_up.published) = (true, 0, 0);
+    let mut turns = vec![(back, Some(Event::Recovered)), (given_up, Some(Event::Exhausted))];
+    if world.device == Device::Broken {
+        // It cannot be made silent.
+        turns.push((world.clone(), Some(Event::Leave { cause: Cause::Fault, force: true })));
+    }
+    turns
 }
 
 /// Waits. What the device completes meanwhile is a move of its own.

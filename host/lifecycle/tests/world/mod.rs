@@ -100,6 +100,8 @@ pub(crate) struct World {
     pub(crate) call: Call,
     /// The driver has broken down, and none has taken its place.
     pub(crate) down: bool,
+    /// The device was lost or broke a rule, and is to be brought back.
+    pub(crate) away: bool,
     /// No call begins any more.
     pub(crate) killed: bool,
     /// Nothing is put on the ring any more.
@@ -128,6 +130,7 @@ impl World {
             abandoned: false,
             call: Call::None,
             down: false,
+            away: false,
             killed: false,
             withdrawn: false,
             device: Device::Healthy,

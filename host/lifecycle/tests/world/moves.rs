@@ -18,6 +18,13 @@ pub(crate) fn moves(here: &Situation, setting: Setting<'_>) -> Vec<Move> {
         let (name, event) = ("the driver breaks down".to_owned(), Some(Event::Faulted));
         moves.push(Move { name, event, next: here.with(down).apply(setting, Event::Faulted) });
     }
+    let is_away = matches!(here.world.device, Device::Gone | Device::CutOff | Device::Broken);
+    if here.life.state() == State::Serving && is_away {
+        let mut away = here.world.clone();
+        away.away = true;
+        let (name, event) = ("the device is to be brought back".to_owned(), Some(Event::DeviceAway));
+        moves.push(Move { name, event, next: here.with(away).apply(setting, Event::DeviceAway) });
+    }
     let effect = here.life.effect();
     match carry_out(here) {
         Err(broken) => moves.push(Move { name: effect.to_string(), event: None, next: Err(broken) }),

@@ -6,13 +6,12 @@ use std::time::{Duration, Instant};
 
 use cofferdam_device::transport::Transport;
 use cofferdam_device::words::{self, SegmentWords};
-use cofferdam_device::{Buffer, ChainBatch, ChainBuf, ChainError, Expected, Outcome, QueueEvents, SplitQueue};
+use cofferdam_device::{Buffer, ChainBatch, Expected, Outcome, QueueEvents, SplitQueue};
 use cofferdam_runtime::{DeviceError, LiveCapability};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::lane::posted::posted_chain;
-use crate::lane::{clear, signal};
+use crate::lane::{Fresh, clear, signal};
 
 /// How long a device may take for a command (`wit/virtio.wit`).
 const COMMAND_LIMIT: Duration = Duration::from_secs(2);
@@ -24,52 +23,63 @@ const MAX_BUFFERS: usize = 64;
 /// Shared between the calls of the control lane, the watch and the ladder.
 pub(crate) type SharedQueues = Arc<Mutex<ControlQueues>>;
 
-struct Queue {
-    ring: SplitQueue,
-    events: QueueEvents,
+pub(super) struct Queue {
+    pub(super) ring: SplitQueue,
+    pub(super) events: QueueEvents,
 }
 
-struct Posted {
-    queue: Queue,
-    buffers: Vec<(Buffer, ChainBuf)>,
+pub(super) struct Posted {
+    pub(super) queue: Queue,
+    pub(super) buffers: Vec<Buffer>,
 }
 
 /// The queues.
 pub(crate) struct ControlQueues {
-    commands: Option<Queue>,
-    posted: Option<Posted>,
+    pub(super) commands: Option<Queue>,
+    pub(super) posted: Option<Posted>,
     /// A command was not answered in time, or the ring was broken: nothing is sent any more.
-    given_up: Option<String>,
+    pub(super) given_up: Option<String>,
+    /// The device is away: its rings are not touched.
+    pub(super) is_away: bool,
+    /// Another process may have them: nobody touches them.
+    pub(super) handed_over: bool,
 }
 
 impl ControlQueues {
     /// `posted` comes with the buffers that it is kept filled with.
-    ///
-    /// # Errors
-    /// A buffer that the ring does not take.
     pub(crate) fn new(
         commands: (SplitQueue, QueueEvents),
         posted: Option<(SplitQueue, QueueEvents, Vec<Buffer>)>,
-    ) -> Result<ControlQueues, ChainError> {
+    ) -> ControlQueues {
         let (ring, events) = commands;
         let commands = Some(Queue { ring, events });
-        let posted = match posted {
-            None => None,
-            Some((mut ring, events, buffers)) => {
-                let index = ring.config().index;
-                let mut made = Vec::with_capacity(buffers.len());
-                for (number, buffer) in buffers.into_iter().enumerate() {
-                    let chain = posted_chain(number as u32, index, &buffer)?;
-                    let _ = ring.add(&chain.chain());
-                    made.push((buffer, chain));
-                }
-                // Nothing is on it yet.
-                let _ = ring.arm();
-                ring.publish();
-                Some(Posted { queue: Queue { ring, events }, buffers: made })
-            }
-        };
-        Ok(ControlQueues { commands, posted, given_up: None })
+        let posted = posted.map(|(mut ring, events, buffers)| {
+            post_all(&mut ring, &buffers);
+            Posted { queue: Queue { ring, events }, buffers }
+        });
+        ControlQueues { commands, posted, given_up: None, is_away: false, handed_over: false }
+    }
+
+    /// The device is away, and its rings are not touched until it is back.
+    pub(crate) fn hold_off(&mut self) {
+        self.is_away = true;
+    }
+
+    /// The descriptor by which the device tells of used commands, or of used posted buffers.
+    pub(crate) fn call(&self, is_posted: bool) -> Option<BorrowedFd<'_>> {
+        if is_posted { self.event_fd() } else { self.commands.as_ref().map(|queue| queue.events.call.as_fd()) }
+    }
+
+    /// The device is back, with empty rings: the posted one is filled.
+    pub(crate) fn give_back(&mut self, commands: Option<Fresh>, posted: Option<Fresh>) {
+        let queue = |(ring, events)| Queue { ring, events };
+        self.commands = commands.map(queue);
+        if let (Some(old), Some((mut ring, events))) = (&mut self.posted, posted) {
+            post_all(&mut ring, &old.buffers);
+            old.queue = Queue { ring, events };
+        }
+        (self.given_up, self.is_away) = (None, false);
+        self.kick();
     }
 
     /// The device runs: it is told that there are buffers.
@@ -86,7 +96,7 @@ impl ControlQueues {
 
     /// Whether the device used posted buffers since this was asked last, or there are some left.
     pub(super) fn was_called(&self) -> bool {
-        self.event_fd().is_some_and(clear)
+        !self.handed_over && self.event_fd().is_some_and(clear)
     }
 
     /// What was not taken is looked for again: the device was not asked to tell of more, so the watch is woken in its stead.
@@ -99,7 +109,10 @@ impl ControlQueues {
     /// The bytes of up to 64 used buffers, as `control.events` wants them; the buffers are posted again.
     pub(super) fn take_events(&mut self) -> Vec<u32> {
         let mut words = Vec::new();
-        let Some(Posted { queue, buffers }) = &mut self.posted else { return words };
+        let Some(Posted { queue, buffers }) = self.posted.as_mut().filter(|_| !self.is_away && !self.handed_over)
+        else {
+            return words;
+        };
         for _ in 0..MAX_BUFFERS {
             let used = match queue.ring.pop() {
                 Ok(Some(used)) => used,
@@ -111,14 +124,14 @@ impl ControlQueues {
                     break;
                 }
             };
-            let Some((buffer, chain)) = buffers.get(used.token as usize) else { continue };
+            let Some(buffer) = buffers.get(used.token as usize) else { continue };
             let mut bytes = vec![0; used.written.min(buffer.len()) as usize];
             if buffer.read_at(0, &mut bytes).is_ok() {
                 words.push(bytes.len() as u32);
                 bytes.resize(bytes.len().next_multiple_of(4), 0);
                 words.extend(bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)));
             }
-            let _ = queue.ring.add(&chain.chain());
+            let _ = queue.ring.add_buffer(used.token, buffer.iova(), buffer.len());
         }
         if queue.ring.publish() {
             queue.events.doorbell.ring();
@@ -133,6 +146,12 @@ impl ControlQueues {
         response_bytes: u32,
         is_lost: impl Fn() -> bool,
     ) -> Result<Vec<u8>, DeviceError> {
+        if self.is_away {
+            return Err(DeviceError::Device("the device is away".to_owned()));
+        }
+        if self.handed_over {
+            return Err(DeviceError::Device("the device is on its way to another process".to_owned()));
+        }
         if let Some(why) = &self.given_up {
             return Err(DeviceError::Device(format!("the queue for commands was given up: {why}")));
         }
@@ -151,6 +170,15 @@ impl ControlQueues {
         self.commands = None;
         self.posted = None;
     }
+}
+
+/// Fills a ring that nothing is on yet.
+fn post_all(ring: &mut SplitQueue, buffers: &[Buffer]) {
+    for (number, buffer) in (0..).zip(buffers) {
+        let _ = ring.add_buffer(number, buffer.iova(), buffer.len());
+    }
+    let _ = ring.arm();
+    ring.publish();
 }
 
 fn exchange(

@@ -7,11 +7,16 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::CrashReport;
+use super::pace::Pace;
 
 /// Reports in the directory.
 const MOST_REPORTS: usize = 64;
 /// Bytes of everything in it.
 const MOST_BYTES: u64 = 256 << 20;
+/// Bytes that are written in one step.
+const STEP_BYTES: usize = 64 << 10;
+/// Files that are looked at in one step.
+const STEP_FILES: usize = 16;
 
 /// Where crashes are written down.
 #[derive(Clone, Debug)]
@@ -33,19 +38,19 @@ impl Spool {
 
     /// Writes a crash down, and forgets old ones. The core dump's path, if there is one. What cannot be written is told in the log: a full disk is no reason to serve
     /// nobody.
-    pub(super) fn keep(&self, mut report: CrashReport, core: Option<&[u8]>) -> Option<PathBuf> {
+    pub(super) fn keep(&self, mut report: CrashReport, core: Option<&[u8]>, pace: &Pace<'_>) -> Option<PathBuf> {
         let stem = format!("{}-{:020}", report.binding, report.unix_micros);
         let kept = (|| {
             DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-            self.make_room(core.map_or(0, |core| core.len() as u64))?;
+            self.make_room(core.map_or(0, |core| core.len() as u64), pace)?;
             if let Some(core) = core.filter(|core| core.len() as u64 <= MOST_BYTES) {
                 let path = self.folder.join(format!("{stem}.core"));
-                write(&path, core)?;
+                write(&path, core, pace)?;
                 report.core = Some(path);
             }
             let mut text = serde_json::to_vec_pretty(&report)?;
             text.push(b'\n');
-            write(&self.folder.join(format!("{stem}.json")), &text)
+            write(&self.folder.join(format!("{stem}.json")), &text, pace)
         })();
         if let Err(error) = kept {
             tracing::warn!(folder = %self.folder.display(), %error, "a crash could not be written down");
@@ -54,8 +59,8 @@ impl Spool {
     }
 
     /// Removes the oldest until there is room for one more of `bytes`.
-    fn make_room(&self, bytes: u64) -> std::io::Result<()> {
-        let mut entries = self.entries()?;
+    fn make_room(&self, bytes: u64, pace: &Pace<'_>) -> std::io::Result<()> {
+        let mut entries = self.entries(pace)?;
         // The time is the end of the name, and twenty digits long.
         entries.sort_by(|a, b| time_of(&b.stem).cmp(time_of(&a.stem)));
         let mut all: u64 = entries.iter().map(|entry| entry.bytes).sum();
@@ -72,9 +77,12 @@ impl Spool {
         Ok(())
     }
 
-    fn entries(&self) -> std::io::Result<Vec<Entry>> {
+    fn entries(&self, pace: &Pace<'_>) -> std::io::Result<Vec<Entry>> {
         let mut entries: Vec<Entry> = Vec::new();
-        for file in self.folder.read_dir()? {
+        for (nth, file) in self.folder.read_dir()?.enumerate() {
+            if nth % STEP_FILES == STEP_FILES - 1 {
+                pace.step();
+            }
             let file = file?;
             let name = file.file_name();
             let Some((stem, extension)) = name.to_str().and_then(|name| name.rsplit_once('.')) else { continue };
@@ -99,10 +107,16 @@ fn time_of(stem: &str) -> &str {
 }
 
 /// A whole file or none.
-fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+fn write(path: &Path, bytes: &[u8], pace: &Pace<'_>) -> std::io::Result<()> {
+    pace.step();
     let half = path.with_extension("half");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&half)?;
-    file.write_all(bytes)?;
+    for (nth, bytes) in bytes.chunks(STEP_BYTES).enumerate() {
+        if nth > 0 {
+            pace.step();
+        }
+        file.write_all(bytes)?;
+    }
     std::fs::rename(&half, path)
 }
 
@@ -139,12 +153,12 @@ mod tests {
     fn the_oldest_go_when_there_are_too_many_and_other_files_stay() {
         let folder = folder("many");
         let spool = Spool::new(folder.clone());
-        spool.keep(report(0), None);
+        spool.keep(report(0), None, &Pace::hurried());
         std::fs::write(folder.join("notes.json"), "mine").unwrap();
         for nth in 1..200 {
-            assert!(spool.keep(report(nth), Some(b"core")).is_some());
+            assert!(spool.keep(report(nth), Some(b"core"), &Pace::hurried()).is_some());
         }
-        let mut entries = spool.entries().unwrap();
+        let mut entries = spool.entries(&Pace::hurried()).unwrap();
         entries.sort_by(|a, b| time_of(&a.stem).cmp(time_of(&b.stem)));
         assert_eq!(entries.len(), MOST_REPORTS);
         assert_eq!(entries.last().map(|entry| time_of(&entry.stem).to_owned()), Some(format!("{:020}", 1_000_199)));
@@ -161,19 +175,19 @@ mod tests {
         let spool = Spool::new(folder.clone());
         let core = vec![7; 100 << 20];
         for nth in 0..4 {
-            assert!(spool.keep(report(nth), Some(&core)).is_some());
-            let bytes: u64 = spool.entries().unwrap().iter().map(|entry| entry.bytes).sum();
+            assert!(spool.keep(report(nth), Some(&core), &Pace::hurried()).is_some());
+            let bytes: u64 = spool.entries(&Pace::hurried()).unwrap().iter().map(|entry| entry.bytes).sum();
             assert!(bytes <= MOST_BYTES + (1 << 20), "{bytes}");
         }
-        assert_eq!(spool.entries().unwrap().len(), 2);
+        assert_eq!(spool.entries(&Pace::hurried()).unwrap().len(), 2);
         let huge = vec![7; (MOST_BYTES + 1) as usize];
-        assert!(spool.keep(report(9), Some(&huge)).is_none());
+        assert!(spool.keep(report(9), Some(&huge), &Pace::hurried()).is_none());
         std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]
     fn a_folder_that_cannot_be_made_loses_the_file_and_nothing_else() {
         let spool = Spool::new(PathBuf::from("/proc/nowhere"));
-        assert_eq!(spool.keep(report(1), Some(b"core")), None);
+        assert_eq!(spool.keep(report(1), Some(b"core"), &Pace::hurried()), None);
     }
 }

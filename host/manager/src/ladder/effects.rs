@@ -15,7 +15,7 @@ use crate::binding::{Binding, Parts};
 use crate::certificate::{Outcome, Residual, Stage};
 use crate::device::SharedTransport;
 use crate::events::EventKind;
-use crate::lane::LaneEnd;
+use crate::lane::{Lane, LaneEnd};
 use crate::residue::Marks;
 use crate::watch::{SELF_DRAIN, Watch};
 
@@ -29,6 +29,8 @@ const QUIESCE_BOUND: Duration = Duration::from_millis(1000);
 const DEVICE_BUSY: Duration = Duration::from_millis(2500);
 /// Longest wait of one effect for the leases of all lanes together. The guest that holds one was interrupted before.
 const LEASES: Duration = Duration::from_millis(500);
+/// How long crashes may take to be written down: some, each with the memory of a driver.
+const BURIAL: Duration = Duration::from_secs(2);
 /// Why the memory of a pinned binding stays.
 const PINNED: &str = "loaded --pinned: its calls are not counted, so memory and code stay until the daemon stops";
 
@@ -199,16 +201,21 @@ const NOT_VACANT: &str = "a lane did not become vacant";
 /// Asks for silence for as long as a device may take, reaping between the attempts: one that is merely slow ends with nothing unanswered.
 fn silence_device(parts: &Parts) -> Silence {
     let Some(transport) = &parts.transport else { return Silence::Confirmed };
+    silence(transport, &parts.lanes, QUIESCE_BOUND)
+}
+
+/// The same, for at most `bound` and a little.
+pub(crate) fn silence(transport: &SharedTransport, lanes: &[Arc<Lane>], bound: Duration) -> Silence {
     let not_vacant = || Silence::Unconfirmed { reason: NOT_VACANT.to_owned() };
     // The device's time begins when it can be spoken to.
     let Some(mut device) = transport.try_lock_for(DEVICE_BUSY) else {
         return Silence::Unconfirmed { reason: "the device does not answer a client that maps memory".to_owned() };
     };
-    let bound = after(Instant::now(), QUIESCE_BOUND);
-    let calls: Vec<_> = parts.lanes.iter().map(|lane| lane.device_fd()).collect();
+    let bound = after(Instant::now(), bound);
+    let calls: Vec<_> = lanes.iter().map(|lane| lane.device_fd()).collect();
     loop {
         let until = Instant::now() + LEASES;
-        let published: Option<usize> = parts.lanes.iter().map(|lane| lane.still_published(until)).sum();
+        let published: Option<usize> = lanes.iter().map(|lane| lane.still_published(until)).sum();
         let Some(unanswered) = published else { return not_vacant() };
         // With nothing unanswered one attempt gets all the time there is.
         let slice = if unanswered == 0 { bound } else { bound.min(Instant::now() + SLICE) };
@@ -308,7 +315,8 @@ fn drop_code(binding: &Binding, parts: &mut Parts) -> Event {
     parts.control = None;
     parts.module = None;
     if let Some(recovery) = binding.recovery.get() {
-        kept += usize::from(!recovery.end(until));
+        // Instances that broke down go when they are written down.
+        kept += usize::from(!recovery.end(Instant::now() + BURIAL));
     }
     if kept == 0 {
         return Event::CodeDropped;

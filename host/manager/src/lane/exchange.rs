@@ -57,7 +57,7 @@ impl Inside {
 }
 
 /// A lane that nobody's call is in, for as long as this is held.
-pub(crate) struct Vacant<'a>(Lease<'a>);
+pub(crate) struct Vacant<'a>(pub(super) Lease<'a>);
 
 impl Vacant<'_> {
     /// Whether it has a driver that can be called.
@@ -97,6 +97,11 @@ impl Lane {
     /// How long the median of its driver's last calls took; `None` while somebody has the lease, and as long as there were few.
     pub(crate) fn median(&self) -> Option<Duration> {
         self.try_lease()?.timing.as_ref()?.median()
+    }
+
+    /// Whether its driver has been called since calls are measured, or is being called.
+    pub(crate) fn is_called(&self) -> bool {
+        self.try_lease().is_none_or(|lease| lease.timing.as_ref().is_some_and(|timing| timing.count() > 0))
     }
 
     /// Replaces a driver that is made of something else than instances are now.

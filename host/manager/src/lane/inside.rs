@@ -18,6 +18,7 @@ use crate::error::LaneFault;
 use crate::handle::HandleShared;
 use crate::lane::exchange::Timing;
 use crate::lane::posted::Posted;
+use crate::lane::replay::Journal;
 use crate::lane::revive::{Aside, Health, POISON};
 use crate::ledger::{Ledger, Stage, Taken};
 use crate::offer::Offer;
@@ -42,14 +43,18 @@ pub(super) struct Inside {
     /// Checked chains that found no room on the ring, in order. Bounded by the ledger.
     pub(super) parked: VecDeque<ChainBuf>,
     pub(super) device_fault: Option<DeviceFault>,
+    /// Another process may have the ring: nobody touches it.
+    pub(super) handed_over: bool,
     /// Whether the driver may be called.
     pub(super) health: Health,
     /// The number of what its driver is made of.
     pub(super) made_of: u64,
     /// How long calls take, while somebody wants to know.
     pub(super) timing: Option<Box<Timing>>,
-    /// What a driver that broke down was given and had not taken to the device, in order. At most a batch.
+    /// What a driver that broke down was given and had not taken to the device, in order: at most a batch. Or what a device that is away had and had not done: all of the ledger.
     pub(super) aside: VecDeque<Aside>,
+    /// What is written down of each request, for a device that may be lost and come back.
+    pub(super) journal: Option<Box<Journal>>,
     /// Notifies of pollers that armed the ring, found nothing, and have not polled since: they may be asleep. As many as there are clients at the most.
     sleepers: Vec<Arc<Notify>>,
     /// Crossings that ended by the kill switch.
@@ -87,6 +92,13 @@ pub(super) struct Judged {
     crashes: u8,
 }
 
+impl Judged {
+    /// Its token, and the drivers that it may have broken down.
+    pub(super) fn suspicion(&self) -> (u32, u8) {
+        (self.used.token, self.crashes)
+    }
+}
+
 /// What one look at the ring found.
 pub(super) struct Reaped {
     /// There may be more.
@@ -116,6 +128,7 @@ impl Inside {
         offer: Arc<Offer>,
         set: u16,
         posted: Option<Posted>,
+        journal: Option<Journal>,
     ) -> Inside {
         Inside {
             driver: Some(driver),
@@ -130,10 +143,12 @@ impl Inside {
             unjudged: VecDeque::new(),
             parked: VecDeque::new(),
             device_fault: None,
+            handed_over: false,
             health: Health::Works,
             made_of: 0,
             timing: None,
             aside: VecDeque::new(),
+            journal: journal.map(Box::new),
             sleepers: Vec::new(),
             interrupted: 0,
             lost: Arc::new(AtomicU64::new(0)),
@@ -245,7 +260,7 @@ impl Inside {
         if self.device_fault.is_some() {
             return Reaped { more: false, fault: None };
         }
-        let cross = cross && self.health != Health::Waits;
+        let cross = cross && !self.is_waiting();
         // Looked up with the first answer: most looks of a poller find none.
         let mut mine = None;
         let mut count = 0;
@@ -271,7 +286,10 @@ impl Inside {
                     count += 1;
                     let owner = mine.get_or_insert_with(|| sink.me.and_then(|me| self.ledger.owner_of(me)));
                     match owner.and_then(|owner| self.ledger.claim(token, owner)) {
-                        Some(place) => self.scratch.mine.push(place),
+                        Some(place) => {
+                            self.note_claimed(token, place);
+                            self.scratch.mine.push(place);
+                        }
                         None => self.answer(token, Ok(()), sink),
                     }
                 }
@@ -380,6 +398,7 @@ impl Inside {
     }
 
     fn answer_with(&mut self, token: u32, result: Result<(), IoError>, bytes: u32, sink: &mut Sink<'_>) {
+        self.note_answer(token, result);
         let Some(Taken { user, buffer, owner: holder }) = self.ledger.remove(token) else { return };
         let Some(owner) = self.ledger.handle(holder) else { return };
         match sink.me {
@@ -395,7 +414,7 @@ impl Inside {
     /// Moves parked chains to the ring while there is room; how many.
     pub(super) fn unpark(&mut self) -> usize {
         let mut moved = 0;
-        if self.withdrawn.load(Ordering::Acquire) {
+        if self.withdrawn.load(Ordering::Acquire) || self.health == Health::Away {
             return moved;
         }
         while let (Some(parked), Some(ring)) = (self.parked.front(), &mut self.ring) {
@@ -416,7 +435,7 @@ impl Inside {
         self.parked.clear();
         // Answered below.
         self.aside.clear();
-        if self.health == Health::Waits {
+        if self.is_waiting() {
             self.health = Health::Gone;
         }
         let mut nobody = Vec::new();

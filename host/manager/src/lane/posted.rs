@@ -8,22 +8,24 @@
 //! The buffers are leased once and stay the binding's: a client that holds arrivals holds so many buffers from the device, and nothing else. A client that does not take them leaves the
 //! device without buffers, which is the flow control. A drain does not wait for what is posted; once the device is silent the buffers are given back, whoever holds arrivals.
 
+mod handover;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use cofferdam_device::arrivals::{Arrivals, Given, Head, MAX_PIECES, Piece};
-use cofferdam_device::words::{self, MAX_BATCH, SegmentWords};
-use cofferdam_device::{
-    Buffer, ChainBatch, ChainBuf, ChainError, DeviceFault, Direction, Doorbell, Expected, Outcome, Payload, SplitQueue,
-};
+use cofferdam_device::arrivals::{self, Given, Head, MAX_PIECES, Piece};
+use cofferdam_device::words::MAX_BATCH;
+use cofferdam_device::{AddError, Buffer, DeviceFault, Doorbell, SplitQueue};
 use cofferdam_runtime::{GuestFault, LaneDriver};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 
 use super::inside::{Inside, guest_fault};
-use crate::arrival::{Arrival, Pieces};
+use crate::arrival::Arrivals;
 use crate::error::LaneFault;
 use crate::lane::revive::{Health, POISON};
+
+pub(crate) use handover::ShownState;
 
 /// The buffers of one posted queue, numbered from 0.
 pub(crate) struct Pool {
@@ -31,15 +33,31 @@ pub(crate) struct Pool {
     buffers: RwLock<Vec<Buffer>>,
     /// Pieces of each buffer that clients hold.
     held: Box<[AtomicU32]>,
-    /// Buffers that may be posted again.
-    back: Mutex<Vec<u16>>,
+    /// Buffers that may be posted again, a bit each.
+    back: Box<[AtomicU64]>,
 }
 
 impl Pool {
     fn new(buffers: Vec<Buffer>) -> Pool {
         let held = buffers.iter().map(|_| AtomicU32::new(0)).collect();
-        let back = Mutex::new((0..buffers.len() as u16).collect());
-        Pool { buffers: RwLock::new(buffers), held, back }
+        let back = (0..buffers.len().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let pool = Pool { held, back, buffers: RwLock::new(Vec::new()) };
+        (0..buffers.len() as u16).for_each(|buffer| pool.give_one_back(buffer));
+        *pool.buffers.write() = buffers;
+        pool
+    }
+
+    /// It may be posted again.
+    fn give_one_back(&self, buffer: u16) {
+        self.give_back(buffer / 64, 1 << (buffer % 64));
+    }
+
+    /// Those of the 64 buffers from `64 * number` on may be posted again.
+    fn give_back(&self, number: u16, bits: u64) {
+        if let Some(back) = self.back.get(usize::from(number)).filter(|_| bits != 0) {
+            // Partner: `Posted::post`, which acquires. What was done with the buffers was before this.
+            back.fetch_or(bits, Ordering::Release);
+        }
     }
 
     /// Calls with the buffers; there are none any more once the binding's device is silent.
@@ -47,9 +65,10 @@ impl Pool {
         call(&self.buffers.read())
     }
 
-    /// A client has let go of a piece.
-    pub(crate) fn release(&self, pieces: &[Piece]) {
-        let mut back = None;
+    /// A client has let go of these pieces.
+    pub(crate) fn release<'a>(&self, pieces: impl IntoIterator<Item = &'a Piece>) {
+        // Neighbours go back together.
+        let (mut number, mut bits) = (0, 0);
         for piece in pieces {
             let Some(held) = self.held.get(usize::from(piece.buffer)) else { continue };
             // Nobody but its holders counts a buffer down, and nobody counts it up before it was posted and used again: who finds its own piece to be the only one is alone with it.
@@ -60,10 +79,16 @@ impl Pool {
             } else {
                 held.fetch_sub(1, Ordering::AcqRel) == 1
             };
-            if is_last {
-                back.get_or_insert_with(|| self.back.lock()).push(piece.buffer);
+            if !is_last {
+                continue;
             }
+            if piece.buffer / 64 != number {
+                self.give_back(number, std::mem::take(&mut bits));
+                number = piece.buffer / 64;
+            }
+            bits |= 1 << (piece.buffer % 64);
         }
+        self.give_back(number, bits);
     }
 
     /// Nothing is posted any more: the buffers go back to the arena, or stay where they are for good if the device may still write there.
@@ -98,8 +123,8 @@ pub(crate) struct Posted {
     ring: SplitQueue,
     doorbell: Box<dyn Doorbell>,
     pool: Arc<Pool>,
-    /// What each buffer is on the ring: always the same.
-    chains: Vec<ChainBuf>,
+    /// I/O address and bytes of each buffer.
+    places: Vec<(u64, u32)>,
     head_bytes: u8,
     /// The beginning of an arrival that goes on.
     begun: Option<(Head, Vec<Piece>)>,
@@ -107,51 +132,50 @@ pub(crate) struct Posted {
     begun_of: Vec<Shown>,
     /// What a driver was shown when it broke down, for the next one, in order: one at a time, for any of it may be what broke it.
     again: VecDeque<Shown>,
-    /// The device broke the ring's rules.
+    /// The device broke the ring's rules, or is away.
     broken: bool,
+    /// What was on the ring was taken back.
+    is_away: bool,
     given: Vec<Given>,
     words: Vec<u32>,
     /// Drivers that what is given may have broken down.
     crashes: u8,
     answer: Vec<u32>,
-    arrivals: Arrivals,
+    /// The driver's answer, checked.
+    arrivals: arrivals::Arrivals,
 }
 
 impl Posted {
     /// A queue that is filled with `buffers`, all of them on the ring when this returns, and not published.
     ///
-    /// # Errors
-    /// A buffer that the ring does not take.
     pub(crate) fn new(
         mut ring: SplitQueue,
         doorbell: Box<dyn Doorbell>,
         buffers: Vec<Buffer>,
         head_bytes: u8,
-    ) -> Result<Posted, ChainError> {
-        let index = ring.config().index;
-        let chains: Result<Vec<_>, _> =
-            buffers.iter().enumerate().map(|(number, buffer)| posted_chain(number as u32, index, buffer)).collect();
+    ) -> Posted {
         // The device tells of the first buffer that it uses; nothing is on the ring yet.
         let _ = ring.arm();
         let mut posted = Posted {
+            places: buffers.iter().map(|buffer| (buffer.iova(), buffer.len())).collect(),
             pool: Arc::new(Pool::new(buffers)),
-            chains: chains?,
             head_bytes,
             begun: None,
             begun_of: Vec::new(),
             again: VecDeque::new(),
             broken: false,
+            is_away: false,
             given: Vec::new(),
             words: Vec::new(),
             crashes: 0,
             answer: Vec::new(),
-            arrivals: Arrivals::default(),
+            arrivals: arrivals::Arrivals::default(),
             doorbell,
             ring,
         };
         posted.post();
         posted.ring.publish();
-        Ok(posted)
+        posted
     }
 
     pub(crate) fn pool(&self) -> &Arc<Pool> {
@@ -165,16 +189,24 @@ impl Posted {
 
     /// Puts what came back on the ring; how many.
     fn post(&mut self) -> usize {
-        let mut back = self.pool.back.lock();
         let mut posted = 0;
-        while let Some(number) = back.pop() {
-            let added = self.chains.get(usize::from(number)).map(|chain| self.ring.add(&chain.chain()));
-            if let Some(Err(_)) = added {
-                // A ring that is broken, or has no room for a moment.
-                back.push(number);
-                break;
+        for (first, bits) in (0..).step_by(64).zip(&self.pool.back) {
+            if bits.load(Ordering::Relaxed) == 0 {
+                continue;
             }
-            posted += 1;
+            // Partner: `Pool::give_back`.
+            let mut back = bits.swap(0, Ordering::Acquire);
+            while back != 0 {
+                let buffer = first + back.trailing_zeros() as u16;
+                let place = self.places.get(usize::from(buffer));
+                let added = place.map(|(iova, bytes)| self.ring.add_buffer(u32::from(buffer), *iova, *bytes));
+                if let Some(Err(AddError::NoRoom { .. } | AddError::Poisoned(_))) = added {
+                    bits.fetch_or(back, Ordering::Relaxed);
+                    return posted;
+                }
+                back &= back - 1;
+                posted += 1;
+            }
         }
         posted
     }
@@ -190,19 +222,29 @@ impl Posted {
             self.crashes = crashes;
             return Ok(());
         }
+        self.take_used()
+    }
+
+    /// The same, whatever was shown before.
+    fn take_used(&mut self) -> Result<(), DeviceFault> {
+        self.given.clear();
+        self.words.clear();
+        self.crashes = 0;
         let head_bytes = usize::from(self.head_bytes);
+        let mut head = [0; 64];
         self.pool.with(|buffers| {
             while self.given.len() < MAX_BATCH {
                 let Some((token, written)) = self.ring.pop_written()? else { break };
                 let number = token as u16;
                 self.given.push(Given { buffer: number, written });
-                self.words.extend([token, written]);
-                let mut head = [0; 64];
-                let there = head_bytes.min(written as usize);
+                self.words.extend_from_slice(&[token, written]);
                 if let Some(buffer) = buffers.get(usize::from(number)) {
-                    // Inside the buffer, as the ring has checked.
+                    // In steps of eight bytes, where a shorter rest would be read byte by byte.
+                    let there = head_bytes.next_multiple_of(8).min(buffer.len() as usize);
                     let _ = buffer.read_at(0, &mut head[..there]);
                 }
+                // What the device did not write is nothing of this buffer's.
+                head[head_bytes.min(written as usize)..head_bytes.next_multiple_of(8)].fill(0);
                 self.words.extend(
                     head[..head_bytes.next_multiple_of(4)].as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)),
                 );
@@ -211,44 +253,93 @@ impl Posted {
         })
     }
 
+    /// The device is silent, and nothing is posted any more. With `keep`, what it used before is shown to the next driver; else that is dropped, with what has begun to arrive.
+    /// How many that was.
+    pub(super) fn take_back(&mut self, keep: bool) -> u64 {
+        let mut lost = 0;
+        if !self.broken {
+            loop {
+                let is_broken = self.take_used().is_err();
+                if keep {
+                    let shown: Vec<_> = self.shown(0).collect();
+                    self.again.extend(shown);
+                } else {
+                    self.given.iter().for_each(|given| self.pool.give_one_back(given.buffer));
+                    lost += self.given.len() as u64;
+                }
+                if self.given.is_empty() || is_broken {
+                    break;
+                }
+            }
+        }
+        if !keep {
+            lost += self.forget_aside();
+        }
+        if let Some((_, pieces)) = self.begun.take() {
+            self.begun_of.clear();
+            self.pool.release(pieces.iter());
+            lost += 1;
+        }
+        // Neither a client's nor looked at: they were with the device. Nothing is posted on this ring again.
+        if !std::mem::replace(&mut self.is_away, true) {
+            self.ring.outstanding().for_each(|posted| self.pool.give_one_back(posted.token as u16));
+        }
+        self.broken = true;
+        lost
+    }
+
+    /// The device is back, with an empty ring: it is filled.
+    pub(super) fn give_back(&mut self, mut ring: SplitQueue, doorbell: Box<dyn Doorbell>) {
+        let _ = ring.arm();
+        (self.ring, self.doorbell) = (ring, doorbell);
+        (self.broken, self.is_away) = (false, false);
+        self.post();
+        self.ring.publish();
+    }
+
     /// Makes arrivals of what the driver said; takes back what it said nothing of, and counts that.
-    fn deliver(&mut self, out: &mut Vec<Arrival>) -> u64 {
+    fn deliver(&mut self, out: &mut Arrivals) -> u64 {
         let pool = &self.pool;
         let arrivals = std::mem::take(&mut self.arrivals);
-        for (head, pieces) in arrivals.iter() {
-            for piece in pieces {
-                // It was just taken off the ring, and what names it has not been handed out: nobody else counts it.
-                let held = &pool.held[usize::from(piece.buffer)];
-                held.store(held.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-            }
-            if self.begun.is_none() && !head.goes_on {
-                out.push(Arrival::new(Arc::clone(pool), head, Pieces::from(pieces)));
-                continue;
-            }
-            let (head, pieces) = match self.begun.take() {
-                None => (head, pieces.to_vec()),
-                Some((begun, mut before)) => {
-                    before.extend_from_slice(pieces);
-                    (Head { goes_on: head.goes_on, ..begun }, before)
+        // They were just taken off the ring, and what names them has not been handed out: nobody else counts them.
+        let count = |piece: &Piece| {
+            let held = &pool.held[usize::from(piece.buffer)];
+            held.store(held.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        };
+        if let Some(plain) = arrivals.plain().filter(|_| self.begun.is_none()) {
+            out.extend(
+                pool,
+                plain.map(|(head, piece)| {
+                    count(piece);
+                    (head, piece)
+                }),
+            );
+        } else {
+            for (head, pieces) in arrivals.iter() {
+                pieces.iter().for_each(count);
+                let (head, pieces) = match self.begun.take() {
+                    None => (head, pieces.to_vec()),
+                    Some((begun, mut before)) => {
+                        before.extend_from_slice(pieces);
+                        (Head { goes_on: head.goes_on, ..begun }, before)
+                    }
+                };
+                if pieces.len() > MAX_PIECES {
+                    pool.release(pieces.iter());
+                } else if head.goes_on {
+                    self.begun = Some((head, pieces));
+                } else {
+                    out.push(pool, head, pieces);
                 }
-            };
-            if pieces.len() > MAX_PIECES {
-                pool.release(&pieces);
-            } else if head.goes_on {
-                self.begun = Some((head, pieces));
-            } else {
-                out.push(Arrival::new(Arc::clone(pool), head, Pieces::from(&pieces[..])));
             }
         }
         let mut dropped = 0;
-        let mut back = pool.back.lock();
         for (index, given) in self.given.iter().enumerate() {
             if !arrivals.is_named(index) {
-                back.push(given.buffer);
+                pool.give_one_back(given.buffer);
                 dropped += 1;
             }
         }
-        drop(back);
         self.arrivals = arrivals;
         self.note_begun();
         dropped
@@ -274,7 +365,7 @@ impl Posted {
     /// those are.
     fn set_aside(&mut self) -> u64 {
         let crashes = self.crashes + 1;
-        let (mut dropped, mut back) = (0, Vec::new());
+        let mut dropped = 0;
         let mut again: Vec<_> = std::mem::take(&mut self.begun_of);
         if let Some((_, pieces)) = self.begun.take() {
             // Shown again, so no client's and not the device's either.
@@ -284,13 +375,12 @@ impl Posted {
         }
         for shown in self.shown(crashes) {
             if crashes >= POISON {
-                back.push(shown.given.buffer);
+                self.pool.give_one_back(shown.given.buffer);
                 dropped += 1;
             } else {
                 again.push(shown);
             }
         }
-        self.pool.back.lock().extend(back);
         for shown in again.into_iter().rev() {
             self.again.push_front(shown);
         }
@@ -300,17 +390,17 @@ impl Posted {
     /// No driver will say what that means.
     fn forget_aside(&mut self) -> u64 {
         let again = std::mem::take(&mut self.again);
-        self.pool.back.lock().extend(again.iter().map(|shown| shown.given.buffer));
+        again.iter().for_each(|shown| self.pool.give_one_back(shown.given.buffer));
         again.len() as u64
     }
 }
 
 impl Inside {
     /// One look at the posted queue. What clients have let go of goes back to the device first: it fills that while the driver judges what is there.
-    pub(super) fn receive(&mut self, out: &mut Vec<Arrival>) -> (Found, Option<LaneFault>) {
+    pub(super) fn receive(&mut self, out: &mut Arrivals) -> (Found, Option<LaneFault>) {
         self.repost();
         let withdrawn = self.withdrawn.load(Ordering::Acquire);
-        let waits = withdrawn || self.is_waiting();
+        let waits = withdrawn || self.handed_over || self.is_waiting();
         let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !waits) else {
             return (Found::default(), None);
         };
@@ -347,8 +437,8 @@ impl Inside {
 
     /// Gives the device back what clients have let go of, and what was dropped.
     pub(super) fn repost(&mut self) {
-        let withdrawn = self.withdrawn.load(Ordering::Acquire);
-        let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !withdrawn) else { return };
+        let stops = self.withdrawn.load(Ordering::Acquire) || self.handed_over;
+        let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !stops) else { return };
         if posted.post() > 0 && posted.ring.publish() {
             posted.doorbell.ring();
         }
@@ -356,20 +446,7 @@ impl Inside {
 
     /// Asks the device to tell of the next buffer that it uses; true if one is there already.
     pub(super) fn arm_posted(&mut self) -> bool {
-        let stops = self.withdrawn.load(Ordering::Acquire) || self.is_waiting();
+        let stops = self.withdrawn.load(Ordering::Acquire) || self.handed_over || self.is_waiting();
         self.posted.as_mut().is_some_and(|posted| !stops && !posted.broken && posted.ring.arm())
-    }
-}
-
-/// One buffer as the device sees it.
-pub(crate) fn posted_chain(number: u32, queue: u16, buffer: &Buffer) -> Result<ChainBuf, ChainError> {
-    let mut words = Vec::new();
-    words::push_chain(&mut words, number, queue, &[SegmentWords::PayloadIn { offset: 0, length: buffer.len() }]);
-    let payload = Payload { iova: buffer.iova(), length: buffer.len(), direction: Direction::In };
-    let mut batch = ChainBatch::new();
-    batch.parse(&words, &[Expected { token: number, payload: Some(payload) }], &[queue])?;
-    match batch.get(0) {
-        Some(Outcome::Chain(chain)) => Ok(chain.to_buf()),
-        _ => Err(ChainError::TooManyRequests(0)),
     }
 }

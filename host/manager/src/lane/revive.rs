@@ -29,6 +29,8 @@ pub(super) enum Health {
     Works,
     /// It broke down, and another one is to come.
     Waits,
+    /// The device is away, and is to come back.
+    Away,
     /// It broke down too often: what comes is answered with an error.
     Refuses,
     /// It broke down, and the binding leaves.
@@ -41,6 +43,21 @@ pub(super) struct Aside {
     request: Expected,
     /// Drivers that it may have broken down.
     crashes: u8,
+}
+
+impl Aside {
+    pub(super) fn new(words: [u64; REQUEST_WORDS], request: Expected, crashes: u8) -> Aside {
+        Aside { words, request, crashes }
+    }
+
+    pub(super) fn token(&self) -> u32 {
+        self.request.token
+    }
+
+    /// Its token, and the drivers that it may have broken down.
+    pub(super) fn suspicion(&self) -> (u32, u8) {
+        (self.request.token, self.crashes)
+    }
 }
 
 impl Inside {
@@ -69,14 +86,14 @@ impl Inside {
         match self.health {
             Health::Works if self.device_fault.is_none() && self.driver.is_some() => None,
             Health::Refuses => None,
-            Health::Waits => Some(Stop::Refused(HandleRefused::Held)),
+            Health::Waits | Health::Away => Some(Stop::Refused(HandleRefused::Held)),
             Health::Works | Health::Gone => Some(Stop::Gone),
         }
     }
 
-    /// Whether a driver is to come.
+    /// Whether a driver is to come, or the device.
     pub(super) fn is_waiting(&self) -> bool {
-        self.health == Health::Waits
+        matches!(self.health, Health::Waits | Health::Away)
     }
 
     /// No driver will come: what was set aside is answered as failed.
@@ -91,13 +108,13 @@ impl Inside {
     }
 
     /// What comes is answered with errors from now on.
-    fn refuse(&mut self) {
+    pub(super) fn refuse(&mut self) {
         self.health = Health::Refuses;
         self.fail_aside();
     }
 
     /// Gives what was set aside to the driver, one at a time; what broke it down.
-    fn replay(&mut self) -> Option<LaneFault> {
+    pub(super) fn replay(&mut self) -> Option<LaneFault> {
         while let Some(Aside { words, request, crashes }) = self.aside.pop_front() {
             self.scratch.requests.clear();
             self.scratch.requests.extend(words);
@@ -133,7 +150,8 @@ impl Lane {
                 self.reap(inside, true, true, &mut Sink { me: None, out: &mut Vec::new() });
             }
             Health::Works => binding.revived(self.number),
-            Health::Gone => {}
+            // The driver comes with the device.
+            Health::Away | Health::Gone => {}
         }
         lease.wake_all();
     }
@@ -145,6 +163,10 @@ impl Lane {
             let next = match &fault {
                 None => Next::Revive,
                 // Its ring is believed no more, and nothing is given to it.
+                Some(LaneFault::Device(device)) if binding.device_broke(*device) => {
+                    inside.health = Health::Away;
+                    return false;
+                }
                 Some(device @ LaneFault::Device(_)) => {
                     binding.set_fault(device.clone());
                     Next::Leave
@@ -163,8 +185,11 @@ impl Lane {
                     self.wake.signal();
                 }
             }
+            let has_crashed = fault.is_some();
             if next != Next::Revive {
-                dead.into_iter().for_each(|dead| binding.bury(self.number, dead));
+                if has_crashed && next != Next::Leave {
+                    binding.bury(self.number, dead);
+                }
                 return false;
             }
             fault = match binding.remake_lane(self) {
@@ -181,7 +206,9 @@ impl Lane {
                 }
             };
             // Behind its successor, for whom clients wait.
-            dead.into_iter().for_each(|dead| binding.bury(self.number, dead));
+            if has_crashed || dead.is_some() {
+                binding.bury(self.number, dead);
+            }
             if fault.is_none() {
                 binding.revived(self.number);
                 return true;

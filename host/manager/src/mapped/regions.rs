@@ -84,6 +84,8 @@ struct Table {
     /// Kept because the device has not let go of them. Revoked if it is shown to be silent in the end, leaked if not.
     retired: Vec<Arc<Share>>,
     bytes: u64,
+    /// The device is away; whether it is known to be silent.
+    away: Option<bool>,
     next_iova: Option<u64>,
     made: u64,
     leaked: u64,
@@ -146,13 +148,17 @@ impl Regions {
             return Err(MapError::Host("the device is busy".to_owned()));
         };
         // The ladder's release has this same lock: behind it nothing is mapped any more. Nor is anything once the right to it has ended, while it waited here.
-        if owner.state() == HandleState::Revoked || self.table.lock().site.is_none() {
+        let (is_over, is_away) = {
+            let table = self.table.lock();
+            (owner.state() == HandleState::Revoked || table.site.is_none(), table.away.is_some())
+        };
+        if is_over || is_away {
             drop(device);
             self.forget(iova);
-            return Err(MapError::Revoked);
+            return Err(if is_over { MapError::Revoked } else { MapError::Host("the device is away".to_owned()) });
         }
+        // Held until the row says that it is mapped: whoever maps the regions again at a device that came back has this lock.
         let answer = device.map(Arc::clone(share.region()));
-        drop(device);
         match answer {
             Ok(()) => {}
             // The device may reach it: only an acknowledged unmap, or silence, says that it does not.
@@ -182,6 +188,7 @@ impl Regions {
         }
         row.stage = Stage::Live;
         drop(table);
+        drop(device);
         if owner.state() == HandleState::Revoked {
             // Whoever revoked it may have looked before the region was there.
             share.wake();
@@ -248,6 +255,11 @@ impl Regions {
         let mut found = Finished::default();
         let (candidates, transport) = {
             let table = self.table.lock();
+            if table.away == Some(false) {
+                // Soon it is silent, or gone for good.
+                found.waits = !table.rows.is_empty();
+                return found;
+            }
             let Some(transport) = table.site.as_ref().and_then(|site| site.transport.upgrade()) else {
                 return found;
             };
@@ -271,6 +283,16 @@ impl Regions {
             if self.table.lock().row(iova).is_some_and(|row| row.is_in_hand()) {
                 found.waits = true;
                 continue;
+            }
+            {
+                // A device that is away and silent reaches nothing, and one that comes back is told of what is left: under one lock.
+                let mut table = self.table.lock();
+                if table.away == Some(true) {
+                    if let Some(row) = table.take_row(iova) {
+                        table.revoke(&row.share);
+                    }
+                    continue;
+                }
             }
             // One region that the device does not let go of is enough to wait for in a look; the others' time runs with it.
             let silence = match &stuck {
@@ -303,6 +325,34 @@ impl Regions {
             }
         }
         found
+    }
+
+    /// The device is away. Nothing is mapped or taken away until more is known.
+    pub(crate) fn hold_off(&self) {
+        self.table.lock().away = Some(false);
+    }
+
+    /// It is silent, and was released: what it had not let go of goes.
+    pub(crate) fn silent(&self) {
+        let mut table = self.table.lock();
+        table.away = Some(true);
+        let leaving = table.rows.extract_if(.., |row| row.stage == Stage::Leaving).map(|row| row.share);
+        let gone: Vec<_> = leaving.collect();
+        let retired = std::mem::take(&mut table.retired);
+        gone.into_iter().chain(retired).for_each(|share| table.revoke(&share));
+    }
+
+    /// It is back, and told of every region that handles have. Its lock is held.
+    ///
+    /// # Errors
+    /// What the device says to one of them.
+    pub(crate) fn give_back(&self, device: &mut dyn Transport) -> Result<(), TransportError> {
+        let mut table = self.table.lock();
+        for row in table.rows.iter().filter(|row| row.stage == Stage::Live) {
+            device.map(Arc::clone(row.share.region()))?;
+        }
+        table.away = None;
+        Ok(())
     }
 
     /// For the ladder, after the transport was released: nothing is mapped any more, and every region is revoked if the device is `silent`, and leaked on purpose if it is

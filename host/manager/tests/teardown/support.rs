@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
@@ -255,9 +255,9 @@ impl Transport for HookedTransport {
         self.at(Call::Map);
         self.inner.map(region)
     }
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
         self.at(Call::SetupQueue);
-        self.inner.setup_queue(setup)
+        self.inner.setup_queue_with(setup, call)
     }
     fn start(&mut self) -> Result<(), TransportError> {
         self.at(Call::Start);

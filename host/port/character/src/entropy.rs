@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
@@ -16,12 +16,16 @@ use cofferdam_manager::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::CharacterError;
+use crate::handover::Said;
 use crate::port::Shared;
 
 /// Requests under way, and answers that wait for the sink.
 const DEPTH: usize = 4;
 /// Before the device is asked again after it failed a request, and before what had no room is tried again.
 const REST: Duration = Duration::from_millis(100);
+
+/// While it comes to a standstill, it looks again after this.
+pub(crate) const SOON: Duration = Duration::from_millis(2);
 
 /// What a sink wants.
 pub(crate) enum Demand {
@@ -35,6 +39,8 @@ pub(crate) enum Demand {
 
 /// Where random bytes go.
 pub(crate) trait Sink: Send + 'static {
+    /// Descriptors for the same in another process.
+    fn export(&self) -> io::Result<Vec<OwnedFd>>;
     /// Asked whenever a request could be made.
     fn demand(&mut self, now: Instant) -> Demand;
     /// What [`Demand::Room`] and a `give` that would block wait for.
@@ -74,8 +80,19 @@ impl<S: Sink> Entropy<S> {
         let mut completions = Vec::new();
         loop {
             self.handle.notify().clear();
+            self.shared.clear_stop();
             if self.shared.is_stopping() || self.handle.state() == HandleState::Revoked {
                 return;
+            }
+            if self.shared.parking().is_wanted() {
+                // What it has been given and nobody has read is as good as what comes: only what is with the device is waited for.
+                if self.unsent.is_empty() && self.handle.in_flight() == 0 {
+                    let said = self.sink.export().map(|descriptors| Said { descriptors, ..Said::default() });
+                    if !self.shared.parking().stand(said) {
+                        return;
+                    }
+                    continue;
+                }
             }
             // Arming and finding nothing is what makes the sleep below safe.
             while self.handle.poll(true, &mut completions) > 0 {
@@ -88,7 +105,14 @@ impl<S: Sink> Entropy<S> {
                     return;
                 }
             };
-            let (room, until) = self.ask(Instant::now());
+            let parks = self.shared.parking().is_wanted();
+            if parks && !self.unsent.is_empty() {
+                let _ = self.handle.submit(&mut self.unsent);
+            }
+            let (room, until) = match parks {
+                true => (false, Some(Instant::now() + SOON)),
+                false => self.ask(Instant::now()),
+            };
             if self.shared.is_stopping() {
                 return;
             }

@@ -55,6 +55,9 @@ pub enum CharacterError {
     /// The binding has no memory for it.
     #[error("the binding cannot serve this port: {0}")]
     Lease(#[from] cofferdam_manager::LeaseError),
+    /// What another process exported makes no port.
+    #[error("the port cannot be taken over: {0}")]
+    NotTakenOver(String),
     /// The process may not feed the kernel's pool.
     #[error("only root (CAP_SYS_ADMIN) may credit the kernel's entropy pool")]
     NotAllowed,
@@ -70,6 +73,10 @@ pub enum CharacterError {
 }
 
 impl CharacterError {
+    pub(crate) fn wrong(why: impl std::fmt::Display) -> CharacterError {
+        CharacterError::NotTakenOver(why.to_string())
+    }
+
     pub(crate) fn io<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> CharacterError {
         move |source| CharacterError::Io { what, source: source.into() }
     }

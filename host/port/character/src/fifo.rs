@@ -50,9 +50,24 @@ impl Fifo {
         rustix::fs::fchmod(&pipe, Mode::RUSR | Mode::WUSR).map_err(CharacterError::io("chmod of the pipe"))?;
         Ok((Fifo(pipe), place))
     }
+
+    /// The pipe that another process made, which has it open.
+    pub(crate) fn adopt(path: &Path, pipe: OwnedFd) -> Result<(Fifo, Place), CharacterError> {
+        let stat = rustix::fs::fstat(&pipe).map_err(CharacterError::wrong)?;
+        let blocks = !rustix::fs::fcntl_getfl(&pipe).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo || blocks {
+            return Err(CharacterError::wrong("what should be a pipe is none"));
+        }
+        Ok((Fifo(pipe), Place::adopt(path, (stat.st_dev, stat.st_ino))))
+    }
 }
 
 impl Sink for Fifo {
+    /// The pipe. What nobody has read of it stays in it.
+    fn export(&self) -> io::Result<Vec<OwnedFd>> {
+        Ok(vec![self.0.try_clone()?])
+    }
+
     fn demand(&mut self, _now: Instant) -> Demand {
         let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
         let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));

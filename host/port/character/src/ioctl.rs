@@ -38,6 +38,11 @@ pub(crate) fn credit(random: impl AsFd, bytes: &[u8]) -> rustix::io::Result<usiz
 pub(crate) fn unlock(master: impl AsFd) -> rustix::io::Result<u32> {
     // SAFETY: the opcode's argument is an `int` that the kernel reads (ioctl_tty(2)).
     unsafe { ioctl(&master, Setter::<TIOCSPTLCK, i32>::new(0))? };
+    number(master)
+}
+
+/// The number of a pseudo terminal's slave, by its master; an error for what is none.
+pub(crate) fn number(master: impl AsFd) -> rustix::io::Result<u32> {
     // SAFETY: the opcode's argument is an `unsigned int` that the kernel writes (ioctl_tty(2)).
     unsafe { ioctl(&master, Getter::<TIOCGPTN, u32>::new()) }
 }

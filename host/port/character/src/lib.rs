@@ -6,7 +6,8 @@
 //!   entropy   one thread: a sink asks, the device fills          sinks: fifo, pool
 //!   stream    one thread: bytes both ways, in order              lines: pty, stdio
 //! place     a file that the port makes at a path, and removes if it is still its own
-//! ioctl     the three calls that rustix does not have
+//! handover  the same in another process
+//! ioctl     the calls that rustix does not have
 //! ```
 //!
 //! # What is held, and for whom
@@ -20,6 +21,7 @@ mod address;
 mod entropy;
 mod error;
 mod fifo;
+mod handover;
 mod ioctl;
 mod place;
 mod pool;
@@ -30,4 +32,5 @@ mod stream;
 
 pub use address::CharacterAddress;
 pub use error::CharacterError;
+pub use handover::KIND;
 pub use port::CharacterPort;

@@ -23,6 +23,8 @@ pub(crate) struct Place {
     path: PathBuf,
     /// Device and inode.
     file: (u64, u64),
+    /// Another process has it.
+    forgotten: bool,
 }
 
 impl Place {
@@ -61,7 +63,22 @@ impl Place {
         }
         let stat =
             rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).map_err(CharacterError::io("stat of the file"))?;
-        Ok(Place { path: path.to_owned(), file: (stat.st_dev, stat.st_ino) })
+        Ok(Place { path: path.to_owned(), file: (stat.st_dev, stat.st_ino), forgotten: false })
+    }
+
+    /// The file that another process made, which has it until [`Place::set_forgotten`] says otherwise.
+    pub(crate) fn adopt(path: &Path, file: (u64, u64)) -> Place {
+        Place { path: path.to_owned(), file, forgotten: true }
+    }
+
+    /// Whether another process has it: then dropping this leaves it there.
+    pub(crate) fn set_forgotten(&mut self, forgotten: bool) {
+        self.forgotten = forgotten;
+    }
+
+    /// Device and inode.
+    pub(crate) fn file(&self) -> (u64, u64) {
+        self.file
     }
 
     /// Whether a descriptor is of this file.
@@ -73,7 +90,8 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         // Somebody else's file may stand there by now: leave it.
-        if let Ok(stat) = rustix::fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW)
+        if !self.forgotten
+            && let Ok(stat) = rustix::fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW)
             && self.is(&stat)
         {
             let _ = rustix::fs::unlink(&self.path);

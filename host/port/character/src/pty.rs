@@ -3,6 +3,7 @@
 //! The terminal is raw until its user says otherwise. Whether a user has it open is known by the hang-up that its master shows while nobody has (pty(7)), and that somebody opens it by inotify(7):
 //! a terminal that nobody uses costs nothing.
 
+use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -62,9 +63,24 @@ impl Pty {
         let place = Place::claim(link, "link to a pseudo terminal", look, || rustix::fs::symlink(&slave, link))?;
         Ok((Pty { master, opens, slave }, place))
     }
+
+    /// The terminal that another process made, and its watch. Nothing of it changes, and nothing is read.
+    pub(crate) fn adopt(master: OwnedFd, opens: OwnedFd, slave: PathBuf) -> Result<Pty, CharacterError> {
+        let blocks = |fd: &OwnedFd| !rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+        if ioctl::number(&master).is_err() || blocks(&master) || blocks(&opens) {
+            return Err(CharacterError::wrong("what should be a terminal is none"));
+        }
+        Ok(Pty { master, opens, slave })
+    }
 }
 
 impl Line for Pty {
+    /// Master, watch, and the name of the slave.
+    fn export(&self) -> Option<io::Result<(Vec<OwnedFd>, PathBuf)>> {
+        let both = self.master.try_clone().and_then(|master| Ok(vec![master, self.opens.try_clone()?]));
+        Some(both.map(|both| (both, self.slave.clone())))
+    }
+
     fn peer(&self) -> String {
         self.slave.display().to_string()
     }

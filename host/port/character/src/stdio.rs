@@ -76,6 +76,11 @@ impl Drop for Raw {
 }
 
 impl Line for Stdio {
+    /// They are this process's.
+    fn export(&self) -> Option<std::io::Result<(Vec<OwnedFd>, std::path::PathBuf)>> {
+        None
+    }
+
     fn peer(&self) -> String {
         if self.is_terminal { "the terminal".to_owned() } else { "standard input and output".to_owned() }
     }

@@ -6,19 +6,22 @@
 //!
 //! While the line takes nothing, no arrival is taken: the device runs out of buffers. While the device takes nothing, the line is not read.
 
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_manager::{
-    Arrival, Binding, Buffer, Completion, ControlError, Handle, HandleState, IoError, IoFlags, IoOp, IoRequest, Offer,
+    Arrivals, Binding, Buffer, Completion, ControlError, Handle, HandleState, IoError, IoFlags, IoOp, IoRequest, Offer,
     SubmitError,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
+use crate::entropy::SOON;
 use crate::error::CharacterError;
+use crate::handover::{Bytes, Said, StreamState};
 use crate::port::Shared;
 
 /// Bytes of one write.
@@ -45,6 +48,8 @@ pub(crate) enum Taken {
 
 /// The host's side of a stream. Nothing of it blocks.
 pub(crate) trait Line: Send + 'static {
+    /// Descriptors and name for the same in another process; `None` where it is this one's.
+    fn export(&self) -> Option<io::Result<(Vec<OwnedFd>, PathBuf)>>;
     /// Who is there, for `handles`.
     fn peer(&self) -> String;
     /// Where bytes come from, and where they go.
@@ -67,6 +72,7 @@ pub(crate) struct Stream<L> {
     handle: Handle,
     line: L,
     shared: Shared,
+    lane: usize,
     port: u32,
     /// The offer as it was looked at last.
     offer: Option<Arc<Offer>>,
@@ -75,9 +81,14 @@ pub(crate) struct Stream<L> {
     size: Option<(u16, u16)>,
     /// What the device was told of the line.
     told: Option<bool>,
-    pending: VecDeque<Arrival>,
-    /// Bytes of the first of them that the line has.
+    /// What had arrived for the line in the process before this one; it goes first.
+    early: Vec<u8>,
+    /// What has arrived for the line.
+    pending: Arrivals,
+    /// Bytes of `early`, or then of the first arrival, that the line has.
     skip: usize,
+    /// What the process before this one had read of the line; it goes first.
+    unread: Vec<u8>,
     /// The one buffer of writes, while it is not with the device.
     buffer: Option<Buffer>,
     unsent: Vec<IoRequest>,
@@ -99,30 +110,40 @@ impl<L: Line> Stream<L> {
         binding: Arc<Binding>,
         handle: Handle,
         mut line: L,
-        port: u32,
+        (lane, port): (usize, u32),
         shared: Shared,
+        adopted: Option<(StreamState, Bytes)>,
     ) -> Result<Stream<L>, CharacterError> {
         let Offer::Stream(properties) = handle.offer() else { return Err(CharacterError::NotServing) };
         let bytes = properties.max_write_bytes.min(WRITE_BYTES);
         let buffer = handle.lease(bytes)?;
-        let there = line.is_somebody_there();
+        // Of one that is taken over nothing is read yet.
+        let there = match &adopted {
+            Some((state, _)) => state.there,
+            None => line.is_somebody_there(),
+        };
+        let (state, early) = adopted.unzip();
+        let Bytes { for_line, for_device } = early.unwrap_or_default();
         Ok(Stream {
             binding,
             handle,
             line,
             shared,
+            lane,
             port,
             offer: None,
-            plugged: false,
-            size: None,
-            told: None,
-            pending: VecDeque::new(),
+            plugged: state.as_ref().is_some_and(|state| state.plugged),
+            size: state.as_ref().and_then(|state| state.size),
+            told: state.as_ref().and_then(|state| state.told),
+            early: for_line,
+            pending: Arrivals::new(),
             skip: 0,
+            unread: for_device,
             buffer: Some(buffer),
             unsent: Vec::new(),
             scratch: vec![0; bytes as usize].into_boxed_slice(),
             there,
-            hung_up: false,
+            hung_up: state.is_some_and(|state| state.hung_up),
             ended: None,
             rests: None,
             last_word: Instant::now(),
@@ -135,8 +156,22 @@ impl<L: Line> Stream<L> {
         let mut completions = Vec::new();
         loop {
             self.handle.notify().clear();
+            self.shared.clear_stop();
             if self.shared.is_stopping() || self.handle.state() == HandleState::Revoked {
                 return self.leave();
+            }
+            if self.shared.parking().is_wanted() {
+                // With nothing of its own there it does not look, either: of an adopted line the rings are another process's still.
+                while self.handle.in_flight() > 0 && self.handle.poll(true, &mut completions) > 0 {
+                    completions.drain(..).for_each(|completion| self.answered(completion));
+                }
+                if self.handle.in_flight() > 0 {
+                    self.wait_for_device();
+                } else if !self.shared.parking().stand(self.export()) {
+                    // The line, and what the device was told of it, are another process's.
+                    return;
+                }
+                continue;
             }
             self.look_at_offer();
             self.tell();
@@ -150,6 +185,7 @@ impl<L: Line> Stream<L> {
                     tracing::debug!(port = self.shared.address(), %error, "the line takes nothing any more");
                     self.ended = Some(true);
                     self.pending.clear();
+                    self.early = Vec::new();
                     false
                 }
             };
@@ -168,14 +204,52 @@ impl<L: Line> Stream<L> {
         }
     }
 
+    /// All there is of it. Nothing is with the device, and nothing changes.
+    fn export(&self) -> io::Result<Said> {
+        let theirs = || io::Error::other("its line is this process's");
+        let (descriptors, terminal) = self.line.export().ok_or_else(theirs)??;
+        if self.ended.is_some() {
+            return Err(io::Error::other("its line has ended"));
+        }
+        let mut for_line = self.early.clone();
+        for arrival in self.pending.iter().filter(|arrival| arrival.argument() == u64::from(self.port)) {
+            arrival.read(&mut for_line)?;
+        }
+        for_line.drain(..self.skip.min(for_line.len()));
+        let mut for_device = Vec::new();
+        for request in &self.unsent {
+            let mut bytes = vec![0; request.length as usize];
+            let read = request.buffer.as_ref().map(|buffer| buffer.read_at(0, &mut bytes));
+            read.ok_or(io::ErrorKind::NotConnected)?.map_err(|_| io::ErrorKind::NotConnected)?;
+            for_device.extend(bytes);
+        }
+        for_device.extend_from_slice(&self.unread);
+        let stream = StreamState {
+            terminal,
+            lane: self.lane,
+            told: self.told,
+            plugged: self.plugged,
+            size: self.size,
+            there: self.there,
+            hung_up: self.hung_up,
+        };
+        Ok(Said { descriptors, stream: Some((stream, Bytes { for_line, for_device })) })
+    }
+
+    fn wait_for_device(&self) {
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.shared.stop_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.handle.notify().fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.handle.device_fd(), PollFlags::IN),
+        ];
+        let _ = poll(&mut fds, Timespec::try_from(SOON).ok().as_ref());
+    }
+
     fn receive(&mut self) -> usize {
-        let mut arrived = Vec::new();
-        let found = self.handle.receive(true, &mut arrived);
+        let found = self.handle.receive(true, &mut self.pending);
         if found > 0 {
             self.last_word = Instant::now();
         }
-        // A lane may come to carry another port: its bytes are not this line's.
-        self.pending.extend(arrived.into_iter().filter(|arrival| arrival.argument() == u64::from(self.port)));
         found
     }
 
@@ -226,10 +300,23 @@ impl<L: Line> Stream<L> {
     fn write_out(&mut self) -> io::Result<bool> {
         if !self.there {
             // Nobody would read it: it stays where the device can see that.
-            return Ok(!self.pending.is_empty());
+            return Ok(!self.pending.is_empty() || !self.early.is_empty());
         }
-        while let Some(arrival) = self.pending.front() {
-            while self.skip < arrival.len() {
+        while self.skip < self.early.len() {
+            match rustix::io::write(self.line.output(), &self.early[self.skip..]) {
+                Ok(0) | Err(Errno::AGAIN) => return Ok(true),
+                Ok(written) => self.skip += written,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !self.early.is_empty() {
+            (self.early, self.skip) = (Vec::new(), 0);
+        }
+        while let Some(arrival) = self.pending.first() {
+            // A lane may come to carry another port: its bytes are not this line's.
+            let is_ours = arrival.argument() == u64::from(self.port);
+            while is_ours && self.skip < arrival.len() {
                 match arrival.write_to(self.line.output(), &[], self.skip) {
                     Ok(0) => return Ok(true),
                     Ok(written) => self.skip += written,
@@ -280,6 +367,9 @@ impl<L: Line> Stream<L> {
         if !self.unsent.is_empty() {
             return self.may_write(now) && self.submit(now);
         }
+        if !self.unread.is_empty() {
+            return self.may_write(now) && self.send_unread(now);
+        }
         if !self.wants_input(now) {
             return false;
         }
@@ -301,6 +391,18 @@ impl<L: Line> Stream<L> {
         };
         let Some(buffer) = self.buffer.take_if(|_| bytes > 0) else { return true };
         if buffer.write_at(0, &self.scratch[..bytes]).is_ok() {
+            self.unsent.push(self.request(bytes as u32, Some(buffer)));
+        }
+        self.submit(now)
+    }
+
+    /// Hands the device what another process had read.
+    fn send_unread(&mut self, now: Instant) -> bool {
+        let Some(buffer) = self.buffer.take() else { return false };
+        let bytes = self.unread.len().min(buffer.len() as usize);
+        let rest = self.unread.split_off(bytes);
+        let piece = std::mem::replace(&mut self.unread, rest);
+        if buffer.write_at(0, &piece).is_ok() {
             self.unsent.push(self.request(bytes as u32, Some(buffer)));
         }
         self.submit(now)
@@ -332,7 +434,11 @@ impl<L: Line> Stream<L> {
             };
         }
         let quiet = self.last_word + QUIET;
-        if at_once || (self.pending.is_empty() && quiet <= now) { Err(()) } else { Ok(Some(quiet.max(now + REST))) }
+        if at_once || (self.pending.is_empty() && self.early.is_empty() && quiet <= now) {
+            Err(())
+        } else {
+            Ok(Some(quiet.max(now + REST)))
+        }
     }
 
     fn sleep(&mut self, blocked: bool, until: Option<Instant>) {
@@ -380,7 +486,7 @@ impl<L: Line> Stream<L> {
             let mut fds = [PollFd::from_borrowed_fd(self.line.output(), PollFlags::OUT)];
             let _ = poll(&mut fds, Some(&timeout));
         }
-        self.shared.severed(!self.pending.is_empty());
+        self.shared.severed(!self.pending.is_empty() || !self.early.is_empty());
         // Of a binding that serves on.
         if self.told == Some(true) {
             let _ = self.binding.set_open(self.port, false);

@@ -26,6 +26,9 @@ pub enum DataError {
     /// The binding does not serve (any more).
     #[error("the binding is not serving")]
     NotServing,
+    /// What another process exported makes no port.
+    #[error("the port cannot be taken over: {0}")]
+    NotTakenOver(String),
     /// The system refused something.
     #[error("data: {what} failed")]
     Io {

@@ -9,6 +9,7 @@
 //!   listen      the socket and its file, who may connect          address, options, error, shared
 //!   peer        one thread per client: hello, then serve, then the end          welcome  socket
 //!     session     the rings' host side, without any socket: take, submit, answer
+//! handover    the same socket in another process, while there are no clients
 //! service     what is served, as traits: a binding, or a test's
 //! ```
 //!
@@ -28,6 +29,7 @@
 
 mod address;
 mod error;
+mod handover;
 mod listen;
 pub mod options;
 mod peer;
@@ -40,6 +42,7 @@ mod welcome;
 
 pub use address::DataAddress;
 pub use error::DataError;
+pub use handover::KIND;
 pub use options::DataOptions;
 pub use port::DataPort;
 pub use service::{Disk, Region, Service};

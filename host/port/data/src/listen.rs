@@ -3,10 +3,11 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, getsockname, sockopt};
 
 use crate::address::DataAddress;
 use crate::error::DataError;
@@ -21,6 +22,8 @@ pub(crate) struct Listener {
     path: PathBuf,
     /// Device and inode of the socket file.
     file: (u64, u64),
+    /// Another process has the socket, too, and may be the one that goes on with it.
+    dormant: AtomicBool,
 }
 
 /// A client that has connected.
@@ -75,10 +78,44 @@ impl Listener {
         }
         let stat =
             rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).map_err(DataError::io("stat of the socket"))?;
-        let listener = Listener { socket, path: path.to_owned(), file: (stat.st_dev, stat.st_ino) };
+        let listener = Listener {
+            socket,
+            path: path.to_owned(),
+            file: (stat.st_dev, stat.st_ino),
+            dormant: AtomicBool::new(false),
+        };
         rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(DataError::io("chmod of the socket"))?;
         rustix::net::listen(&listener.socket, BACKLOG).map_err(DataError::io("listen"))?;
         Ok(listener)
+    }
+
+    /// A socket that another process listens on, at `address`, with the file that is its. Dormant: dropping it removes nothing.
+    ///
+    /// # Errors
+    /// It is another socket.
+    pub(crate) fn adopt(socket: OwnedFd, address: &DataAddress, file: (u64, u64)) -> Result<Listener, DataError> {
+        let failed = DataError::io("taking a listening socket over");
+        let looked = sockopt::socket_acceptconn(&socket).and_then(|listens| Ok((listens, getsockname(&socket)?)));
+        let (listens, bound) = looked.map_err(failed)?;
+        let path = address.path();
+        let bound = SocketAddrUnix::try_from(bound).ok();
+        let is_there = |bound: &SocketAddrUnix| {
+            bound.path().is_some_and(|at| at.to_bytes() == path.as_os_str().as_encoded_bytes())
+        };
+        if !listens || !bound.as_ref().is_some_and(is_there) {
+            return Err(DataError::NotTakenOver(format!("a socket does not listen at {address}")));
+        }
+        Ok(Listener { socket, path: path.to_owned(), file, dormant: AtomicBool::new(true) })
+    }
+
+    /// Another descriptor for it, and device and inode of its file.
+    pub(crate) fn export(&self) -> io::Result<(OwnedFd, (u64, u64))> {
+        Ok((self.socket.try_clone()?, self.file))
+    }
+
+    /// Whether the file is another process's to remove.
+    pub(crate) fn set_dormant(&self, dormant: bool) {
+        self.dormant.store(dormant, Ordering::Release);
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -105,6 +142,9 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        if self.dormant.load(Ordering::Acquire) {
+            return;
+        }
         // Somebody else's socket may stand there by now: leave it.
         if let Ok(stat) = rustix::fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW)
             && (stat.st_dev, stat.st_ino) == self.file

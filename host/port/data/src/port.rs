@@ -10,10 +10,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::address::DataAddress;
 use crate::error::DataError;
+use crate::handover::{PortState, because};
 use crate::listen::{Arrival, Listener};
 use crate::options::DataOptions;
 use crate::peer::Peer;
-use crate::service::{Notify, Port, PortReport, PortThreads, Service};
+use crate::service::{Exported, NotExportable, Notify, Parking, Port, PortReport, PortThreads, Service};
 use crate::shared::{End, Shared};
 use crate::socket::send;
 use crate::welcome::refused;
@@ -46,7 +47,13 @@ pub struct DataPort<S: Service> {
     stop: Arc<Notify>,
     acceptor: PortThreads,
     clients: Arc<Mutex<Clients>>,
+    /// Until the shutdown, here and with the acceptor.
+    listener: Option<Arc<Listener>>,
+    /// Where the acceptor stands while another process is to take over.
+    parking: Arc<Parking<()>>,
     over: bool,
+    /// Another process has the socket.
+    forgotten: bool,
 }
 
 impl<S: Service> std::fmt::Debug for DataPort<S> {
@@ -65,20 +72,52 @@ impl<S: Service> DataPort<S> {
             return Err(DataError::NotServing);
         }
         let listener = Listener::bind(address)?;
+        let port = DataPort::serve(service, address, options, listener, false)?;
+        tracing::info!(port = %port.shared.address, binding = port.shared.service.name(), "listening");
+        Ok(port)
+    }
+
+    /// The port that another process exported, which has no clients. Until [`Port::resume`] nobody is let in.
+    ///
+    /// # Errors
+    /// [`DataError`]: the other process can go on.
+    pub fn adopt(service: S, exported: Exported, options: DataOptions) -> Result<DataPort<S>, DataError> {
+        if service.lanes() == 0 {
+            return Err(DataError::NotServing);
+        }
+        let (state, socket) = PortState::sort(exported)?;
+        let address: DataAddress = state.address.parse()?;
+        let listener = Listener::adopt(socket, &address, state.file)?;
+        DataPort::serve(service, &address, options, listener, true)
+    }
+
+    fn serve(
+        service: S,
+        address: &DataAddress,
+        options: DataOptions,
+        listener: Listener,
+        adopted: bool,
+    ) -> Result<DataPort<S>, DataError> {
         let shared = Arc::new(Shared::new(service, options.bounded(), address.clone()));
         let stop = Notify::new().map_err(|source| DataError::Io { what: "eventfd", source })?;
         let clients = Arc::new(Mutex::new(Clients::default()));
+        let (listener, parking) = (Arc::new(listener), Arc::new(Parking::new(adopted)));
         let mut port = DataPort {
             shared: Arc::clone(&shared),
             stop: Arc::clone(&stop),
             acceptor: PortThreads::default(),
             clients: Arc::clone(&clients),
+            listener: Some(Arc::clone(&listener)),
+            parking: Arc::clone(&parking),
             over: false,
+            forgotten: adopted,
         };
         port.acceptor
-            .spawn(thread("data-accept"), move || accept(&shared, listener, &stop, &clients))
+            .spawn(thread("data-accept"), move || {
+                accept(&shared, &listener, &stop, &parking, &clients);
+                drop(listener);
+            })
             .map_err(|source| DataError::Io { what: "starting a thread", source })?;
-        tracing::info!(port = %port.shared.address, binding = port.shared.service.name(), "listening");
         Ok(port)
     }
 
@@ -96,6 +135,8 @@ impl<S: Service> DataPort<S> {
 
     fn stop(&mut self, grace: Duration) -> PortReport {
         self.over = true;
+        self.listener = None;
+        self.parking.release(true);
         let connections = self.clients() as u64;
         let at = Instant::now() + grace;
         let _ = self.shared.stop_at.set(at);
@@ -127,20 +168,87 @@ impl<S: Service> Port for DataPort<S> {
     fn shutdown(mut self: Box<Self>, grace: Duration) -> PortReport {
         self.stop(grace)
     }
+
+    fn exportable(&self) -> Result<(), NotExportable> {
+        match self.clients() {
+            0 => Ok(()),
+            count => Err(NotExportable::because(format!("its clients ({count}) share memory with the device"))),
+        }
+    }
+
+    fn export(&mut self, until: Instant) -> Result<Exported, NotExportable> {
+        let stands = self.parking.gather(1, until, || self.stop.signal());
+        stands.ok_or_else(|| NotExportable::because("its accepting thread is held up"))?;
+        // Who came before it stood.
+        self.exportable()?;
+        let listener = self.listener.as_ref().ok_or_else(|| NotExportable::because("it has been shut down"))?;
+        let (socket, file) = listener.export().map_err(because)?;
+        PortState { address: self.address(), file }.export(socket)
+    }
+
+    fn canceller(&self) -> Option<Box<dyn Fn() + Send>> {
+        let parking = Arc::clone(&self.parking);
+        Some(Box::new(move || parking.cancel()))
+    }
+
+    fn resume(&mut self) {
+        self.set_forgotten(false);
+        self.parking.release(true);
+    }
+
+    fn forget(mut self: Box<Self>) {
+        self.set_forgotten(true);
+    }
+}
+
+impl<S: Service> DataPort<S> {
+    fn set_forgotten(&mut self, forgotten: bool) {
+        self.forgotten = forgotten;
+        self.listener.iter().for_each(|listener| listener.set_dormant(forgotten));
+    }
+
+    /// Ends its accepting thread, which stands, without a word to anybody.
+    fn leave(&mut self) {
+        self.set_forgotten(true);
+        self.parking.release(false);
+        self.stop.signal();
+        if !self.acceptor.end(Instant::now() + OVERRUN).left_behind.is_empty() {
+            tracing::error!(port = %self.shared.address, "the thread of a port that was handed over has not ended");
+        }
+    }
 }
 
 impl<S: Service> Drop for DataPort<S> {
     fn drop(&mut self) {
-        if !self.over {
+        if self.forgotten {
+            self.leave();
+        } else if !self.over {
             self.stop(Duration::ZERO);
         }
     }
 }
 
-/// The acceptor's thread. The listener, and with it the socket file, goes when it ends.
-fn accept<S: Service>(shared: &Arc<Shared<S>>, listener: Listener, stop: &Notify, clients: &Mutex<Clients>) {
+/// The acceptor's thread. Its part of the listener goes when it ends, and with it the socket file.
+fn accept<S: Service>(
+    shared: &Arc<Shared<S>>,
+    listener: &Listener,
+    stop: &Notify,
+    parking: &Parking<()>,
+    clients: &Mutex<Clients>,
+) {
     let mut rest = None;
-    while !shared.stopping.load(Ordering::Acquire) {
+    loop {
+        stop.clear();
+        if shared.stopping.load(Ordering::Acquire) {
+            return;
+        }
+        if parking.is_wanted() {
+            // Who comes meanwhile waits in the socket.
+            if !parking.stand(()) {
+                return;
+            }
+            continue;
+        }
         let timeout = rest.take().and_then(|rest: Duration| Timespec::try_from(rest).ok());
         let mut fds = [
             PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),

@@ -7,8 +7,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 pub use cofferdam_manager::{
-    Binding, BlockGeometry, Buffer, Completion, Handle, HandleSpec, HandleState, IoError, IoFlags, IoOp, IoRequest,
-    MapError, Mapped, Notify, OpenError, Patience, Port, PortReport, PortThreads, RegionError, SubmitError,
+    Binding, BlockGeometry, Buffer, Completion, Exported, Handle, HandleSpec, HandleState, IoError, IoFlags, IoOp,
+    IoRequest, MapError, Mapped, NotExportable, Notify, OpenError, Parking, Patience, Port, PortReport, PortThreads,
+    RegionError, SubmitError,
 };
 
 /// One client's right to operate; see [`Handle`] for what each call promises.

@@ -8,7 +8,7 @@ use crate::handshake::{Exports, Handshake, Verdict};
 use crate::intake::{Ended, Pause, Rx};
 use crate::options::LINGER;
 use crate::service::transfer::{self, Piece};
-use crate::service::{BlockGeometry, HandleSpec, Service};
+use crate::service::{BlockGeometry, Disk, HandleSpec, Service};
 use crate::session::{Limits, Session};
 use crate::wire::{Got, READ_AHEAD_BYTES, Wire};
 
@@ -21,6 +21,8 @@ pub(crate) struct Turn<'a, S> {
     pub(crate) limits: Limits,
     /// Whether nobody waits for leases ahead of this one.
     pub(crate) may_lease: bool,
+    /// The port is on its way to another process: nothing is read, and what was read is brought to its end.
+    pub(crate) parking: bool,
     /// Where unwanted payload goes.
     pub(crate) scratch: &'a mut [u8],
 }
@@ -56,7 +58,7 @@ impl From<Ended> for End {
     }
 }
 
-enum Phase<D> {
+pub(crate) enum Phase<D> {
     Handshake { machine: Handshake, deadline: Instant },
     Session(Box<Session<D>>),
 }
@@ -65,9 +67,9 @@ enum Phase<D> {
 pub(crate) struct Connection<S: Service> {
     pub(crate) wire: Wire,
     pub(crate) peer: String,
-    phase: Phase<S::Disk>,
+    pub(crate) phase: Phase<S::Disk>,
     /// The handshake's last output; the session's replies go behind it.
-    greeting: Vec<u8>,
+    pub(crate) greeting: Vec<u8>,
     /// In the worker's list of connections to run.
     pub(crate) queued: bool,
     /// In its list of connections with something in flight.
@@ -151,6 +153,9 @@ impl<S: Service> Connection<S> {
     /// # Errors
     /// [`End`]: drop it.
     pub(crate) fn step(&mut self, turn: &mut Turn<'_, S>) -> Result<Next, End> {
+        if turn.parking {
+            return self.bring_to_its_end(turn.now);
+        }
         if let Phase::Handshake { .. } = self.phase {
             match self.handshake(turn)? {
                 Next::Again => {}
@@ -168,31 +173,7 @@ impl<S: Service> Connection<S> {
             session.submit(turn.now);
             let pause = pause?;
             let before = session.outbox.len();
-            if self.wire.writable && before > 0 && !self.wire.gone {
-                match session.outbox.flush(turn.now, self.wire.socket()) {
-                    Ok(flushed) => {
-                        self.wire.writable = !flushed.blocked;
-                        session.sent(flushed.released_bytes);
-                    }
-                    // What the client asked for before it went is done all the same ("NBD_CMD_DISC"), only not
-                    // answered.
-                    Err(_) => self.wire.gone = true,
-                }
-            }
-            if self.wire.gone {
-                let released_bytes = session.outbox.clear();
-                session.sent(released_bytes);
-            }
-            if let Some(why) = session.broken {
-                return Err(End::Done(why));
-            }
-            match session.rx {
-                Rx::Closed { goodbye: false } if self.wire.gone => return Err(End::Done("the client is gone")),
-                Rx::Closed { .. } if session.live == 0 && session.outbox.is_empty() => {
-                    return Err(End::Done("closed by the client"));
-                }
-                _ => {}
-            }
+            send(&mut self.wire, session, turn.now)?;
             rounds += 1;
             match pause {
                 // What was sent may have made room.
@@ -203,6 +184,17 @@ impl<S: Service> Connection<S> {
                 Pause::Turn => return Ok(Next::Again),
             }
         }
+    }
+
+    /// As [`Connection::step`], without a look at what the client sends.
+    fn bring_to_its_end(&mut self, now: Instant) -> Result<Next, End> {
+        if self.send_greeting()?
+            && let Phase::Session(session) = &mut self.phase
+        {
+            session.submit(now);
+            send(&mut self.wire, session, now)?;
+        }
+        Ok(Next::Wait)
     }
 
     /// `Next::Again` when the session has begun.
@@ -254,6 +246,36 @@ impl<S: Service> Connection<S> {
         }
         self.wire.writable &= gone;
         Ok(gone)
+    }
+}
+
+/// Sends what was answered, as far as the socket takes it.
+///
+/// # Errors
+/// [`End`]: nothing more is to be said to this client.
+fn send<D: Disk>(wire: &mut Wire, session: &mut Session<D>, now: Instant) -> Result<(), End> {
+    if wire.writable && !session.outbox.is_empty() && !wire.gone {
+        match session.outbox.flush(now, wire.socket()) {
+            Ok(flushed) => {
+                wire.writable = !flushed.blocked;
+                session.sent(flushed.released_bytes);
+            }
+            // What the client asked for before it went is done all the same ("NBD_CMD_DISC"), only not
+            // answered.
+            Err(_) => wire.gone = true,
+        }
+    }
+    if wire.gone {
+        let released_bytes = session.outbox.clear();
+        session.sent(released_bytes);
+    }
+    if let Some(why) = session.broken {
+        return Err(End::Done(why));
+    }
+    match session.rx {
+        Rx::Closed { goodbye: false } if wire.gone => Err(End::Done("the client is gone")),
+        Rx::Closed { .. } if session.live == 0 && session.outbox.is_empty() => Err(End::Done("closed by the client")),
+        _ => Ok(()),
     }
 }
 

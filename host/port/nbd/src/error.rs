@@ -26,6 +26,9 @@ pub enum NbdError {
     /// The binding does not serve (any more).
     #[error("the binding is not serving")]
     NotServing,
+    /// What another process handed over does not fit together.
+    #[error("clients of another process cannot be taken over: {0}")]
+    NotTakenOver(String),
     /// The system refused something.
     #[error("nbd: {what} failed")]
     Io {

@@ -7,6 +7,7 @@
 //! What a client can make this hold: one option's data, at most [`MAX_OPTION_BYTES`], and the replies to
 //! [`MAX_OPTIONS`].
 
+use crate::handover::{HandshakeState, Step};
 use crate::proto::{
     FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, INIT_MAGIC, MAX_STRING_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC, info, opt, rep,
 };
@@ -86,6 +87,33 @@ impl Handshake {
             no_zeroes: false,
             structured: false,
         }
+    }
+
+    /// Where it is, for another process.
+    pub(crate) fn export(&self) -> HandshakeState {
+        let (step, option, length) = match self.state {
+            State::ClientFlags => (Step::ClientFlags, 0, 0),
+            State::OptionHeader => (Step::OptionHeader, 0, 0),
+            State::OptionData { option, length } => (Step::OptionData, option, length),
+            State::Skip { left } => (Step::Skip, 0, left),
+        };
+        let (options, no_zeroes, structured) = (self.options, self.no_zeroes, self.structured);
+        HandshakeState { step, option, length, partial: self.partial.clone(), options, no_zeroes, structured }
+    }
+
+    /// One that another process began, with nothing in `output`; `None` for what cannot be.
+    pub(crate) fn adopt(state: HandshakeState) -> Option<Handshake> {
+        let HandshakeState { step, option, length, partial, options, no_zeroes, structured } = state;
+        let (state, wanted) = match step {
+            Step::ClientFlags => (State::ClientFlags, 4),
+            Step::OptionHeader => (State::OptionHeader, OPTION_HEADER_BYTES),
+            Step::OptionData => (State::OptionData { option, length }, length as usize),
+            Step::Skip => (State::Skip { left: length }, OPTION_HEADER_BYTES),
+        };
+        let bounded = length <= MAX_OPTION_SKIP_BYTES && (step != Step::OptionData || length <= MAX_OPTION_BYTES);
+        let fits = partial.is_empty() || partial.len() < wanted;
+        let output = Vec::new();
+        (bounded && fits).then_some(Handshake { state, partial, output, options, no_zeroes, structured })
     }
 
     /// Takes bytes from the client; says how many, and what now. Unless the verdict is [`Verdict::More`], bytes may be

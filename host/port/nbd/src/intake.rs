@@ -43,11 +43,11 @@ impl Rx {
 /// A write that is being received, piece by piece.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    slot: u32,
+    pub(crate) slot: u32,
     /// From the start of this piece on.
-    left_bytes: u32,
+    pub(crate) left_bytes: u32,
     /// The present piece: where it goes, its length, and how much of it has come.
-    lease: Option<(Buffer, u32, u32)>,
+    pub(crate) lease: Option<(Buffer, u32, u32)>,
 }
 
 /// What to do when a discarded payload has passed. Not before: a client may take an early answer for one to another

@@ -13,6 +13,7 @@
 //!         intake      socket -> requests               wire     socket, read-ahead
 //!         reads       leases and segments of reads     reply    heads, pure
 //!         outbox      answers -> socket
+//! handover    the same clients in another process
 //! service     what is served, as traits: a binding, or a test's
 //! ```
 //!
@@ -43,6 +44,7 @@
 mod address;
 mod connection;
 mod error;
+mod handover;
 mod handshake;
 mod intake;
 mod listen;
@@ -61,6 +63,7 @@ mod worker;
 
 pub use address::NbdAddress;
 pub use error::NbdError;
+pub use handover::KIND;
 pub use options::NbdOptions;
 pub use port::NbdPort;
 pub use service::{Disk, Service};

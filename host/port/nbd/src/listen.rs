@@ -3,10 +3,11 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType, getsockname, sockopt};
 
 use crate::address::NbdAddress;
 use crate::error::NbdError;
@@ -22,6 +23,8 @@ pub(crate) struct Listener {
     pub(crate) address: NbdAddress,
     /// Device and inode of the socket file.
     file: Option<(PathBuf, u64, u64)>,
+    /// Another process has the socket, too, and may be the one that goes on with it.
+    dormant: AtomicBool,
 }
 
 impl Listener {
@@ -34,6 +37,44 @@ impl Listener {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// A socket that another process listens on, at `address`, with the file that is its. Dormant: dropping it removes nothing.
+    ///
+    /// # Errors
+    /// It is another socket.
+    pub(crate) fn adopt(
+        socket: OwnedFd,
+        address: NbdAddress,
+        file: Option<(PathBuf, u64, u64)>,
+    ) -> Result<Listener, NbdError> {
+        let failed = NbdError::io("taking a listening socket over");
+        let looked = sockopt::socket_acceptconn(&socket).and_then(|listens| Ok((listens, getsockname(&socket)?)));
+        let (listens, bound) = looked.map_err(failed)?;
+        let fits = match &address {
+            NbdAddress::Tcp(there) => std::net::SocketAddr::try_from(bound).is_ok_and(|bound| bound == *there),
+            NbdAddress::Unix(path) => {
+                let bound = SocketAddrUnix::try_from(bound).ok();
+                let is_there = |bound: &SocketAddrUnix| {
+                    bound.path().is_some_and(|at| at.to_bytes() == path.as_os_str().as_encoded_bytes())
+                };
+                bound.as_ref().is_some_and(is_there)
+            }
+        };
+        if !listens || !fits {
+            return Err(NbdError::NotTakenOver(format!("a socket does not listen at {address}")));
+        }
+        Ok(Listener { socket, address, file, dormant: AtomicBool::new(true) })
+    }
+
+    /// Device and inode of its file, if it has one.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        self.file.as_ref().map(|(_, device, inode)| (*device, *inode))
+    }
+
+    /// Whether the file is another process's to remove.
+    pub(crate) fn set_dormant(&self, dormant: bool) {
+        self.dormant.store(dormant, Ordering::Release);
     }
 
     fn tcp(address: std::net::SocketAddr) -> Result<Listener, NbdError> {
@@ -50,7 +91,7 @@ impl Listener {
         }
         let bound = rustix::net::getsockname(&socket).map_err(NbdError::io("getsockname"))?;
         let bound = std::net::SocketAddr::try_from(bound).map_err(NbdError::io("getsockname"))?;
-        Ok(Listener { socket, address: NbdAddress::Tcp(bound), file: None })
+        Ok(Listener { socket, address: NbdAddress::Tcp(bound), file: None, dormant: AtomicBool::new(false) })
     }
 
     /// A socket file whose owner is gone is taken over, under a lock of its directory, so that two starters do not
@@ -94,6 +135,7 @@ impl Listener {
             socket,
             address: NbdAddress::Unix(path.to_owned()),
             file: Some((path.to_owned(), stat.st_dev, stat.st_ino)),
+            dormant: AtomicBool::new(false),
         };
         rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(NbdError::io("chmod of the socket"))?;
         rustix::net::listen(&listener.socket, BACKLOG).map_err(NbdError::io("listen"))?;
@@ -127,6 +169,9 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        if self.dormant.load(Ordering::Acquire) {
+            return;
+        }
         let Some((path, device, inode)) = &self.file else { return };
         // Somebody else's socket may stand there by now: leave it.
         if let Ok(stat) = rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)

@@ -79,6 +79,25 @@ impl Outbox {
         std::mem::take(&mut self.held_bytes)
     }
 
+    /// Everything that is to be sent, as it would go out.
+    ///
+    /// # Errors
+    /// The memory was taken away.
+    pub(crate) fn unsent(&self) -> Result<Vec<u8>, cofferdam_manager::RegionError> {
+        let mut bytes = Vec::new();
+        for item in &self.items {
+            bytes.extend_from_slice(item.head.as_bytes());
+            if let Some(buffer) = &item.data {
+                let at = bytes.len();
+                bytes.resize(at + item.data_bytes as usize, 0);
+                buffer.read_at(0, &mut bytes[at..])?;
+            }
+        }
+        // Of the first item some may be gone already.
+        bytes.drain(..self.sent.min(bytes.len()));
+        Ok(bytes)
+    }
+
     /// Hands the socket as much as it takes, many replies in one system call.
     ///
     /// # Errors

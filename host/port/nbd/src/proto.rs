@@ -113,3 +113,11 @@ pub(crate) enum Errno {
     /// The export is going away.
     Shutdown = 108,
 }
+
+impl Errno {
+    /// The one of this number.
+    pub(crate) fn of(number: u32) -> Option<Errno> {
+        let all = [Errno::Perm, Errno::Io, Errno::Inval, Errno::NoSpc, Errno::Overflow, Errno::Shutdown];
+        all.into_iter().find(|errno| *errno as u32 == number)
+    }
+}

@@ -18,6 +18,14 @@ impl Head {
         &self.bytes[..usize::from(self.len)]
     }
 
+    /// A head that another process made; `None` for what is too long to be one.
+    pub(crate) fn of(bytes: &[u8]) -> Option<Head> {
+        let mut head = Head::EMPTY;
+        head.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        head.len = u8::try_from(bytes.len()).ok()?;
+        Some(head)
+    }
+
     fn push(&mut self, field: &[u8]) {
         let at = usize::from(self.len);
         self.bytes[at..at + field.len()].copy_from_slice(field);

@@ -214,6 +214,10 @@ impl<D: Disk> Session<D> {
         Some(slot)
     }
 
+    pub(crate) fn peek(&self, index: u32) -> Option<&Slot> {
+        self.slots.get(index as usize)?.as_ref()
+    }
+
     pub(crate) fn slot(&mut self, index: u32) -> Option<&mut Slot> {
         self.slots.get_mut(index as usize)?.as_mut()
     }

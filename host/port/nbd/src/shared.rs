@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::NbdAddress;
 use crate::connection::End;
+use crate::handover::{Door, Order};
 use crate::options::NbdOptions;
 use crate::service::Notify;
 
@@ -25,6 +26,10 @@ pub(crate) struct Shared<S> {
     pub(crate) starving: AtomicUsize,
     pub(crate) open: AtomicUsize,
     pub(crate) stopping: AtomicBool,
+    /// An export that is under way is to fail.
+    pub(crate) called_off: AtomicBool,
+    /// Whether clients are accepted.
+    pub(crate) door: Door,
     /// Connections that the shutdown had to cut off with something unanswered or unsent.
     pub(crate) severed: AtomicU64,
     throttle: Mutex<Throttle>,
@@ -42,6 +47,7 @@ pub(crate) struct Inbox {
 struct Letters {
     arrived: Vec<(OwnedFd, String)>,
     stop_at: Option<Instant>,
+    orders: Vec<Order>,
 }
 
 impl Inbox {
@@ -61,9 +67,15 @@ impl Inbox {
         self.wake.signal();
     }
 
-    pub(crate) fn take(&self) -> (Vec<(OwnedFd, String)>, Option<Instant>) {
+    /// About a handover; obeyed in order.
+    pub(crate) fn order(&self, order: Order) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).orders.push(order);
+        self.wake.signal();
+    }
+
+    pub(crate) fn take(&self) -> (Vec<(OwnedFd, String)>, Option<Instant>, Vec<Order>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        (std::mem::take(&mut state.arrived), state.stop_at)
+        (std::mem::take(&mut state.arrived), state.stop_at, std::mem::take(&mut state.orders))
     }
 }
 
@@ -84,6 +96,8 @@ impl<S> Shared<S> {
             starving: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
+            called_off: AtomicBool::new(false),
+            door: Door::default(),
             severed: AtomicU64::new(0),
             throttle: Mutex::default(),
         }

@@ -62,6 +62,18 @@ impl Wire {
         }
     }
 
+    /// A connection of another process, with what that one had read ahead.
+    pub(crate) fn adopt(socket: OwnedFd, mut ahead: Vec<u8>, hung_up: bool) -> Wire {
+        let end = ahead.len();
+        ahead.resize(end.max(READ_AHEAD_BYTES), 0);
+        Wire { ahead, end, hung_up, ..Wire::new(socket) }
+    }
+
+    /// More may have come, and may go, while nobody looked.
+    pub(crate) fn look_again(&mut self) {
+        (self.readable, self.writable) = (true, true);
+    }
+
     pub(crate) fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -85,6 +97,7 @@ impl Wire {
             self.ahead.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
+        // What came over from another process may be more than is ever read ahead here.
         let limit = limit.min(BULK_BYTES).max(self.end);
         if limit == self.end {
             return Ok(Got::Nothing);

@@ -7,18 +7,23 @@
 //! Sockets are edge-triggered and carry their readiness themselves, so no interest is ever changed. Nothing here blocks
 //! but the sleep, which has a time-out whenever something is due. A worker with nothing to do sleeps without one.
 
+mod parking;
+
 use std::collections::VecDeque;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
+use cofferdam_manager::NotExportable;
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
 use crate::connection::{Connection, End, Next, Turn};
 use crate::error::NbdError;
+use crate::handover::Parked;
 use crate::options::RETRY;
 use crate::service::{Completion, Disk, HandleSpec, Notify, Patience, Service};
 use crate::session::Stuck;
@@ -65,6 +70,12 @@ pub(crate) struct Worker<S: Service> {
     /// When to look at deadlines next.
     due: Option<Instant>,
     stop_at: Option<Instant>,
+    /// Told when everything has come to its end.
+    parking: Option<SyncSender<Result<Vec<Parked>, NotExportable>>>,
+    /// It has: only orders are waited for.
+    parked: bool,
+    /// Another process has the clients.
+    forgotten: bool,
     patience: Arc<Patience>,
     completions: Vec<Completion>,
     scratch: Box<[u8]>,
@@ -105,6 +116,9 @@ impl<S: Service> Worker<S> {
             device: None,
             due: None,
             stop_at: None,
+            parking: None,
+            parked: false,
+            forgotten: false,
             patience,
             completions: Vec::with_capacity(EVENTS),
             scratch: vec![0; SCRATCH_BYTES].into_boxed_slice(),
@@ -114,6 +128,13 @@ impl<S: Service> Worker<S> {
     /// Runs until told to stop, then until the connections are quiet or the grace is over.
     pub(crate) fn run(mut self) {
         loop {
+            if self.parked {
+                self.wait_for_orders();
+                if self.forgotten {
+                    return;
+                }
+                continue;
+            }
             let now = Instant::now();
             self.step_ready(now);
             let mut busy = self.reap(now, false) > 0;
@@ -123,6 +144,10 @@ impl<S: Service> Worker<S> {
             self.feed_starved(now);
             if self.stop_at.is_some() && self.may_stop(now) {
                 break;
+            }
+            if self.parking.is_some() && self.is_still() {
+                self.park();
+                continue;
             }
             busy |= !self.ready.is_empty();
             busy = busy || self.spin() || self.reap(Instant::now(), true) > 0 || !self.ready.is_empty();
@@ -162,6 +187,7 @@ impl<S: Service> Worker<S> {
             spec: &self.spec,
             limits: self.shared.options.limits(),
             may_lease,
+            parking: self.parking.is_some(),
             scratch: &mut self.scratch,
         };
         let had_disk = connection.disk().is_some();
@@ -395,13 +421,17 @@ impl<S: Service> Worker<S> {
     /// New connections, and the order to stop.
     fn open_inbox(&mut self) {
         self.inbox.wake.clear();
-        let (arrived, stop_at) = self.inbox.take();
+        let (arrived, stop_at, orders) = self.inbox.take();
         let now = Instant::now();
         for (socket, peer) in arrived {
             self.adopt(socket, peer, now);
         }
+        for order in orders {
+            self.obey(order);
+        }
         if stop_at.is_some() && self.stop_at.is_none() {
             self.stop_at = stop_at;
+            (self.parked, self.parking) = (false, None);
             self.note(stop_at);
             for index in 0..self.connections.len() {
                 self.refuse(index, now);
@@ -414,7 +444,15 @@ impl<S: Service> Worker<S> {
     }
 
     fn adopt(&mut self, socket: OwnedFd, peer: String, now: Instant) {
-        let connection = Connection::new(socket, peer, now + self.shared.options.handshake_timeout);
+        if let Err((index, error)) =
+            self.enter(Connection::new(socket, peer, now + self.shared.options.handshake_timeout))
+        {
+            self.close(index, &End::Socket(error.into()));
+        }
+    }
+
+    /// Takes a connection in; its place, in any case, and what was wrong with its socket.
+    fn enter(&mut self, connection: Connection<S>) -> Result<(), (usize, Errno)> {
         let due = connection.deadline().map(|(due, _)| due);
         let index = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
@@ -423,12 +461,10 @@ impl<S: Service> Worker<S> {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         let added = epoll::add(&self.epoll, connection.wire.socket(), epoll::EventData::new_u64(index as u64), flags);
         self.connections[index] = Some(connection);
-        if let Err(error) = added {
-            self.close(index, &End::Socket(error.into()));
-            return;
-        }
+        added.map_err(|error| (index, error))?;
         self.note(due);
         self.enqueue(index);
+        Ok(())
     }
 
     /// Begins to turn a connection's new requests away.

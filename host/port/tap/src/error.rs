@@ -42,6 +42,9 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
+    /// What another process exported makes no interface.
+    #[error("the interface cannot be taken over: {0}")]
+    NotTakenOver(String),
     /// The system refused something.
     #[error("tap: {what} failed")]
     Io {

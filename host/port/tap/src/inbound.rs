@@ -189,6 +189,13 @@ impl Inbound {
         self.in_flight > 0
     }
 
+    /// Hands the device what was read, and reads nothing more; whether all of it is sent and answered.
+    pub(crate) fn finish(&mut self, handle: &Handle, counts: &Counts) -> bool {
+        // What is refused now is tried again.
+        let _ = self.submit(handle, counts);
+        self.staged.is_empty() && self.in_flight == 0
+    }
+
     /// Gives back every buffer that is not with the device.
     pub(crate) fn end(&mut self) {
         self.small = Vec::new();

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cofferdam_manager::NetProperties;
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{Mode, OFlags, fcntl_getfl, open};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
@@ -43,6 +43,31 @@ impl Interface {
         made.set_carrier(net.link_up).map_err(TapError::io("TUNSETCARRIER"))?;
         ioctl::set_up(socket.as_fd(), name).map_err(TapError::io("SIOCSIFFLAGS"))?;
         Ok(made)
+    }
+
+    /// The interface that another process has made, by its queues. Nothing of it changes.
+    ///
+    /// # Errors
+    /// [`TapError::NotTakenOver`] for descriptors that are none.
+    pub(crate) fn adopt(queues: Vec<OwnedFd>, carrier: bool) -> Result<Interface, TapError> {
+        let wrong = |why: &str| TapError::NotTakenOver(why.to_owned());
+        for queue in &queues {
+            let flags = ioctl::interface_flags(queue.as_fd()).map_err(|_| wrong("a descriptor is no queue of one"))?;
+            let blocks = !fcntl_getfl(queue).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+            if flags & ioctl::IFF_TAP == 0 || flags & ioctl::IFF_VNET_HDR == 0 || blocks {
+                return Err(wrong("a queue is of another kind"));
+            }
+        }
+        if queues.is_empty() {
+            return Err(wrong("it has no queue"));
+        }
+        Ok(Interface { queues, carrier: AtomicBool::new(carrier) })
+    }
+
+    /// Duplicates of all queues, in order, and whether there is a carrier.
+    pub(crate) fn export(&self) -> std::io::Result<(Vec<OwnedFd>, bool)> {
+        let queues = self.queues.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>()?;
+        Ok((queues, self.carrier.load(Ordering::Acquire)))
     }
 
     /// Queue `number`, below what it was made with. It does not block.

@@ -13,6 +13,7 @@ const UNION_BYTES: usize = 24;
 
 const TUNSETIFF: Opcode = opcode::write::<i32>(b'T', 202);
 const TUNSETOFFLOAD: Opcode = opcode::write::<u32>(b'T', 208);
+const TUNGETIFF: Opcode = opcode::read::<u32>(b'T', 210);
 const TUNSETVNETHDRSZ: Opcode = opcode::write::<i32>(b'T', 216);
 const TUNSETVNETLE: Opcode = opcode::write::<i32>(b'T', 220);
 const TUNSETCARRIER: Opcode = opcode::write::<i32>(b'T', 226);
@@ -71,6 +72,13 @@ pub(crate) fn set_interface(tun: BorrowedFd<'_>, name: &str, flags: u16) -> Resu
     with_request::<TUNSETIFF>(tun, &mut Request::new(name, &flags.to_ne_bytes()))
 }
 
+/// Flags of the interface that `tun` is a queue of, as [`set_interface`] gave them; an error for a descriptor that is none.
+pub(crate) fn interface_flags(tun: BorrowedFd<'_>) -> Result<u16> {
+    let mut request = Request::new("", &[]);
+    with_request::<TUNGETIFF>(tun, &mut request)?;
+    Ok(u16::from_ne_bytes([request.value[0], request.value[1]]))
+}
+
 /// What the kernel may leave open in packets that it hands over.
 pub(crate) fn set_offloads(tun: BorrowedFd<'_>, bits: usize) -> Result<()> {
     // SAFETY: this call takes a number, no pointer.
@@ -120,7 +128,7 @@ mod tests {
     #[test]
     fn numbers_and_layout_are_those_of_the_headers() {
         assert_eq!((TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ), (0x4004_54ca, 0x4004_54d0, 0x4004_54d8));
-        assert_eq!((TUNSETVNETLE, TUNSETCARRIER), (0x4004_54dc, 0x4004_54e2));
+        assert_eq!((TUNSETVNETLE, TUNSETCARRIER, TUNGETIFF), (0x4004_54dc, 0x4004_54e2, 0x8004_54d2));
         assert_eq!((size_of::<Request>(), align_of::<Request>()), (40, 8));
     }
 }

@@ -6,6 +6,7 @@
 //!   worker      one thread per lane: both directions, waiting, link changes     shared  counts
 //!     inbound     packets of the kernel -> leased buffers -> requests
 //!     header      the kernel's header <-> flags and argument, pure
+//!   handover    the same interface in another process
 //! ```
 //!
 //! # The interface
@@ -31,6 +32,7 @@
 
 mod address;
 mod error;
+mod handover;
 mod header;
 mod inbound;
 mod interface;
@@ -41,6 +43,7 @@ mod worker;
 
 pub use address::TapAddress;
 pub use error::TapError;
+pub use handover::KIND;
 pub use inbound::{IN_FLIGHT, LARGE_IN_FLIGHT};
 pub use port::TapPort;
 pub use shared::TapCounts;

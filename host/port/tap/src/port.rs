@@ -5,10 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use cofferdam_manager::{Binding, HandleSpec, Notify, Offer, Port, PortReport, PortThreads};
+use cofferdam_manager::{
+    Binding, Exported, Handle, HandleSpec, NetProperties, NotExportable, Notify, Offer, Parking, Port, PortReport,
+    PortThreads,
+};
 
 use crate::address::TapAddress;
 use crate::error::TapError;
+use crate::handover::{PortState, because};
 use crate::inbound::Inbound;
 use crate::interface::Interface;
 use crate::shared::{Counts, Shared, TapCounts};
@@ -25,6 +29,8 @@ pub struct TapPort {
     /// One per worker.
     notifies: Vec<Arc<Notify>>,
     threads: PortThreads,
+    /// Another process has the interface.
+    forgotten: bool,
 }
 
 impl std::fmt::Debug for TapPort {
@@ -46,36 +52,58 @@ impl TapPort {
         if lanes == 0 {
             return Err(TapError::NotServing);
         }
-        let mut opened = Vec::with_capacity(lanes);
-        for lane in 0..lanes {
-            let notify = Notify::new().map_err(|source| TapError::Io { what: "eventfd", source })?;
-            let spec = HandleSpec {
-                label: address.to_string(),
-                peer: format!("queue {lane}"),
-                lane,
-                receives: true,
-                notify: Some(Arc::clone(&notify)),
-            };
-            opened.push((binding.open(spec)?, notify));
-        }
+        let opened = open(&binding, address, lanes)?;
         let interface = Interface::new(address, net, lanes)?;
+        let port = TapPort::serve(&binding, address, interface, opened, net, false)?;
+        tracing::info!(port = %address, queues = lanes, mtu = net.mtu, link = net.link_up, "interface up");
+        Ok(port)
+    }
+
+    /// The interface that another process exported. Until [`Port::resume`] nothing is read from it and nothing written, and it stays as it is if this is dropped before that.
+    ///
+    /// # Errors
+    /// [`TapError`]: the other process can go on.
+    pub fn adopt(binding: Arc<Binding>, exported: Exported) -> Result<TapPort, TapError> {
+        let offer = binding.offer().ok_or(TapError::NotServing)?;
+        let Offer::Net(net) = &*offer else { return Err(TapError::NotNet(offer.service())) };
+        let (state, queues) = PortState::sort(exported)?;
+        let address: TapAddress = state.address.parse()?;
+        // How many pairs are in use is known again once the device is this process's.
+        let lanes = queues.len();
+        if lanes > binding.lanes() {
+            return Err(TapError::NotTakenOver(format!("{lanes} queues for {} lanes", binding.lanes())));
+        }
+        let interface = Interface::adopt(queues, state.carrier)?;
+        let opened = open(&binding, &address, lanes)?;
+        TapPort::serve(&binding, &address, interface, opened, net, true)
+    }
+
+    fn serve(
+        binding: &Arc<Binding>,
+        address: &TapAddress,
+        interface: Interface,
+        opened: Vec<(Handle, Arc<Notify>)>,
+        net: &NetProperties,
+        adopted: bool,
+    ) -> Result<TapPort, TapError> {
         let shared = Arc::new(Shared {
-            binding: Arc::clone(&binding),
+            binding: Arc::clone(binding),
             address: address.clone(),
             interface,
             stopping: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             counts: Counts::default(),
+            parking: Parking::new(adopted),
         });
         let notifies = opened.iter().map(|(_, notify)| Arc::clone(notify)).collect();
-        let mut port = TapPort { shared: Arc::clone(&shared), notifies, threads: PortThreads::default() };
+        let threads = PortThreads::default();
+        let mut port = TapPort { shared: Arc::clone(&shared), notifies, threads, forgotten: adopted };
         for (lane, (handle, notify)) in opened.into_iter().enumerate() {
             let worker = Worker::new(Arc::clone(&shared), lane, handle, notify, Inbound::new(net));
             port.threads
                 .spawn(Builder::new().name(format!("tap-lane-{lane}")), move || worker.run())
                 .map_err(|source| TapError::Io { what: "starting a thread", source })?;
         }
-        tracing::info!(port = %address, queues = lanes, mtu = net.mtu, link = net.link_up, "interface up");
         Ok(port)
     }
 
@@ -85,12 +113,24 @@ impl TapPort {
         self.shared.counts.read()
     }
 
+    /// Ends its threads, which stand, without a word to anybody.
+    fn leave(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.parking.release(false);
+        self.notifies.iter().for_each(|notify| notify.signal());
+        let ended = self.threads.end(Instant::now() + OVERRUN);
+        for thread in &ended.left_behind {
+            tracing::error!(port = %self.shared.address, thread, "a thread of a port that was handed over has not ended");
+        }
+    }
+
     fn stop(&mut self, grace: Duration) -> PortReport {
         // The stack sees the end coming before the interface is gone.
         if let Err(error) = self.shared.interface.set_carrier(false) {
             tracing::debug!(port = %self.shared.address, %error, "the carrier could not be switched off");
         }
         self.shared.stopping.store(true, Ordering::Release);
+        self.shared.parking.release(true);
         self.notifies.iter().for_each(|notify| notify.signal());
         let ended = self.threads.end(Instant::now() + grace + OVERRUN);
         for thread in &ended.left_behind {
@@ -114,11 +154,58 @@ impl Port for TapPort {
     fn shutdown(mut self: Box<Self>, grace: Duration) -> PortReport {
         self.stop(grace)
     }
+
+    fn exportable(&self) -> Result<(), NotExportable> {
+        match self.shared.lost.load(Ordering::Relaxed) {
+            true => Err(NotExportable::because("its interface was deleted")),
+            false => Ok(()),
+        }
+    }
+
+    fn export(&mut self, until: Instant) -> Result<Exported, NotExportable> {
+        let wake = || self.notifies.iter().for_each(|notify| notify.signal());
+        let stand = self.shared.parking.gather(self.notifies.len(), until, wake);
+        stand.ok_or_else(|| NotExportable::because("packets that it has read are still under way"))?;
+        let (queues, carrier) = self.shared.interface.export().map_err(because)?;
+        PortState { address: self.address(), carrier }.export(queues)
+    }
+
+    fn canceller(&self) -> Option<Box<dyn Fn() + Send>> {
+        let shared = Arc::clone(&self.shared);
+        Some(Box::new(move || shared.parking.cancel()))
+    }
+
+    fn resume(&mut self) {
+        self.forgotten = false;
+        self.shared.parking.release(true);
+    }
+
+    fn forget(mut self: Box<Self>) {
+        self.forgotten = true;
+    }
+}
+
+/// A handle that receives for each lane, and what wakes its worker.
+fn open(binding: &Arc<Binding>, address: &TapAddress, lanes: usize) -> Result<Vec<(Handle, Arc<Notify>)>, TapError> {
+    let one = |lane| {
+        let notify = Notify::new().map_err(|source| TapError::Io { what: "eventfd", source })?;
+        let spec = HandleSpec {
+            label: address.to_string(),
+            peer: format!("queue {lane}"),
+            lane,
+            receives: true,
+            notify: Some(Arc::clone(&notify)),
+        };
+        Ok((binding.open(spec)?, notify))
+    };
+    (0..lanes).map(one).collect()
 }
 
 impl Drop for TapPort {
     fn drop(&mut self) {
-        if !self.threads.is_empty() {
+        if self.forgotten {
+            self.leave();
+        } else if !self.threads.is_empty() {
             self.stop(Duration::ZERO);
         }
     }

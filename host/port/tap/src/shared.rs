@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use cofferdam_manager::Binding;
+use cofferdam_manager::{Binding, Parking};
 
 use crate::address::TapAddress;
 use crate::interface::Interface;
@@ -62,4 +62,6 @@ pub(crate) struct Shared {
     /// The interface was deleted under the port, which was said.
     pub(crate) lost: AtomicBool,
     pub(crate) counts: Counts,
+    /// Where the workers stand while another process is to take over.
+    pub(crate) parking: Parking<()>,
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use cofferdam_manager::{Arrival, Completion, Handle, HandleState, Notify, Offer, Patience};
+use cofferdam_manager::{Arrivals, Completion, Handle, HandleState, Notify, Offer, Patience};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::header;
@@ -29,7 +29,7 @@ pub(crate) struct Worker {
     notify: Arc<Notify>,
     inbound: Inbound,
     look: Look,
-    arrivals: Vec<Arrival>,
+    arrivals: Arrivals,
     completions: Vec<Completion>,
     patience: Patience,
 }
@@ -43,7 +43,7 @@ impl Worker {
             notify,
             inbound,
             look: Look::More,
-            arrivals: Vec::with_capacity(BATCH),
+            arrivals: Arrivals::new(),
             completions: Vec::with_capacity(BATCH),
             patience: Patience::new(Patience::DEFAULT),
         }
@@ -51,11 +51,19 @@ impl Worker {
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self) {
-        self.follow_link();
+        if !self.shared.parking.is_wanted() {
+            self.follow_link();
+        }
         let mut moves = 0u64;
         while !self.shared.stopping.load(Ordering::Acquire) {
             if self.handle.state() == HandleState::Revoked {
                 return self.leave();
+            }
+            if self.shared.parking.is_wanted() {
+                if !self.park() {
+                    return self.end();
+                }
+                continue;
             }
             let moved = self.round();
             moves += u64::from(moved);
@@ -72,6 +80,37 @@ impl Worker {
             }
         }
         self.end();
+    }
+
+    /// Brings to its end what was read of the interface, and stands until it is told what next. False: everything is another process's.
+    ///
+    /// What the device delivered was given to the kernel at once, so that nothing is kept of that.
+    fn park(&mut self) -> bool {
+        loop {
+            let answered = self.reap(true);
+            if self.inbound.finish(&self.handle, &self.shared.counts) {
+                break;
+            }
+            let over = self.shared.stopping.load(Ordering::Acquire) || self.handle.state() == HandleState::Revoked;
+            if over || !self.shared.parking.is_wanted() {
+                return true;
+            }
+            if !answered {
+                let mut fds = [
+                    PollFd::from_borrowed_fd(self.notify.fd(), PollFlags::IN),
+                    PollFd::from_borrowed_fd(self.handle.device_fd(), PollFlags::IN),
+                ];
+                let _ = poll(&mut fds, Timespec::try_from(RETRY).ok().as_ref());
+                self.notify.clear();
+            }
+        }
+        let goes_on = self.shared.parking.stand(());
+        if goes_on {
+            self.look = Look::More;
+            self.notify.clear();
+            self.follow_link();
+        }
+        goes_on
     }
 
     fn tap(&self) -> BorrowedFd<'_> {
@@ -112,7 +151,7 @@ impl Worker {
             return false;
         }
         let (mut taken, mut refused, mut no_room) = (0, 0, 0);
-        for arrival in self.arrivals.drain(..) {
+        for arrival in self.arrivals.iter() {
             let header = header::to_kernel(arrival.flags(), arrival.argument());
             match arrival.write_to(self.shared.interface.queue(self.lane), &header, 0) {
                 Ok(_) => taken += 1,
@@ -120,6 +159,7 @@ impl Worker {
                 Err(_) => refused += 1,
             }
         }
+        self.arrivals.clear();
         let counts = &self.shared.counts;
         add(&counts.to_kernel, taken);
         add(&counts.refused_by_kernel, refused);
@@ -183,7 +223,7 @@ impl Worker {
     /// The right has ended: no carrier from here on, and no buffer but those that are with the device, whose answers are waited for.
     fn leave(mut self) {
         self.carrier(false);
-        self.arrivals = Vec::new();
+        self.arrivals.clear();
         self.inbound.end();
         while !self.shared.stopping.load(Ordering::Acquire) && self.inbound.waits() {
             if !self.reap(true) {
@@ -202,7 +242,7 @@ impl Worker {
 
     /// Nothing of the binding's is kept; the handle closes with the worker.
     fn end(mut self) {
-        self.arrivals = Vec::new();
+        self.arrivals.clear();
         self.inbound.end();
     }
 }

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use cofferdam_manager::{Arrival, HandleState};
+use cofferdam_manager::{Arrivals, HandleState};
 
 use crate::bed::{Class, Wish};
 use crate::fixture::clean;
@@ -26,13 +26,13 @@ fn send(fixture: &Fixture<'_>, client: &mut Client, number: u64) -> anyhow::Resu
 }
 
 /// The numbers of what arrives, so many at least; all that came with it stays in `kept`.
-fn numbers(fixture: &Fixture<'_>, client: &Client, count: usize, kept: &mut Vec<Arrival>) -> anyhow::Result<Vec<u64>> {
+fn numbers(fixture: &Fixture<'_>, client: &Client, count: usize, kept: &mut Arrivals) -> anyhow::Result<Vec<u64>> {
     let (mut numbers, deadline) = (Vec::new(), Instant::now() + fixture.patience());
     while numbers.len() < count {
         ensure!(Instant::now() < deadline, "{} of {count} came", numbers.len());
         let before = kept.len();
         client.receive(Duration::from_millis(20), kept);
-        for arrival in &kept[before..] {
+        for arrival in kept.iter().skip(before) {
             numbers.extend(fixture.numbers(arrival)?);
         }
     }
@@ -48,7 +48,7 @@ fn comes_back(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.receiver(fixture.lane()?)?;
     for number in 0..300 {
         send(fixture, &mut client, number)?;
-        let came = numbers(fixture, &client, 1, &mut Vec::new())?;
+        let came = numbers(fixture, &client, 1, &mut Arrivals::new())?;
         ensure!(came == [told(fixture.wish.class, number)], "{came:?} for {number}");
     }
     let status = fixture.binding.status();
@@ -61,7 +61,7 @@ fn does_not_receive(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.client(lane)?;
     send(fixture, &mut client, 1)?;
     let receiver = fixture.receiver(lane)?;
-    let mut kept = Vec::new();
+    let mut kept = Arrivals::new();
     ensure!(numbers(fixture, &receiver, 1, &mut kept)? == [1]);
     send(fixture, &mut client, 2)?;
     ensure!(client.receive(Duration::ZERO, &mut kept) == 0, "it did not ask for it");
@@ -74,7 +74,7 @@ fn next_receiver(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     for number in 0..20 {
         let mut client = fixture.receiver(lane)?;
         send(fixture, &mut client, number)?;
-        let came = numbers(fixture, &client, 1, &mut Vec::new())?;
+        let came = numbers(fixture, &client, 1, &mut Arrivals::new())?;
         ensure!(came == [number], "{came:?} for {number}");
     }
     Ok(())
@@ -86,7 +86,7 @@ fn woken(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let patience = fixture.patience();
     for number in 0..20 {
         // Only a look that found nothing makes it safe to sleep.
-        while receiver.receive(Duration::ZERO, &mut Vec::new()) > 0 {}
+        while receiver.receive(Duration::ZERO, &mut Arrivals::new()) > 0 {}
         std::thread::scope(|scope| {
             let sleeper = scope.spawn(|| receiver.sleep(patience));
             send(fixture, &mut sender, number)?;
@@ -94,7 +94,7 @@ fn woken(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
             ensure!(woken, "slept on over {number}");
             anyhow::Ok(())
         })?;
-        ensure!(numbers(fixture, &receiver, 1, &mut Vec::new())? == [number]);
+        ensure!(numbers(fixture, &receiver, 1, &mut Arrivals::new())? == [number]);
     }
     Ok(())
 }
@@ -112,19 +112,19 @@ fn nobody_took(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
 
 fn kept_arrivals(fixture: &mut Fixture<'_>) -> anyhow::Result<()> {
     let mut client = fixture.receiver(fixture.lane()?)?;
-    let mut kept = Vec::new();
+    let mut kept = Arrivals::new();
     for number in 0..10 {
         send(fixture, &mut client, number)?;
         numbers(fixture, &client, 1, &mut kept)?;
     }
     // With the client's handle still open, too.
     clean(&fixture.unload()?)?;
-    for arrival in &kept {
+    for arrival in kept.iter() {
         let mut into = vec![1];
         let error = arrival.read(&mut into).err().map(|error| error.kind());
         ensure!(error == Some(ErrorKind::NotConnected) && into == [1], "{error:?}, {into:?}");
     }
-    ensure!(client.receive(Duration::ZERO, &mut Vec::new()) == 0);
+    ensure!(client.receive(Duration::ZERO, &mut Arrivals::new()) == 0);
     client.handle().give_back();
     drop(kept);
     client.handle().give_back();
@@ -150,7 +150,7 @@ fn traffic(fixture: &Fixture<'_>, busy: &std::sync::mpsc::Sender<()>) -> anyhow:
     let class = fixture.wish.class;
     let client = fixture.receiver(fixture.lane()?)?;
     let (mut admitted, mut answered, mut came, mut told_busy) = (0_u64, 0_u64, 0_u64, false);
-    let (mut done, mut arrivals) = (Vec::new(), Vec::new());
+    let (mut done, mut arrivals) = (Vec::new(), Arrivals::new());
     while client.handle().state() == HandleState::Open {
         if admitted - came < 64 {
             let Ok(request) = fixture.ordinary(admitted).request(client.handle(), admitted) else { break };
@@ -162,13 +162,14 @@ fn traffic(fixture: &Fixture<'_>, busy: &std::sync::mpsc::Sender<()>) -> anyhow:
         client.handle().poll(false, &mut done);
         answered += done.drain(..).count() as u64;
         client.receive(Duration::ZERO, &mut arrivals);
-        for arrival in arrivals.drain(..) {
+        for arrival in arrivals.iter() {
             // An error is the end: the device is silent.
-            for number in fixture.numbers(&arrival).unwrap_or_default() {
+            for number in fixture.numbers(arrival).unwrap_or_default() {
                 ensure!(number == told(class, came) && came < admitted, "{number} came for {came} of {admitted}");
                 came += 1;
             }
         }
+        arrivals.clear();
         if came >= 200 && !std::mem::replace(&mut told_busy, true) {
             let _ = busy.send(());
         }

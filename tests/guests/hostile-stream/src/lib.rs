@@ -1,11 +1,11 @@
-//! A console driver that misbehaves in `received`, around one that does not (`cofferdam-virtio-console`).
+//! A console driver that misbehaves in `received` and in `config-changed`, around one that does not (`cofferdam-virtio-console`).
 //!
 //! What it does is told by how many bytes the device put into a buffer, because nothing else of what arrives is shown to a driver of streams: [`COMMANDS`].
 
 use cofferdam_sdk::words::{Arrivals, Received};
 use cofferdam_sdk::{
-    Answers, Attachment, ChainWriter, ControlBuffers, DriverError, Lane, LaneSetup, LiveDevice, Piece, Requests,
-    Responses, StreamDriver, StreamProperties, VirtioDevice, VirtioDriver,
+    Answers, Attachment, ChainWriter, ControlBuffers, DriverError, ExportedState, Lane, LaneSetup, LiveDevice, Piece,
+    Requests, Responses, StreamDriver, StreamProperties, VirtioDevice, VirtioDriver,
 };
 use cofferdam_virtio_console::{VirtioConsole, VirtioConsoleLane};
 
@@ -30,7 +30,7 @@ pub const COMMANDS: [&str; 13] = [
     "goes-on",
 ];
 
-/// The control lane: the well-behaved one.
+/// The control lane: the well-behaved one, but that it panics whenever it is told of a change.
 #[derive(Debug)]
 pub struct HostileStream(VirtioConsole);
 
@@ -51,8 +51,17 @@ impl VirtioDriver for HostileStream {
         self.0.properties()
     }
 
-    fn config_changed(&mut self, device: &mut dyn VirtioDevice) -> Result<(), DriverError> {
-        self.0.config_changed(device)
+    fn config_changed(&mut self, _: &mut dyn VirtioDevice) -> Result<(), DriverError> {
+        panic!("this driver panics in config-changed")
+    }
+
+    fn suspend(&self) -> ExportedState {
+        self.0.suspend()
+    }
+
+    fn resume(device: &mut dyn VirtioDevice, state: &ExportedState) -> Result<(Self, Attachment), DriverError> {
+        let (inner, attachment) = VirtioConsole::resume(device, state)?;
+        Ok((Self(inner), attachment))
     }
 
     fn start(setup: &LaneSetup) -> Result<HostileStreamLane, DriverError> {

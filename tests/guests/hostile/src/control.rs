@@ -46,6 +46,9 @@ impl VirtioDriver for Hostile {
             _ => {}
         }
         let (inner, mut attachment) = VirtioBlk::attach(device)?;
+        if behaviour() == "trap-attach-24m" && inner.properties().capacity_bytes == 24 << 20 {
+            panic!("this driver panics in attach to a disk of 24 MiB");
+        }
         let max_size = device.max_queue_size(0);
         let queues = &mut attachment.queues;
         match behaviour() {

@@ -11,19 +11,24 @@ use cofferdam_process_tests::wait::{PATIENCE, until_true};
 
 /// The calling thread, and what it starts, see a network of their own from here on.
 #[expect(deprecated, reason = "unsafe for descriptor tables alone, which are not unshared here")]
-fn own_network() {
+pub(crate) fn own_network() {
     rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).expect("these tests run as root");
 }
 
-fn ip(arguments: &str) {
+pub(crate) fn ip(arguments: &str) {
     Process::run(Command::new("ip").args(arguments.split(' '))).expect(0);
 }
 
 /// Packets that the interface has received; `None` when there is no such interface.
-fn received(name: &str) -> Option<u64> {
+pub(crate) fn received(name: &str) -> Option<u64> {
+    counts(name)?.get(1).copied()
+}
+
+/// What the kernel counts of the interface, in the order of `/proc/net/dev`.
+pub(crate) fn counts(name: &str) -> Option<Vec<u64>> {
     let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
     let line = table.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
-    line.split_whitespace().nth(1)?.parse().ok()
+    line.split_whitespace().map(|count| count.parse().ok()).collect()
 }
 
 /// The device sends everything back: what the kernel sends, it receives.

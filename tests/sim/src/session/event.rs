@@ -13,6 +13,11 @@ impl Event {
         Ok(Self(rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?))
     }
 
+    /// One that somebody else made.
+    pub(crate) fn of(event: OwnedFd) -> Self {
+        Self(event)
+    }
+
     /// Adds one. A full counter is as readable as one that took it, so an error means nothing.
     pub(crate) fn signal(&self) {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
@@ -20,10 +25,6 @@ impl Event {
 
     pub(crate) fn clear(&self) {
         let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
-    }
-
-    pub(crate) fn duplicate(&self) -> std::io::Result<OwnedFd> {
-        self.0.try_clone()
     }
 }
 

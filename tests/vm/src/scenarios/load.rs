@@ -18,8 +18,8 @@ pub(super) const SOCKET: &str = "/tmp/disk.sock";
 const QUEUES: u32 = 2;
 const TWO: &[&str] = &["--queues", "2"];
 
-/// How many requests the device itself has taken from each of its queues: QEMU's word, not the host's.
-fn taken(vm: &mut Vm, place: &Place) -> Result<Vec<u64>> {
+/// How many requests the device itself has taken from each of its two queues: QEMU's word, not the host's.
+pub(super) fn taken(vm: &mut Vm, place: &Place) -> Result<Vec<u64>> {
     let path = format!("/machine/peripheral/{}/virtio-backend", place.id);
     let mut all = Vec::new();
     for queue in 0..QUEUES {

@@ -18,6 +18,8 @@ mod net_traffic;
 mod pair;
 mod removal;
 mod resizes;
+mod returns;
+mod takeover;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -81,6 +83,17 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_disk_serves_two_queues", load::two_queues_on_uio),
         Scenario::new("uio", "uio_disk_is_unloaded_under_load", load::unloaded_on_uio),
         Scenario::new("uio", "uio_disk_is_unplugged_under_load", removal::unplugged_on_uio),
+        Scenario::new("uio", "uio_disk_is_plugged_in_again_and_its_clients_go_on", returns::on_uio),
+        Scenario::new("uio", "uio_disk_is_served_by_one_daemon_after_the_other", takeover::on_uio),
+        Scenario::new("uio", "uio_disk_stays_with_its_daemon_when_new_ones_fail", takeover::fails_on_uio),
+        Scenario::new(
+            "uio",
+            "uio_disk_stays_with_its_daemon_wherever_new_ones_fail",
+            takeover::fails_everywhere_on_uio,
+        )
+        .long(),
+        Scenario::new("uio", "uio_random_bytes_come_from_a_daemon_that_took_over", takeover::entropy),
+        Scenario::new("uio", "uio_disk_is_plugged_in_again_under_a_new_daemon", takeover::returns_on_uio),
         Scenario::new("uio", "uio_disk_loses_its_slot_power_under_load", removal::powered_off_on_uio),
         Scenario::new("uio", "uio_console_is_a_login_until_the_unload_hangs_up", console::login_on_uio),
         Scenario::new("uio", "uio_console_passes_10_mib_both_ways_at_once", console::paste_on_uio),
@@ -122,6 +135,17 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_disk_serves_two_queues", load::two_queues_on_vfio),
         Scenario::new("vfio", "vfio_disk_is_unloaded_under_load", load::unloaded_on_vfio),
         Scenario::new("vfio", "vfio_disk_is_unplugged_under_load", removal::unplugged_on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_plugged_in_again_and_its_clients_go_on", returns::on_vfio),
+        Scenario::new("vfio", "vfio_disk_is_served_by_one_daemon_after_the_other", takeover::on_vfio),
+        Scenario::new("vfio", "vfio_disk_stays_with_its_daemon_when_new_ones_fail", takeover::fails_on_vfio),
+        Scenario::new(
+            "vfio",
+            "vfio_disk_stays_with_its_daemon_wherever_new_ones_fail",
+            takeover::fails_everywhere_on_vfio,
+        )
+        .long(),
+        Scenario::new("vfio", "vfio_disk_is_plugged_in_again_under_a_new_daemon", takeover::returns_on_vfio),
+        Scenario::new("vfio", "a_disk_round_the_iommu_is_served_by_daemons_in_a_row", takeover::round_the_iommu),
         Scenario::new("vfio", "vfio_disk_loses_its_slot_power_under_load", removal::powered_off_on_vfio).long(),
         Scenario::new("vfio", "vfio_console_is_a_login_until_the_unload_hangs_up", console::login_on_vfio),
         Scenario::new("vfio", "vfio_console_passes_10_mib_both_ways_at_once", console::paste_on_vfio),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use cofferdam_device::Transport;
-use cofferdam_manager::{Arrival, Buffer, Completion, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Offer};
+use cofferdam_manager::{Arrivals, Buffer, Completion, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Offer};
 
 use super::job::{Direction, Job, Station, within_patience};
 use crate::clients::cofferdam::{Host, Loaded, connect as reach};
@@ -21,7 +21,7 @@ pub fn connect(host: &Host, socket: &Path, job: Job) -> Result<Box<dyn Station>>
         open(host, socket, if job.direction == Direction::Send { TRANSMIT_ENTRIES } else { job.depth })?;
     Ok(match job.direction {
         Direction::Send => Box::new(Sender::new(loaded, handle, job)?),
-        Direction::Receive => Box::new(Receiver { arrivals: Vec::with_capacity(64), handle, loaded }),
+        Direction::Receive => Box::new(Receiver { arrivals: Arrivals::new(), handle, loaded }),
     })
 }
 /// A binding with rings of at most so many entries, and a handle that sends and receives.
@@ -89,11 +89,12 @@ impl Sender {
     pub(super) fn look(&mut self) -> Result<u64> {
         self.handle.poll(false, &mut self.completions);
         let count = self.completions.len();
-        for completion in self.completions.drain(..) {
-            completion.result?;
-            self.requests.push(request(self.bytes, completion.buffer));
-        }
-        Ok(count as u64)
+        let (bytes, mut failed) = (self.bytes, None);
+        self.requests.extend(self.completions.drain(..).map(|completion| {
+            failed = completion.result.err().or(failed);
+            request(bytes, completion.buffer)
+        }));
+        failed.map_or(Ok(count as u64), |error| Err(error.into()))
     }
 }
 
@@ -120,7 +121,7 @@ impl Station for Sender {
 }
 
 struct Receiver {
-    arrivals: Vec<Arrival>,
+    arrivals: Arrivals,
     handle: Handle,
     /// Last: it takes the device away.
     loaded: Loaded,

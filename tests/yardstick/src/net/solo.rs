@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use cofferdam_manager::Arrivals;
 use serde::Serialize;
 
 use super::cofferdam::{Sender, on};
@@ -75,7 +76,7 @@ pub fn measure(host: &Host, direction: Direction, batch: u16, length: Duration) 
             }
         }
         Direction::Receive => {
-            let mut arrivals = Vec::with_capacity(usize::from(batch));
+            let mut arrivals = Arrivals::new();
             while start.elapsed() < length {
                 let begun = Instant::now();
                 arrivals.clear();

@@ -110,6 +110,34 @@ fn what_a_process_left_is_listed_and_taken_back_with_its_folder() {
 }
 
 #[test]
+fn what_somebody_has_open_is_not_left_behind_whoever_that_is() {
+    let (root, pages, address) = pretend();
+    leave(root.path(), "arena.1.0", 300);
+    leave(root.path(), "queues.1.1", 20);
+    let file = std::fs::File::open(root.path().join("cofferdam/0000:00:04.0/arena.1.0")).unwrap();
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).unwrap();
+    // As another process has it that was given it.
+    let handed = file.try_clone().unwrap();
+    drop(file);
+    assert_eq!(pages.take_back(address).unwrap(), 20);
+    assert_eq!(names(root.path()), ["arena.1.0"]);
+    drop(handed);
+    assert_eq!(pages.take_back(address).unwrap(), 300);
+}
+
+#[test]
+fn a_file_of_another_size_of_pages_or_in_another_folder_is_not_adopted() {
+    let (root, pages, address) = pretend();
+    leave(root.path(), "arena.1.0", 4096);
+    let file = || std::fs::File::open(root.path().join("cofferdam/0000:00:04.0/arena.1.0")).unwrap().into();
+    let said = |name: &str, page_bytes| Pages { name: name.to_owned(), page_bytes, addresses: vec![0x4000] };
+    for said in [said("arena.1.0", 2 * PAGE), said("../0000:00:04.0/arena.1.0", PAGE), said("queues.1.0", PAGE)] {
+        assert!(matches!(pages.adopt(address, file(), &said), Err(RegionError::Io { .. })), "{said:?}");
+    }
+    assert!(pages.adopt("0000:00:05.0".parse().unwrap(), file(), &said("arena.1.0", PAGE)).is_err());
+}
+
+#[test]
 fn a_folder_that_others_can_enter_or_that_is_a_link_is_not_trusted() {
     let (root, pages, address) = pretend();
     leave(root.path(), "arena.1.0", 300);
@@ -166,6 +194,22 @@ fn real_hugepages_have_addresses_and_go_when_they_are_revoked_and_not_before() {
     assert!(error.contains("524288 hugepages of 2048 KiB are needed") && error.contains("nr_hugepages"), "{error}");
     assert!(error.contains(&format!("({} bytes are in files", 2 * PREFERRED_BYTES)), "{error}");
     assert_eq!(pages.leftovers(address).unwrap().len(), 1);
+
+    // Another process finds it where it is, and what is in it; elsewhere it does not take it.
+    let (name, addresses) = region.pages().unwrap();
+    let said =
+        Pages { name: name.to_str().unwrap().to_owned(), page_bytes: PREFERRED_BYTES, addresses: addresses.to_vec() };
+    let later = Hugepages::find().unwrap();
+    let wrong = Pages { addresses: said.addresses.iter().rev().copied().collect(), ..said.clone() };
+    assert!(later.adopt(address, region.duplicate().unwrap(), &wrong).is_err());
+    let adopted = later.adopt(address, region.duplicate().unwrap(), &said).unwrap();
+    assert_eq!(adopted.address_of(PREFERRED_BYTES), region.address_of(PREFERRED_BYTES));
+    let mut found = [0; 2];
+    adopted.read_at(PREFERRED_BYTES - 1, &mut found).unwrap();
+    assert_eq!(found, [1, 2]);
+    drop(region);
+    assert_eq!(Hugepages::find().unwrap().take_back(address).unwrap(), 0, "it is in use");
+    let region = adopted;
 
     // The mapping ends and the file stays, as when the process is killed.
     drop(region);

@@ -37,6 +37,26 @@ pub(super) trait IommuBackend: Send {
 
     /// What it holds open and nobody else does: [`Claimed::descriptors`](crate::claimed::Claimed::descriptors).
     fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Group and container, for another process to go on with; `None` where it cannot.
+    fn to_hand_over(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        None
+    }
+}
+
+/// The group and the container of another process, as it left them.
+///
+/// # Errors
+/// When they are something else.
+pub(super) fn adopt(group: OwnedFd, container: OwnedFd) -> io::Result<Box<dyn IommuBackend>> {
+    let mut status = Argument::new(size_of::<v::vfio_group_status>());
+    status.call(group.as_fd(), Request::GroupStatus)?;
+    let expected = v::VFIO_GROUP_FLAGS_VIABLE | v::VFIO_GROUP_FLAGS_CONTAINER_SET;
+    if status.u32(offset_of!(v::vfio_group_status, flags)) & expected != expected {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the group is in no container"));
+    }
+    let ranges = ranges(container.as_fd())?;
+    Ok(Box::new(Group { group, container, ranges }))
 }
 
 /// Puts the function behind an IOMMU of its own, and opens it.
@@ -163,6 +183,10 @@ impl IommuBackend for Group {
     fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         // The kernel gives a group to one opener alone, while every binding has a container of that name.
         vec![self.group.as_fd()]
+    }
+
+    fn to_hand_over(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        Some([self.group.as_fd(), self.container.as_fd()])
     }
 }
 

@@ -35,6 +35,11 @@ impl Bell {
         Arc::new(Self { notify, offset, queue, state, early })
     }
 
+    /// Where it is rung.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// What the queue's owner is given.
     pub(super) fn handle(self: &Arc<Self>) -> Box<dyn Doorbell> {
         Box::new(Handle(Arc::downgrade(self)))

@@ -68,6 +68,16 @@ impl Common {
         Self { part, set: 0 }
     }
 
+    /// Of a device that runs: the status bits that another process has set.
+    pub(super) fn found(part: Part, set: u8) -> Self {
+        Self { part, set }
+    }
+
+    /// The status bits that were set.
+    pub(super) fn set(&self) -> u8 {
+        self.set
+    }
+
     /// Asks for a reset; `wait_reset` is how it ends.
     pub(super) fn begin_reset(&mut self) {
         self.set = 0;

@@ -7,6 +7,7 @@
 //! setup       bus mastering; queue_size, the ring's addresses, where it is notified
 //! start       interrupts, vectors, queue_enable, DRIVER_OK
 //! quiesce     see `silence`
+//! export      see `adopt`
 //! ```
 //!
 //! Vectors and queue_enable wait for `start` because only then it is known how many queues share how many vectors.
@@ -16,9 +17,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cofferdam_device::{
-    Confinement, DmaRegion, QueueEvents, QueueSetup, RegionError, Silence, Transport, TransportError,
+    Confinement, DmaRegion, Doorbell, Exported, NotExportable, QueueEvents, QueueSetup, RegionError, Silence,
+    Transport, TransportError,
 };
 
+use super::adopt::Dormant;
 use super::bell::Bell;
 use super::common::status;
 use super::memory::{MAX_REGIONS, Memory};
@@ -56,24 +59,32 @@ pub(crate) struct VirtioPci {
     pub(super) address: String,
     /// `None` after `release`.
     pub(super) open: Option<Open>,
-    offer: Offer,
-    reach: Reach,
-    negotiated: bool,
-    started: bool,
+    pub(super) offer: Offer,
+    pub(super) reach: Reach,
+    pub(super) negotiated: bool,
+    pub(super) started: bool,
     /// Every queue that the device was or may have been told of.
     pub(super) queues: Vec<Queue>,
     pub(super) memory: Memory,
     pub(super) stopping: Stopping,
     /// Found out once, so for good.
-    lost: bool,
+    pub(super) lost: bool,
     /// The device has said that its configuration changed, and nobody has asked since.
-    config_changed: bool,
+    pub(super) config_changed: bool,
+    /// Another process has the device, too, and is to go on with it or does already.
+    pub(super) dormant: Option<Dormant>,
 }
 
 pub(super) struct Queue {
-    index: u16,
+    pub(super) index: u16,
     pub(super) bell: Arc<Bell>,
-    call: OwnedFd,
+    pub(super) call: OwnedFd,
+}
+
+/// Without the feature nothing translates for the device, whatever group it is in.
+pub(super) fn reach(claimed: &dyn Claimed, offered: u64) -> Reach {
+    let translated = claimed.is_isolated() && offered & feature::ACCESS_PLATFORM != 0;
+    if translated { Reach::Iommu } else { Reach::Physical }
 }
 
 impl VirtioPci {
@@ -84,9 +95,7 @@ impl VirtioPci {
     pub(crate) fn open(claimed: Box<dyn Claimed>, address: String) -> Result<Self, PciError> {
         let at = claimed.address();
         let (open, offer) = open::open(claimed).map_err(|why| PciError::Unusable { address: at, why })?;
-        // Without the feature nothing translates for the device, whatever group it is in.
-        let translated = open.claimed.is_isolated() && offer.features & feature::ACCESS_PLATFORM != 0;
-        let reach = if translated { Reach::Iommu } else { Reach::Physical };
+        let reach = reach(open.claimed.as_ref(), offer.features);
         let (kind, queues) = (offer.kind, offer.sizes.len());
         tracing::info!(address, by = open.claimed.by(), kind, queues, ?reach, "virtio function opened");
         Ok(VirtioPci {
@@ -101,6 +110,7 @@ impl VirtioPci {
             stopping: Stopping::No,
             lost: false,
             config_changed: false,
+            dormant: None,
         })
     }
 
@@ -141,7 +151,7 @@ impl VirtioPci {
         }
     }
 
-    fn note_lost(&mut self, why: &str) {
+    pub(super) fn note_lost(&mut self, why: &str) {
         if !self.lost {
             tracing::info!(address = self.address, why, "virtio function lost");
         }
@@ -294,6 +304,9 @@ impl Transport for VirtioPci {
     /// `Invalid` between the first `setup_queue` and `start`, for a region that overlaps another one, and for one whose addresses are not of the kind that `memory` makes. After `start`
     /// `Unsupported` where nothing translates. `Exhausted` for more than 64 regions.
     fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        if self.dormant.is_some() {
+            return Err(TransportError::Invalid("another process has the device".to_owned()));
+        }
         if self.stopping != Stopping::No || (!self.queues.is_empty() && !self.started) {
             let why = "memory cannot be mapped between the first queue and start, nor after the end";
             return Err(TransportError::Invalid(why.to_owned()));
@@ -324,9 +337,8 @@ impl Transport for VirtioPci {
     /// # Errors
     /// `Invalid` before `negotiate`, twice for one queue, for an index or size out of bounds, and for a ring that is misaligned or not in mapped memory. `Refused` and
     /// `Protocol` when the device does not take it.
-    fn setup_queue(&mut self, setup: QueueSetup) -> Result<QueueEvents, TransportError> {
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
         self.check(&setup)?;
-        let call = interrupts::event("call eventfd")?;
         let kept = interrupts::duplicate(&call)?;
         let doorbell = self.step(|me, open| {
             if me.queues.is_empty() {
@@ -413,6 +425,10 @@ impl Transport for VirtioPci {
 
     /// Gone, asked for, or in need of a reset, which nothing but its end leads to here.
     fn is_lost(&mut self) -> bool {
+        if self.dormant.is_some() {
+            // What is told belongs to whoever has it afterwards.
+            return self.lost;
+        }
         let Some(open) = &mut self.open else { return true };
         // Also what was signalled only to have somebody look whether the function is there: of a device that is, it costs one look at its configuration.
         self.config_changed |= open.notices.take_change();
@@ -434,6 +450,31 @@ impl Transport for VirtioPci {
     /// Requests that are unanswered do not matter: a device that was reset has done with them (section 2.4).
     fn quiesce(&mut self, _unanswered: usize, deadline: Instant) -> Silence {
         self.silence(deadline)
+    }
+
+    fn exportable(&self) -> Result<(), NotExportable> {
+        self.check_exportable()
+    }
+
+    fn export(&mut self) -> Result<Exported, NotExportable> {
+        self.export_all()
+    }
+
+    fn adopt_region(&mut self, file: OwnedFd, bytes: u64, iova: u64) -> Result<Arc<DmaRegion>, RegionError> {
+        self.find_region(file, bytes, iova)
+    }
+
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        self.take_memory(region)
+    }
+
+    /// The doorbell is a register: what stands for its descriptor says nothing.
+    fn adopt_queue(&mut self, index: u16, _kick: OwnedFd) -> Result<Box<dyn Doorbell>, TransportError> {
+        self.take_queue(index)
+    }
+
+    fn resume(&mut self) {
+        self.go_on();
     }
 
     fn release(&mut self) {

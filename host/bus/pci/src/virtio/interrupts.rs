@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 
 use cofferdam_device::{TransportError, Width};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
+use serde::{Deserialize, Serialize};
 
 use super::common::{Common, NO_VECTOR};
 use super::part::Part;
@@ -61,7 +62,11 @@ pub(super) struct Notices {
 impl Notices {
     /// `function` is the function's own descriptor.
     pub(super) fn new(function: Option<BorrowedFd<'_>>) -> Result<Self, TransportError> {
-        let change = event("configuration eventfd")?;
+        Self::on(event("configuration eventfd")?, function)
+    }
+
+    /// The same with an event that may be told of already.
+    pub(super) fn on(change: OwnedFd, function: Option<BorrowedFd<'_>>) -> Result<Self, TransportError> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|errno| failed("epoll_create", errno))?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
         for (number, fd) in [Some(change.as_fd()), function].into_iter().flatten().enumerate() {
@@ -79,6 +84,16 @@ impl Notices {
         [self.set.as_fd(), self.change.as_fd()]
     }
 
+    /// What is told of a change by.
+    pub(super) fn change(&self) -> BorrowedFd<'_> {
+        self.change.as_fd()
+    }
+
+    /// Has somebody look whether the device is there.
+    pub(super) fn wake(&self) {
+        signal(&self.change);
+    }
+
     /// Whether a change was told since this was last asked.
     pub(super) fn take_change(&self) -> bool {
         clear(&self.change)
@@ -90,8 +105,8 @@ impl Notices {
 pub(super) enum Wired {
     /// A vector per queue.
     Vectors,
-    /// One for all queues.
-    Shared(Relay),
+    /// One for all queues: its event, and who passes it on, unless another process does.
+    Shared(OwnedFd, Option<Relay>),
     /// INTx.
     Line,
 }
@@ -101,17 +116,69 @@ impl Wired {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Wired::Vectors => "a vector per queue",
-            Wired::Shared(_) => "one vector for all queues",
+            Wired::Shared(..) => "one vector for all queues",
             Wired::Line => "INTx",
         }
     }
 
     pub(super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         match self {
-            Wired::Shared(relay) => vec![relay.stop.as_fd()],
+            Wired::Shared(event, relay) => {
+                [event.as_fd()].into_iter().chain(relay.iter().map(|relay| relay.stop.as_fd())).collect()
+            }
             Wired::Vectors | Wired::Line => Vec::new(),
         }
     }
+
+    /// What another process has to know.
+    pub(super) fn wiring(&self) -> Wiring {
+        match self {
+            Wired::Vectors => Wiring::Vectors,
+            Wired::Shared(..) => Wiring::Shared,
+            Wired::Line => Wiring::Line,
+        }
+    }
+
+    /// Nothing is passed on any more by this process.
+    pub(super) fn pause(&mut self) {
+        if let Wired::Shared(_, relay) = self {
+            *relay = None;
+        }
+    }
+
+    /// This process passes on again; with INTx, what its function has to be told.
+    ///
+    /// # Errors
+    /// `Io` when the system has no thread or descriptor left.
+    pub(super) fn resume(
+        &mut self,
+        isr: &Part,
+        notices: &Notices,
+        calls: &[&OwnedFd],
+    ) -> Result<Option<Interrupts>, TransportError> {
+        let copies = || calls.iter().map(|call| duplicate(call)).collect::<Result<Vec<_>, _>>();
+        match self {
+            Wired::Vectors => Ok(None),
+            Wired::Shared(event, relay) => {
+                *relay = Some(Relay::start(duplicate(event)?, copies()?)?);
+                Ok(None)
+            }
+            Wired::Line => line(isr, notices, copies()?).map(Some),
+        }
+    }
+}
+
+/// [`Wired`], in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Wiring {
+    Vectors,
+    Shared,
+    Line,
+}
+
+fn line(isr: &Part, notices: &Notices, signal: Vec<OwnedFd>) -> Result<Interrupts, TransportError> {
+    Ok(Interrupts::Line { acknowledge: acknowledge(isr.clone(), duplicate(&notices.change)?), signal })
 }
 
 /// Wires `queues`, each with its call eventfd, and tells the device which vectors they have. The function's interrupts are on before the device hears of a vector.
@@ -142,8 +209,9 @@ pub(super) fn wire(
         let calls: Result<_, _> = queues.iter().map(|(_, call)| duplicate(call)).collect();
         let relay = Relay::start(duplicate(&shared)?, calls?)?;
         let places: Vec<_> = queues.iter().map(|(queue, _)| (*queue, 1)).collect();
-        if offer(claimed, common, vec![duplicate(&notices.change)?, shared], &places)? {
-            return Ok(Wired::Shared(relay));
+        let events = vec![duplicate(&notices.change)?, duplicate(&shared)?];
+        if offer(claimed, common, events, &places)? {
+            return Ok(Wired::Shared(shared, Some(relay)));
         }
     }
     if !claimed.has_line() {
@@ -151,8 +219,7 @@ pub(super) fn wire(
         return Err(TransportError::Refused(why));
     }
     let calls: Result<_, _> = queues.iter().map(|(_, call)| duplicate(call)).collect();
-    let acknowledge = acknowledge(isr.clone(), duplicate(&notices.change)?);
-    claimed.wire(Interrupts::Line { acknowledge, signal: calls? })?;
+    claimed.wire(line(isr, notices, calls?)?)?;
     Ok(Wired::Line)
 }
 

@@ -57,6 +57,12 @@ impl Memory {
         self.regions.push(Entry { region, added });
     }
 
+    /// The regions that the device started with; `None` when there are others, which may be taken away while it runs.
+    pub(super) fn as_started(&self) -> Option<impl Iterator<Item = &DmaRegion>> {
+        let others = self.regions.iter().any(|entry| entry.added);
+        (!others).then(|| self.regions.iter().map(|entry| &*entry.region))
+    }
+
     /// Whether the region at `iova` may be taken away while the device runs; `None` if there is none.
     pub(super) fn is_added(&self, iova: u64) -> Option<bool> {
         self.regions.iter().find(|entry| entry.region.iova() == iova).map(|entry| entry.added)

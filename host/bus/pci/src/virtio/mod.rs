@@ -10,6 +10,7 @@
 //! memory      regions that the device may reach
 //! open        what a function has to be, and its first reset
 //! device      the transport: negotiate, map, set up, start
+//! adopt       a device that runs, in the hands of another process
 //! silence     reset that is waited for, and what is left to do where there is none
 //! ```
 //!
@@ -19,6 +20,7 @@
 //! Features that belong to the transport are decided here: `VIRTIO_F_ACCESS_PLATFORM` is accepted wherever it is offered (a device that offers it may insist), and only a
 //! function behind an IOMMU that offers it is told I/O addresses. One that does not is behind no IOMMU whatever vfio says: QEMU lets it bypass it.
 
+mod adopt;
 mod bell;
 mod common;
 mod device;
@@ -35,4 +37,5 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use adopt::State;
 pub(crate) use device::VirtioPci;

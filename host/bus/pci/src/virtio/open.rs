@@ -79,6 +79,28 @@ pub(super) fn open(mut claimed: Box<dyn Claimed>) -> Result<(Open, Offer), Strin
     }
 }
 
+/// Where everything is. Nothing was changed to find it.
+pub(super) struct Found {
+    pub(super) kind: u32,
+    pub(super) layout: Layout,
+    pub(super) common: Part,
+    pub(super) notify: Part,
+    pub(super) isr: Part,
+    pub(super) device: Option<Part>,
+}
+
+pub(super) fn find(claimed: &mut dyn Claimed) -> Result<Found, String> {
+    let kind = kind(claimed.ids())?;
+    let mut config = [0; CONFIG_BYTES];
+    claimed.read_config(0, &mut config).map_err(|error| format!("reading its configuration space: {error}"))?;
+    let layout = Layout::find(&config, &claimed.bar_bytes())?;
+    let mut bars = BTreeMap::new();
+    let mut part = |place: Place| part(claimed, &mut bars, place);
+    let (common, notify, isr) = (part(layout.common)?, part(layout.notify)?, part(layout.isr)?);
+    let device = layout.device.map(part).transpose()?;
+    Ok(Found { kind, layout, common, notify, isr, device })
+}
+
 struct Parts {
     layout: Layout,
     common: Common,
@@ -89,16 +111,9 @@ struct Parts {
 }
 
 fn begin(claimed: &mut dyn Claimed) -> Result<(Parts, Offer), String> {
-    let kind = kind(claimed.ids())?;
-    let mut config = [0; CONFIG_BYTES];
-    claimed.read_config(0, &mut config).map_err(|error| format!("reading its configuration space: {error}"))?;
-    let layout = Layout::find(&config, &claimed.bar_bytes())?;
-    let mut bars = BTreeMap::new();
-    let mut part = |place: Place| part(claimed, &mut bars, place);
-    let (common, notify, isr) = (Common::new(part(layout.common)?), part(layout.notify)?, part(layout.isr)?);
-    let device = layout.device.map(part).transpose()?;
+    let Found { kind, layout, common, notify, isr, device } = find(claimed)?;
     let notices = Notices::new(claimed.event_fd()).map_err(|error| error.to_string())?;
-    let mut parts = Parts { layout, common, notify, isr, device, notices };
+    let mut parts = Parts { layout, common: Common::new(common), notify, isr, device, notices };
     reset(claimed, &mut parts.common)?;
     match ask(&mut parts.common) {
         Ok((features, sizes)) => {
@@ -164,6 +179,11 @@ fn reset(claimed: &mut dyn Claimed, common: &mut Common) -> Result<(), String> {
     }
 }
 
+/// Section 4.1.4.3.1. What is known of it holds for the split rings that are used here. 0: there is no such queue.
+pub(super) fn is_size(size: u16) -> bool {
+    size == 0 || (size.is_power_of_two() && size <= MAX_RING_ENTRIES)
+}
+
 /// Features and queues. What was read counts because the status has its bits still.
 fn ask(common: &mut Common) -> Result<(u64, Vec<u16>), TransportError> {
     common.set_status(status::ACKNOWLEDGE)?;
@@ -180,9 +200,7 @@ fn ask(common: &mut Common) -> Result<(u64, Vec<u16>), TransportError> {
     if sizes.is_empty() {
         return Err(TransportError::Protocol("it has no queues".to_owned()));
     }
-    // Section 4.1.4.3.1. What is known of it holds for the split rings that are used here.
-    if let Some(size) = sizes.iter().find(|size| **size != 0 && (!size.is_power_of_two() || **size > MAX_RING_ENTRIES))
-    {
+    if let Some(size) = sizes.iter().find(|size| !is_size(**size)) {
         return Err(TransportError::Protocol(format!("a queue of {size} entries, which is no power of two")));
     }
     Ok((features, sizes))

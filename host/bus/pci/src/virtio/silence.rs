@@ -38,6 +38,9 @@ impl VirtioPci {
         if self.stopping == Stopping::Silent {
             return Silence::Confirmed;
         }
+        if self.dormant.is_some() {
+            return Silence::Unconfirmed { reason: "another process has the device".to_owned() };
+        }
         match self.stop(deadline) {
             Ok(()) => {
                 self.stopping = Stopping::Silent;
@@ -108,8 +111,8 @@ impl VirtioPci {
     }
 
     pub(super) fn give_back(&mut self) {
-        // Dropped in the middle of a start, say. Who asked for silence has had its answer.
-        if self.open.is_some() && self.stopping == Stopping::No && !self.queues.is_empty() {
+        // Dropped in the middle of a start, say. Who asked for silence has had its answer; what another process has is not this one's to silence.
+        if self.dormant.is_none() && self.open.is_some() && self.stopping == Stopping::No && !self.queues.is_empty() {
             self.silence(Instant::now() + RESET_LIMIT);
         }
         if let Some(open) = self.open.take() {

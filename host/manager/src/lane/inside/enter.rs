@@ -10,7 +10,7 @@ use super::{Inside, note_owner};
 use crate::handle::HandleShared;
 use crate::lane::Stop;
 use crate::lane::revive::Health;
-use crate::request::{Completion, IoError, IoRequest};
+use crate::request::{Completion, IoError, IoOp, IoRequest};
 
 impl Inside {
     /// Admits up to 64 requests from the front of `requests` and enters them in the ledger; what is invalid is answered at once. Returns how many were taken, and why no more.
@@ -56,10 +56,23 @@ impl Inside {
                 note_owner(&mut self.scratch.to_wake, owner);
                 continue;
             }
+            if op == IoOp::Flush
+                && let Some(journal) = &self.journal
+                && owner.take_flush_error()
+            {
+                journal.told();
+                owner.deliver(Completion { user: request.user, result: Err(IoError::Io), bytes: 0, buffer: None });
+                self.ledger.over(holder);
+                note_owner(&mut self.scratch.to_wake, owner);
+                continue;
+            }
             let payload =
                 buffer.zip(op.payload()).map(|(buffer, direction)| Payload { iova: buffer.iova(), length, direction });
             let token = self.ledger.insert(request, holder, owner.id, since);
             words::push_request(&mut self.scratch.requests, token, op, flags.0, offset, u64::from(length));
+            if let Some(journal) = &mut self.journal {
+                journal.note(token, op, &self.scratch.requests);
+            }
             self.scratch.expected.push(Expected { token, payload });
         }
         // What was invalid has taken no room, and then there may be some left.

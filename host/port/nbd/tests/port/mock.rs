@@ -229,6 +229,13 @@ impl Mock {
     }
 
     /// No lease and no handle is left.
+    /// That `data` is what is on the medium at `offset`.
+    #[track_caller]
+    pub(crate) fn assert_medium(&self, offset: u64, data: &[u8]) {
+        let at = offset as usize;
+        assert!(lock(&self.0.medium)[at..at + data.len()] == *data, "other data than at {offset}");
+    }
+
     pub(crate) fn assert_all_returned(&self) {
         eventually("all handles closed", || self.0.handles.load(Ordering::SeqCst) == 0);
         self.fail_late();
@@ -414,6 +421,22 @@ impl Served {
 
     pub(crate) fn ordinary() -> Served {
         Served::new(Mock::ordinary(), NbdOptions::default())
+    }
+
+    /// Another port takes the place of this one under its clients, as in another process.
+    pub(crate) fn exchange(&mut self) {
+        let mut old = self.port.take().expect("a port");
+        let exported = old.export(Instant::now() + PATIENCE).expect("it can be exported");
+        let mut new = NbdPort::adopt(self.mock.clone(), exported, NbdOptions::default()).expect("it can be adopted");
+        assert_eq!(new.connections(), old.connections());
+        Box::new(old).forget();
+        new.resume();
+        self.port = Some(new);
+    }
+
+    /// The port, for a handover by hand.
+    pub(crate) fn port(&mut self) -> &mut NbdPort<Mock> {
+        self.port.as_mut().expect("a port")
     }
 
     pub(crate) fn connections(&self) -> usize {

@@ -1,15 +1,16 @@
 //! The function around the registers, as uio or vfio would have it.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
-use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
+use cofferdam_device::{DmaRegion, FunctionIds, NotExportable, RegionError, Silence, TransportError};
 
 use super::registers::Bar;
 use super::registers::parking::Mutex;
 use super::{Did, Model, next_scattered};
 use crate::Address;
+use crate::adopt::{FunctionState, Pages, Parcel};
 use crate::claimed::{Claimed, Interrupts, Reach};
 use crate::registers::Registers;
 
@@ -24,7 +25,12 @@ impl Sim {
     }
 
     pub(crate) fn claim(&self) -> Box<dyn Claimed> {
-        Box::new(Function(Arc::clone(&self.0)))
+        Box::new(Function(Arc::clone(&self.0), false))
+    }
+
+    /// As another process has received it.
+    pub(crate) fn received(&self) -> Box<dyn Claimed> {
+        Box::new(Function(Arc::clone(&self.0), true))
     }
 
     pub(crate) fn model(&self) -> MutexGuard<'_, Model> {
@@ -43,7 +49,8 @@ impl Sim {
     }
 }
 
-struct Function(Arc<Mutex<Model>>);
+/// And whether another process has it.
+struct Function(Arc<Mutex<Model>>, bool);
 
 impl Function {
     fn model(&self) -> MutexGuard<'_, Model> {
@@ -194,7 +201,40 @@ impl Claimed for Function {
         Silence::Confirmed
     }
 
+    fn exportable(&self) -> Result<(), NotExportable> {
+        Ok(())
+    }
+
+    fn export(&mut self) -> Result<Parcel, NotExportable> {
+        let mut model = self.model();
+        model.did.push(Did::Export);
+        // Who takes interrupts there ends with it.
+        let line = if matches!(model.wired, Some(Interrupts::Line { .. })) { model.wired.take() } else { None };
+        drop(model);
+        drop(line);
+        self.1 = true;
+        Ok(Parcel { state: FunctionState::Uio, descriptors: Vec::new() })
+    }
+
+    fn resume(&mut self, line: Option<Interrupts>) {
+        self.1 = false;
+        let mut model = self.model();
+        model.did.push(Did::Resume(line.is_some()));
+        model.wired = line.or(model.wired.take());
+    }
+
+    fn adopt_pages(&mut self, _: OwnedFd, _: &Pages) -> Result<Arc<DmaRegion>, RegionError> {
+        panic!("what is in hugepages is shown where there are hugepages")
+    }
+
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
+        self.model().did.push(Did::AdoptMemory(region.iova()));
+    }
+
     fn release(&mut self) {
+        if self.1 {
+            return;
+        }
         let mut model = self.model();
         model.did.push(Did::Release);
         model.regions.clear();

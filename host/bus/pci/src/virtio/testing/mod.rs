@@ -92,6 +92,11 @@ pub(super) enum Did {
     TakeBack,
     Quiet,
     Release,
+    /// To another process.
+    Export,
+    /// Whether with a line.
+    Resume(bool),
+    AdoptMemory(u64),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

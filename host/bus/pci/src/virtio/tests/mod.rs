@@ -1,5 +1,6 @@
 //! The transport against a simulated function.
 
+mod adopt;
 mod layout;
 mod life;
 mod removal;
