@@ -2,8 +2,11 @@
 //! suffices, and that a thread without rseq is counted apart.
 #![allow(unsafe_code)]
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::cells::Column;
 use crate::gate::{Gate, State};
@@ -14,7 +17,7 @@ use crate::{Cancel, Drain, cpu};
 /// Rounds with the barrier, of which none may go wrong.
 const ROUNDS: u64 = 20_000;
 /// Bound on looking for a round that goes wrong without it; it takes milliseconds on two cores.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Spins before the other side is given this core: it may not be running at all.
 const SPINS: u32 = 1 << 12;
 
@@ -33,17 +36,32 @@ fn wait_for(word: &AtomicU64, good: impl Fn(u64) -> bool) -> u64 {
     }
 }
 
+/// A pair that meets needs two cores, so pairs take turns.
+static PAIR: Mutex<()> = Mutex::new(());
+
+/// Keeps this thread on the `index`-th core that it may use, if there is one. Two that the scheduler puts on one core take turns there and
+/// never meet, for as long as other threads keep the other core busy.
+fn stay_on_core(index: usize) {
+    let Ok(allowed) = sched_getaffinity(None) else { return };
+    if let Some(core) = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).nth(index) {
+        let mut only = CpuSet::new();
+        only.set(core);
+        let _ = sched_setaffinity(None, &only);
+    }
+}
+
 /// One entrant enters as often as it can until a closer turns it away, again and again. Wrong
 /// is: more inside at the end than the closer saw (G1, G2). Answers rounds and wrong
 /// ones; ends at the first wrong one if asked to. (That the barrier must also restart sections,
 /// and not only order memory, shows itself too seldom for a test; the model has a mutant.)
 fn meet(barrier: bool, rounds: u64, stop_at_wrong: bool) -> (u64, u64) {
     const OVER: u64 = u64::MAX;
+    let _alone = PAIR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let gate = Gate::new();
     let (begin, inside, end) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    let (mut done, mut wrong) = (0, 0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            stay_on_core(1);
             for round in 1.. {
                 if wait_for(&begin, |value| value >= round) == OVER {
                     return;
@@ -56,28 +74,33 @@ fn meet(barrier: bool, rounds: u64, stop_at_wrong: bool) -> (u64, u64) {
                 end.store(round, Ordering::Release);
             }
         });
-        let patience = Instant::now() + PATIENCE;
-        while done < rounds && Instant::now() < patience && !(stop_at_wrong && wrong > 0) {
-            done += 1;
-            begin.store(done, Ordering::Release);
-            wait_for(&inside, |value| value == done);
-            // Come at different moments.
-            for _ in 0..done % 64 {
-                std::hint::spin_loop();
+        let closer = scope.spawn(|| {
+            stay_on_core(0);
+            let (mut done, mut wrong) = (0, 0);
+            let patience = Instant::now() + PATIENCE;
+            while done < rounds && Instant::now() < patience && !(stop_at_wrong && wrong > 0) {
+                done += 1;
+                begin.store(done, Ordering::Release);
+                wait_for(&inside, |value| value == done);
+                // Come at different moments.
+                for _ in 0..done % 64 {
+                    std::hint::spin_loop();
+                }
+                if barrier {
+                    gate.slot.turn(gate.open | CLOSED);
+                } else {
+                    gate.slot.state.store(gate.open | CLOSED, Ordering::SeqCst);
+                }
+                let seen = gate.operations();
+                wait_for(&end, |value| value == done);
+                wrong += u64::from(gate.operations() > seen);
+                gate.slot.state.store(gate.open, Ordering::SeqCst);
             }
-            if barrier {
-                gate.slot.turn(gate.open | CLOSED);
-            } else {
-                gate.slot.state.store(gate.open | CLOSED, Ordering::SeqCst);
-            }
-            let seen = gate.operations();
-            wait_for(&end, |value| value == done);
-            wrong += u64::from(gate.operations() > seen);
-            gate.slot.state.store(gate.open, Ordering::SeqCst);
-        }
-        begin.store(OVER, Ordering::Release);
-    });
-    (done, wrong)
+            begin.store(OVER, Ordering::Release);
+            (done, wrong)
+        });
+        closer.join().expect("the closer")
+    })
 }
 
 #[test]
