@@ -208,6 +208,17 @@ impl Ring {
         self.headers.word64::<8>(area).store(((both >> 64) as u64).to_le(), Ordering::Relaxed);
     }
 
+    /// The same, where the area most often says so already: then its cache line stays with the device, which reads it. What a device writes there in between it alone reads.
+    #[inline(always)]
+    pub(crate) fn keep_short_header(&self, area: u16, header: [u8; SHORT_HEADER_BYTES]) {
+        let both = u128::from_le_bytes(header);
+        let low = self.headers.word64::<0>(area).load(Ordering::Relaxed);
+        let high = self.headers.word64::<8>(area).load(Ordering::Relaxed);
+        if u64::from_le(low) != both as u64 || u64::from_le(high) != (both >> 64) as u64 {
+            self.write_short_header(area, header);
+        }
+    }
+
     /// Sets the status bytes of the chain with this area, `bytes` of them, to `value`; of a short status all that the area has.
     #[inline(always)]
     pub(crate) fn fill_status(&self, area: u16, bytes: usize, value: u8) {

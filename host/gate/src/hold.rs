@@ -1,6 +1,6 @@
 //! Holds with a bound (G6): a gate is never left held because somebody died or forgot.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::HoldError;
@@ -52,16 +52,14 @@ impl Gate {
     /// # Errors
     /// See [`HoldError`]; the gate is as before.
     pub fn hold_for(&self, bound: Duration, overdue: Overdue) -> Result<Hold, HoldError> {
+        let end = Instant::now().checked_add(bound);
+        // Before anybody is held: to start a thread takes longer than many a hold.
+        let seat = end.map(|_| Seat::take()).transpose().map_err(|_| HoldError::NoTimer)?;
         let number = self.begin_hold()?;
-        let hold = Hold { gate: *self, number, overdue };
-        if let Some(at) = Instant::now().checked_add(bound) {
-            watch(Pending { at, gate: *self, number, overdue }).map_err(|_| {
-                // Nobody would end it in time: as if it had not been.
-                let _ = self.end_hold(number, Overdue::Open);
-                HoldError::NoTimer
-            })?;
+        if let Some((at, seat)) = end.zip(seat) {
+            seat.watch(Pending { at, gate: *self, number, overdue });
         }
-        Ok(hold)
+        Ok(Hold { gate: *self, number, overdue })
     }
 }
 
@@ -76,30 +74,53 @@ struct Pending {
 
 /// Every bounded hold that was not seen to end. Those that ended early stay until their time,
 /// and then end nothing: the number is another.
-static PENDING: Mutex<Watch> = Mutex::new(Watch { holds: Vec::new(), running: false });
+static PENDING: Mutex<Watch> = Mutex::new(Watch { holds: Vec::new(), seats: 0, running: false });
 static CHANGED: Condvar = Condvar::new();
 
 struct Watch {
     holds: Vec<Pending>,
+    /// Holds that are about to be begun: the thread waits for them.
+    seats: usize,
     /// Whether the thread is there and will look at `holds` again.
     running: bool,
 }
 
-fn watch(pending: Pending) -> std::io::Result<()> {
-    let mut watch = PENDING.lock().unwrap_or_else(PoisonError::into_inner);
-    if !watch.running {
-        std::thread::Builder::new().name("gate-holds".to_owned()).spawn(end_overdue_holds)?;
-        watch.running = true;
+fn pending() -> MutexGuard<'static, Watch> {
+    PENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The thread is there, and stays for a hold that is about to be begun.
+struct Seat;
+
+impl Seat {
+    fn take() -> std::io::Result<Seat> {
+        let mut watch = pending();
+        if !watch.running {
+            std::thread::Builder::new().name("gate-holds".to_owned()).spawn(end_overdue_holds)?;
+            watch.running = true;
+        }
+        watch.seats += 1;
+        Ok(Seat)
     }
-    watch.holds.retain(|other| other.gate.is_hold(other.number));
-    watch.holds.push(pending);
-    CHANGED.notify_one();
-    Ok(())
+
+    /// The hold has begun.
+    fn watch(self, hold: Pending) {
+        let mut watch = pending();
+        watch.holds.retain(|other| other.gate.is_hold(other.number));
+        watch.holds.push(hold);
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        pending().seats -= 1;
+        CHANGED.notify_one();
+    }
 }
 
 /// Ends holds in time; returns when there are none left.
 fn end_overdue_holds() {
-    let mut watch = PENDING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut watch = pending();
     loop {
         let now = Instant::now();
         watch.holds.retain(|hold| {
@@ -108,11 +129,34 @@ fn end_overdue_holds() {
             }
             hold.at > now && hold.gate.is_hold(hold.number)
         });
-        let Some(next) = watch.holds.iter().map(|hold| hold.at).min() else {
-            watch.running = false;
-            return;
+        let next = watch.holds.iter().map(|hold| hold.at).min();
+        watch = match next {
+            Some(next) => {
+                let left = next.saturating_duration_since(now);
+                CHANGED.wait_timeout(watch, left).unwrap_or_else(PoisonError::into_inner).0
+            }
+            None if watch.seats > 0 => CHANGED.wait(watch).unwrap_or_else(PoisonError::into_inner),
+            None => {
+                watch.running = false;
+                return;
+            }
         };
-        let left = next.saturating_duration_since(now);
-        watch = CHANGED.wait_timeout(watch, left).unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_that_is_refused_keeps_no_thread() {
+        let gate = Gate::new();
+        gate.close();
+        assert_eq!(gate.hold_for(Duration::from_secs(3600), Overdue::Open).err(), Some(HoldError::Closed));
+        let until = Instant::now() + Duration::from_secs(60);
+        while pending().running {
+            assert!(Instant::now() < until, "the thread waits for a hold that was refused");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }

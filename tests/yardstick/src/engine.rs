@@ -145,6 +145,27 @@ pub struct Slice {
     pub system_calls: Option<u64>,
     /// Processor time.
     pub times: Times,
+    /// Where the cores were meanwhile; `None` where nobody asked.
+    pub apart: Option<Apart>,
+}
+
+/// Nanoseconds between the two cores ([`crate::machine::distance_ns`]), just before something and just after it.
+#[derive(Clone, Copy, Debug)]
+pub struct Apart {
+    /// Before.
+    pub before: f64,
+    /// After.
+    pub after: f64,
+}
+
+impl Apart {
+    /// Whether the cores stayed where they were, here and there alike: within a factor of two, where near and far are a factor of five from each other.
+    #[must_use]
+    pub fn is_like(self, other: Apart) -> bool {
+        let all = [self.before, self.after, other.before, other.after];
+        let (near, far) = (all.into_iter().fold(f64::INFINITY, f64::min), all.into_iter().fold(0.0, f64::max));
+        far <= 2.0 * near
+    }
 }
 
 /// Processor time, so far or in between.

@@ -12,11 +12,11 @@ use anyhow::Result;
 use crate::backend::{Backend, Kind};
 use crate::clients::Client;
 use crate::clients::cofferdam::Host;
-use crate::engine::{Job, Loop, Mode, Slice, Times};
+use crate::engine::{Apart, Job, Loop, Mode, Slice, Times};
 use crate::machine::{self, Cores, Pinned};
 use crate::null::Pace;
 use crate::plan::{Group, Plan};
-use crate::stats::{Estimate, estimate, paired};
+use crate::stats::{Estimate, estimate};
 
 /// One thing that was measured once per round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,11 +79,22 @@ impl<C: Ord> Results<C> {
         Ok(())
     }
 
-    /// The ratio of two cells, round by round; `None` when one of them was not measured.
+    /// The ratio of two cells, round by round, of rounds in which both found the cores alike ([`Apart::is_like`]); `None` when there is none.
     #[must_use]
     pub fn ratio(&self, over: &C, under: &C, of: impl Fn(&Slice) -> f64) -> Option<Estimate> {
-        let ratios = paired(&self.series(over, &of), &self.series(under, &of));
+        let ratios = self.ratios(over, under, of);
         (!ratios.is_empty()).then(|| estimate(&ratios))
+    }
+
+    /// The same as a list.
+    pub fn ratios(&self, over: &C, under: &C, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
+        let (Some(over), Some(under)) = (self.cells.get(over), self.cells.get(under)) else { return Vec::new() };
+        let both = over.iter().zip(under).filter_map(|(over, under)| over.as_ref().zip(under.as_ref()));
+        let alike = both.filter(|(over, under)| match (over.apart, under.apart) {
+            (Some(over), Some(under)) => over.is_like(under),
+            _ => true,
+        });
+        alike.map(|(over, under)| of(over) / of(under)).filter(|ratio| ratio.is_finite()).collect()
     }
 
     /// What a reader of the figures should know, as lines.
@@ -93,8 +104,9 @@ impl<C: Ord> Results<C> {
         if let Some((near, far)) = self.distances()
             && far > 2.0 * near
         {
-            text +=
-                &format!("the cores moved during the run ({near:.0} to {far:.0} ns apart): ratios mix two machines\n");
+            text += &format!(
+                "the cores moved during the run ({near:.0} to {far:.0} ns apart): rates mix two machines, ratios are of rounds in which both found the cores alike\n"
+            );
         }
         for mishap in &self.mishaps {
             text += &format!("had to be done again: {mishap}\n");
@@ -230,7 +242,9 @@ fn turn(
     let _pinned = if client.is_nbd() { None } else { Some(Pinned::to(cores.client)?) };
     for job in &group.jobs {
         let mut work = Loop::new(&mut *engine, *job)?;
-        let slice = work.run(&mut *engine, plan.warm_up, plan.slice, &|| times(device))?;
+        let before = machine::distance_ns(cores)?;
+        let mut slice = work.run(&mut *engine, plan.warm_up, plan.slice, &|| times(device))?;
+        slice.apart = Some(Apart { before, after: machine::distance_ns(cores)? });
         let cell = Cell { backend: group.backend, mode: group.mode, queues: group.queues, job: *job, client };
         results.note(cell, round, plan.rounds, slice);
     }

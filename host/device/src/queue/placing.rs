@@ -79,7 +79,7 @@ impl SplitQueue {
         let iova = self.ring.header_iova(slot.area, PACKET_HEADER_BYTES);
         self.ring.write_descriptor(head, iova, PACKET_HEADER_BYTES as u32, DESC_NEXT, tail);
         self.ring.write_descriptor(tail, payload.place, payload.length, write_flag(payload.kind), 0);
-        self.ring.write_short_header(slot.area, *header);
+        self.ring.keep_short_header(slot.area, *header);
         self.ring.write_available(self.added as u16, head);
         *slot = Slot {
             sequence: self.added,

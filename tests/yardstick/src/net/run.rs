@@ -13,7 +13,7 @@ use super::job::{Direction, Job, WINDOW, Windows, within_patience, work};
 use super::plan::Plan;
 use super::testpmd::{Forward, Testpmd};
 use crate::clients::cofferdam::Host;
-use crate::engine::{PATIENCE, Slice, Times};
+use crate::engine::{Apart, PATIENCE, Slice, Times};
 use crate::machine::{self, Cores, Pinned};
 use crate::run::{Results, rounds};
 
@@ -48,8 +48,10 @@ pub fn measure(plan: &Plan, host: &Host, cores: Cores) -> Result<Results<Cell>> 
                             devices.len() - 1
                         }
                     };
+                    let before = machine::distance_ns(cores)?;
                     match turn(plan, client, *job, host, &devices[at].1, cores) {
-                        Ok(slice) => {
+                        Ok(mut slice) => {
+                            slice.apart = Some(Apart { before, after: machine::distance_ns(cores)? });
                             results.note(Cell { job: *job, client }, round, plan.rounds, slice);
                             break;
                         }
