@@ -36,7 +36,7 @@ pub type Open = Box<dyn Fn() -> Result<Box<dyn Transport>, String> + Send + Sync
 
 /// How a device that is lost is waited for.
 pub struct Reconnect {
-    /// For how long, from the loss; clients wait as long.
+    /// For how long, from the loss, at most a day; clients wait as long.
     pub wait: Duration,
     /// How it is opened. Called again and again until it succeeds, 500 ms apart at the most; must itself be bounded.
     pub open: Open,
