@@ -300,6 +300,7 @@ pub(crate) fn build(
             negotiated,
             attachment,
             is_down: false,
+            crash: 0,
             made_of: 0,
             arena_bytes,
             max_lease_bytes,

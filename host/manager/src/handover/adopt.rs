@@ -286,6 +286,7 @@ fn build(
         negotiated: Arc::new(Mutex::new(Some(state.features))),
         attachment,
         is_down: false,
+        crash: 0,
         made_of: 0,
         arena_bytes,
         max_lease_bytes,
