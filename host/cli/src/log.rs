@@ -48,11 +48,9 @@ pub(crate) fn say(text: &str) {
     }
 }
 
-/// Waits until everything is written; no longer than `stuck` without progress, and `bound` in all.
-pub(crate) fn finish(stuck: Duration, bound: Duration) {
-    if let Some(log) = LOG.get() {
-        log.finish(stuck, bound);
-    }
+/// Waits until everything is written, and says whether it is; no longer than `stuck` without progress, and `bound` in all.
+pub(crate) fn finish(stuck: Duration, bound: Duration) -> bool {
+    LOG.get().is_none_or(|log| log.finish(stuck, bound))
 }
 
 #[derive(Clone)]
@@ -135,7 +133,7 @@ impl Log {
         }
     }
 
-    fn finish(&self, stuck: Duration, bound: Duration) {
+    fn finish(&self, stuck: Duration, bound: Duration) -> bool {
         let end = Instant::now() + bound;
         let mut queue = self.lock();
         loop {
@@ -146,7 +144,7 @@ impl Log {
             let timed_out;
             (queue, timed_out) = waited.unwrap_or_else(PoisonError::into_inner);
             if queue.is_idle() || timed_out.timed_out() {
-                return;
+                return queue.is_idle();
             }
         }
     }
@@ -211,8 +209,7 @@ mod tests {
         let (mut reader, log) = log();
         let said: Vec<String> = (0..1000).map(|number| format!("line {number}\n")).collect();
         said.iter().for_each(|line| log.push(line.as_bytes()));
-        log.finish(LONG, LONG);
-        assert!(log.lock().is_idle());
+        assert!(log.finish(LONG, LONG));
         assert_eq!(read_to(&mut reader, "line 999\n"), said.concat());
     }
 
@@ -231,8 +228,7 @@ mod tests {
         }
         assert!(log.lock().waiting.len() <= WAITING_BYTES);
         // Nor does the end of the process wait for a reader.
-        log.finish(Duration::from_millis(10), LONG);
-        assert!(!log.lock().is_idle());
+        assert!(!log.finish(Duration::from_millis(10), LONG));
         let text = read_to(&mut reader, "nobody read the log\n");
         let kept: Vec<&str> = text.strip_prefix(&first).unwrap().lines().collect();
         let (note, kept) = kept.split_last().unwrap();
@@ -259,7 +255,6 @@ mod tests {
         let (reader, log) = log();
         drop(reader);
         log.push(b"into the void\n");
-        log.finish(LONG, LONG);
-        assert!(log.lock().is_idle());
+        assert!(log.finish(LONG, LONG));
     }
 }

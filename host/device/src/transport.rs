@@ -209,10 +209,11 @@ pub trait Transport: Send {
         Err(TransportError::Unsupported("devices of this kind are not taken over".to_owned()))
     }
 
-    /// Of the same: the doorbell of a queue that runs, with the descriptor behind the one that [`Transport::setup_queue`] made. Of a doorbell without one `kick` is nothing that counts.
+    /// Of the same, once all memory that the device was given is adopted: the doorbell of a queue that runs, with the descriptor behind the one that [`Transport::setup_queue`] made. Of a
+    /// doorbell without one `kick` is nothing that counts.
     ///
     /// # Errors
-    /// `Invalid` for a queue that does not run.
+    /// `Invalid` for a queue that does not run, and while the device reaches memory that nobody has: it would write there, and nobody would know when it has stopped.
     fn adopt_queue(&mut self, index: u16, kick: OwnedFd) -> Result<Box<dyn Doorbell>, TransportError> {
         let _ = (index, kick);
         Err(TransportError::Unsupported("devices of this kind are not taken over".to_owned()))

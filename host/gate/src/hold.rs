@@ -37,6 +37,12 @@ impl Hold {
         std::mem::forget(self);
         ended
     }
+
+    /// Whether the gate is still held by this: its bound has not passed, and the gate was not closed.
+    #[must_use]
+    pub fn stands(&self) -> bool {
+        self.gate.is_hold(self.number)
+    }
 }
 
 impl Drop for Hold {

@@ -56,6 +56,8 @@ pub(crate) struct Control {
     pub(crate) attachment: Attachment,
     /// The driver broke down, and another one is to come.
     pub(crate) is_down: bool,
+    /// Number of the crash in which it did; 0 if it works.
+    pub(crate) crash: u64,
     /// The number of what its instance is made of.
     pub(crate) made_of: u64,
     pub(crate) arena_bytes: u64,
@@ -92,17 +94,20 @@ impl Control {
         Offer::from_properties(properties, self.arena_bytes, self.max_lease_bytes)
     }
 
-    /// The device as it runs, for an instance that takes over.
-    fn adopting(&self) -> Result<Box<DeviceWindow>, CallError> {
-        let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
-        let transport = self.transport.upgrade().ok_or_else(gone)?;
-        let features = self.attachment.features;
-        Ok(Box::new(DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features)))
+    /// The device as it runs, for an instance that takes over. Whoever has it needs the control lane no more.
+    pub(crate) fn running(&self) -> Running {
+        let Control { transport, lane_limit, ring_limit, attachment, .. } = self;
+        Running {
+            transport: Weak::clone(transport),
+            lane_limit: *lane_limit,
+            ring_limit: *ring_limit,
+            attachment: attachment.clone(),
+        }
     }
 
     /// Has an instance attach to the device that came back, which has been negotiated with and nothing else: what it says, and what the device can do.
     pub(crate) fn attach_returned(&self, instance: &mut Instance) -> Result<(Attachment, Offer), CallError> {
-        let attachment = self.check(instance.attach(self.adopting()?)?)?;
+        let attachment = self.running().attach(instance)?;
         Ok((attachment, self.offer_of(instance.properties()?)))
     }
 
@@ -122,21 +127,6 @@ impl Control {
         }
     }
 
-    /// What it plans has to be what is set up.
-    fn check(&self, attachment: Attachment) -> Result<Attachment, CallError> {
-        let Attachment { features, queues, .. } = &self.attachment;
-        if attachment.features != *features || attachment.queues != *queues {
-            let error = "it plans other queues or features than the device runs with".to_owned();
-            return Err(DriverError::Unsupported(error).into());
-        }
-        Ok(attachment)
-    }
-
-    /// Has an instance of another component take over, with the hint of the one that is there.
-    pub(crate) fn resume(&self, instance: &mut Instance, hint: &ExportedState) -> Result<Attachment, CallError> {
-        instance.resume(self.adopting()?, hint).and_then(|attachment| self.check(attachment))
-    }
-
     /// Tells the driver what the device said, and asks it what the device can do now. `None`: the device is on its way out.
     fn ask(&mut self, changed: bool) -> Result<Option<Offer>, ControlError> {
         let Some(transport) = self.transport.upgrade() else { return Ok(None) };
@@ -150,14 +140,20 @@ impl Control {
         self.instance.set_open(window, port, open).and_then(|()| self.offer()).map(Some).map_err(refused)
     }
 
-    /// Has `instance` take over: it attaches to the device as it runs, or resumes with a hint, plans what is set up, and goes live. Also what it takes over from.
-    fn adopt(&mut self, mut instance: Instance, hint: Option<&ExportedState>) -> Result<(Offer, Instance), CallError> {
+    /// Has `instance` take over: it attaches to the device as it runs, or resumes with a hint, plans what is set up, and goes live. Also what it takes over from, which stays where it is
+    /// if that fails.
+    fn adopt(
+        &mut self,
+        mut instance: Instance,
+        hint: Option<&ExportedState>,
+        made_of: u64,
+    ) -> Result<(Offer, Instance), CallError> {
+        let running = self.running();
         match hint {
-            Some(hint) => drop(self.resume(&mut instance, hint)?),
-            None => drop(self.check(instance.attach(self.adopting()?)?)?),
+            Some(hint) => drop(running.resume(&mut instance, hint)?),
+            None => drop(running.attach(&mut instance)?),
         }
-        let before = std::mem::replace(&mut self.instance, instance);
-        Ok((self.live()?, before))
+        self.replace(instance, made_of)
     }
 
     /// Hands over what the device put into the control lane's posted queue.
@@ -176,6 +172,43 @@ impl Control {
             queues.lock().look_again();
         }
         Ok(())
+    }
+}
+
+/// The device as it runs.
+pub(crate) struct Running {
+    transport: Weak<Mutex<Box<dyn Transport>>>,
+    lane_limit: u16,
+    ring_limit: u16,
+    attachment: Attachment,
+}
+
+impl Running {
+    /// Has an instance attach to it.
+    fn attach(&self, instance: &mut Instance) -> Result<Attachment, CallError> {
+        self.check(instance.attach(self.window()?)?)
+    }
+
+    /// Has an instance take over from another one, with its hint.
+    pub(crate) fn resume(&self, instance: &mut Instance, hint: &ExportedState) -> Result<Attachment, CallError> {
+        self.check(instance.resume(self.window()?, hint)?)
+    }
+
+    fn window(&self) -> Result<Box<DeviceWindow>, CallError> {
+        let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
+        let transport = self.transport.upgrade().ok_or_else(gone)?;
+        let features = self.attachment.features;
+        Ok(Box::new(DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features)))
+    }
+
+    /// What it plans has to be what is set up.
+    fn check(&self, attachment: Attachment) -> Result<Attachment, CallError> {
+        let Attachment { features, queues, .. } = &self.attachment;
+        if attachment.features != *features || attachment.queues != *queues {
+            let error = "it plans other queues or features than the device runs with".to_owned();
+            return Err(DriverError::Unsupported(error).into());
+        }
+        Ok(attachment)
     }
 }
 
@@ -386,16 +419,18 @@ impl Binding {
     /// After `fault`, or without one, another driver for the control lane; whether it has one that works.
     pub(crate) fn bring_control_up(self: &Arc<Self>, control: &mut Control, mut fault: Option<GuestFault>) -> bool {
         control.is_down = true;
-        for _ in 0..=FALSE_STARTS {
+        for attempt in 0..=FALSE_STARTS {
             let next = fault.as_ref().map_or(Next::Revive, |fault| self.broke_down(CONTROL, fault));
+            if fault.is_some() && attempt == 0 {
+                control.crash = self.last_crash(CONTROL);
+            }
+            // Of an instance that did not come to be only the report is left. The one that broke down stays until another one has its place, and that may be long.
+            if fault.is_some() && (attempt > 0 || next != Next::Revive) {
+                self.bury(CONTROL, None);
+            }
             match next {
                 Next::Revive => {}
-                Next::Wait => return false,
-                Next::Refuse => {
-                    // A restart by hand is a fresh one.
-                    self.control.forget_hint();
-                    return false;
-                }
+                Next::Wait | Next::Refuse => return false,
                 Next::Leave => {
                     if let Some(lane) = self.serving.get().and_then(|serving| serving.lanes.first()) {
                         lane.wake_watch();
@@ -405,15 +440,11 @@ impl Binding {
             }
             // Once: should it be the hint that breaks drivers down, the next one goes without.
             let hint = self.control.hint.lock().state.take();
-            let adopted = self.remake(LaneId::Control).map_err(CallError::Fault).and_then(|(made, version)| {
-                let (offer, dead) = control.adopt(made, hint.as_ref())?;
-                control.made_of = version.number;
-                Ok((offer, dead))
-            });
+            let made = self.remake(LaneId::Control).map_err(CallError::Fault);
+            let adopted = made.and_then(|(made, version)| control.adopt(made, hint.as_ref(), version.number));
             match adopted {
                 Ok((offer, dead)) => {
-                    self.bury(CONTROL, Some(Box::new(dead)));
-                    control.is_down = false;
+                    self.bury_as(std::mem::take(&mut control.crash), Some(Box::new(dead)));
                     self.take_offer(offer);
                     self.revived(CONTROL);
                     // It may break down again before it is called again.
@@ -421,10 +452,6 @@ impl Binding {
                     return true;
                 }
                 Err(error) => {
-                    // Of those that did not come to be only the report is left.
-                    if fault.is_some() {
-                        self.bury(CONTROL, None);
-                    }
                     fault = Some(match error {
                         CallError::Fault(again) => again,
                         CallError::Driver(error) => cannot_replace(&error),
@@ -432,7 +459,6 @@ impl Binding {
                 }
             }
         }
-        self.control.forget_hint();
         self.cannot_revive();
         false
     }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use cofferdam_runtime::{CallView, GuestFault, LaneDriver};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use crate::ladder::micros;
@@ -103,6 +103,8 @@ struct Inside {
     dead: VecDeque<Dead>,
     /// There is a thread.
     thread: bool,
+    /// None was to be had, which was told.
+    threadless: bool,
     /// Somebody waits for it: so many.
     waiters: usize,
     /// The code goes: what comes now is dropped at once.
@@ -116,9 +118,13 @@ impl Inside {
     }
 }
 
+/// Does something on a thread of its own.
+type Spawn = fn(Box<dyn FnOnce() + Send>) -> std::io::Result<()>;
+
 /// The crashes of one binding.
 pub(crate) struct Crashes {
     spool: Option<Spool>,
+    spawn: Spawn,
     inside: Mutex<Inside>,
     /// The thread has ended.
     done: Condvar,
@@ -128,7 +134,11 @@ pub(crate) struct Crashes {
 
 impl Crashes {
     pub(crate) fn new(spool: Option<Spool>) -> Arc<Crashes> {
-        Arc::new(Crashes { spool, inside: Mutex::default(), done: Condvar::new(), hurry: Condvar::new() })
+        Arc::new(Crashes::spawning(spool, |work| Within::spawn("cofferdam-crash", work)))
+    }
+
+    fn spawning(spool: Option<Spool>, spawn: Spawn) -> Crashes {
+        Crashes { spool, spawn, inside: Mutex::default(), done: Condvar::new(), hurry: Condvar::new() }
     }
 
     /// Notes a crash; its number.
@@ -214,22 +224,21 @@ impl Crashes {
         if inside.dead.len() == 1 && first.since.elapsed() < GRACE {
             return true;
         }
-        self.start(&mut inside);
-        false
+        !self.start(&mut inside)
     }
 
-    fn start(self: &Arc<Self>, inside: &mut Inside) {
+    /// Whether a thread puts the dead away now.
+    fn start(self: &Arc<Self>, inside: &mut Inside) -> bool {
         let crashes = Arc::clone(self);
-        let bury = move || {
-            crashes.bury_all();
-        };
-        match Within::spawn("cofferdam-crash", bury) {
-            Ok(()) => inside.thread = true,
-            Err(error) => {
-                tracing::error!(%error, "no thread to write a crash down on");
-                inside.dead.clear();
-            }
+        let bury = Box::new(move || crashes.bury_all());
+        let started = (self.spawn)(bury);
+        inside.thread = started.is_ok();
+        if let Err(error) = started
+            && !std::mem::replace(&mut inside.threadless, true)
+        {
+            tracing::error!(%error, "no thread to write a crash down on; it is tried again");
         }
+        inside.thread
     }
 
     fn bury_all(&self) {
@@ -268,8 +277,9 @@ impl Crashes {
         inside.waiters += 1;
         if inside.thread {
             self.hurry.notify_all();
-        } else if !inside.dead.is_empty() {
-            self.start(&mut inside);
+        } else if !inside.dead.is_empty() && !self.start(&mut inside) {
+            // Nothing bounds it here. But nobody comes after whoever waits, and then there is little: a disk that hangs and a host without threads are two misfortunes at once.
+            MutexGuard::unlocked(&mut inside, || self.bury_all());
         }
         while inside.thread && !self.done.wait_until(&mut inside, until).timed_out() {}
         inside.waiters -= 1;
@@ -374,6 +384,23 @@ mod tests {
         crashes.hurry.notify_all();
         rests.join().unwrap();
         assert!(begun.elapsed() < PATIENCE);
+    }
+
+    #[test]
+    fn where_no_thread_is_to_be_had_what_is_known_is_kept_until_somebody_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Some(Spool::new(folder.path().to_owned()));
+        let crashes = Arc::new(Crashes::spawning(spool, |_| Err(std::io::ErrorKind::WouldBlock.into())));
+        let count = Arc::default();
+        // Two: the time of the first has come with the second.
+        for _ in 0..2 {
+            crashes.bury(note(&crashes), Some(Counted::new(&count)));
+        }
+        assert!(crashes.begin() && crashes.begin(), "it is tried again");
+        assert_eq!((files(folder.path(), "json"), count.load(Ordering::Relaxed)), (0, 2));
+        assert!(crashes.close(Instant::now() + PATIENCE));
+        assert_eq!((files(folder.path(), "json"), files(folder.path(), "core")), (2, 2));
+        assert_eq!(count.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -87,6 +87,9 @@ pub enum LoadError {
         "a device is brought back (--reconnect) where its driver is replaced: not with --restarts never, nor for a driver that programs its device itself"
     )]
     CannotReconnect,
+    /// A limit or a time of it is more than there can be.
+    #[error("what the binding is to have is out of bounds: {0}")]
+    Bounds(String),
     /// The host has no memory or descriptors for it.
     #[error("the host cannot provide what the binding needs: {0}")]
     Host(String),

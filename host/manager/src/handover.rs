@@ -22,6 +22,7 @@ mod recipe;
 use std::os::fd::OwnedFd;
 
 use cofferdam_device::Exported;
+use cofferdam_runtime::MAX_STATE_BYTES;
 use serde::{Deserialize, Serialize};
 
 use crate::control::ControlState;
@@ -90,6 +91,28 @@ struct State {
     owes_flush_errors: bool,
     /// None has.
     untold: bool,
+}
+
+/// More than anything that is counted one by one comes to.
+const MOST_COUNTED: u64 = 1 << 48;
+
+impl State {
+    /// Whether it can be the state of the binding `name`. What belongs to rings and memory is looked up where those are.
+    fn check(&self, name: &str) -> Result<(), String> {
+        let counted = [self.generation, self.crashes].into_iter().all(|count| count <= MOST_COUNTED);
+        if !counted || self.generation == 0 {
+            return Err(format!("generation {} after {} crashes", self.generation, self.crashes));
+        }
+        if self.hint.len() > MAX_STATE_BYTES {
+            return Err(format!("a hint of {} bytes, the most is {MAX_STATE_BYTES}", self.hint.len()));
+        }
+        // What is left of the binding is looked up by it.
+        let number = self.memory.strip_prefix("cofferdam-").and_then(|rest| rest.strip_suffix(name)?.strip_suffix('-'));
+        match number.and_then(|number| number.parse::<u64>().ok()) {
+            Some(number) if number <= MOST_COUNTED => Ok(()),
+            _ => Err(format!("memory called {:?}", self.memory)),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]

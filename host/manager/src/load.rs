@@ -57,7 +57,7 @@ pub struct LoadSpec {
     pub grants: Grants,
     /// The driver may have its device reach any memory of this machine, where nothing else stands in the way (DESIGN section 8).
     pub trust_dma: bool,
-    /// Bounds of each instance.
+    /// Bounds of each instance: calls at most a minute, 4 GiB of memory, 10,000,000 table elements.
     pub limits: GuestLimits,
     /// Bytes of buffer memory for clients: a multiple of 4,096, at least 1 MiB. Taken when touched.
     pub arena_bytes: u64,
@@ -65,7 +65,7 @@ pub struct LoadSpec {
     pub ring_entries: u16,
     /// Operations in flight per lane, 1 to 65,535.
     pub requests_per_lane: usize,
-    /// When a driver that breaks down is replaced; `None`: never, the binding leaves.
+    /// When a driver that breaks down is replaced, each time in it at most a day; `None`: never, the binding leaves.
     pub restarts: Option<RestartPolicy>,
     /// How a device that is lost is brought back; `None`: it is not, the binding leaves. Needs [`LoadSpec::restarts`], which counts its returns as well.
     pub reconnect: Option<Reconnect>,
@@ -137,8 +137,10 @@ pub(crate) fn build(
     let watch = manager.watch();
     let mut parts = binding.parts.lock();
     let _within = Within::enter();
+    let recipe = Recipe::of(&spec);
+    let bounds = recipe.check();
     if spec.native.is_none() {
-        let _ = binding.recipe.set(Recipe::of(&spec));
+        let _ = binding.recipe.set(recipe);
     }
     let mappings = MapLimits { handles: spec.mapped_handles, bytes: spec.mapped_bytes };
     let LoadSpec { component, transport, queues, grants, limits, arena_bytes, requests_per_lane, ring_entries, .. } =
@@ -155,6 +157,7 @@ pub(crate) fn build(
     for fd in transport.lock().descriptors() {
         parts.marks.note(fd);
     }
+    bounds.map_err(LoadError::Bounds)?;
 
     let module = match native {
         Some(_) => None,
@@ -297,6 +300,7 @@ pub(crate) fn build(
             negotiated,
             attachment,
             is_down: false,
+            crash: 0,
             made_of: 0,
             arena_bytes,
             max_lease_bytes,

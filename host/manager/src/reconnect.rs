@@ -36,7 +36,7 @@ pub type Open = Box<dyn Fn() -> Result<Box<dyn Transport>, String> + Send + Sync
 
 /// How a device that is lost is waited for.
 pub struct Reconnect {
-    /// For how long, from the loss; clients wait as long.
+    /// For how long, from the loss, at most a day; clients wait as long.
     pub wait: Duration,
     /// How it is opened. Called again and again until it succeeds, 500 ms apart at the most; must itself be bounded.
     pub open: Open,
@@ -164,11 +164,11 @@ impl Reconnection {
 }
 
 impl Binding {
-    /// The device is lost or broke a rule. Whether it is to be brought back; else the binding has to leave.
-    pub(crate) fn device_away(self: &Arc<Self>, why: Why) -> bool {
+    /// The device of this number is lost or broke a rule. Whether it is to be brought back, or was; else the binding has to leave.
+    pub(crate) fn device_away(self: &Arc<Self>, device: u64, why: Why) -> bool {
         let Some(reconnection) = self.reconnection.get() else { return false };
-        self.enter_away(Event::DeviceAway, reconnection.reconnect.wait, || {
-            let wait = reconnection.reconnect.wait;
+        let wait = reconnection.reconnect.wait;
+        self.enter_away(Event::DeviceAway, device, wait, || {
             reconnection.waits(Instant::now() + wait, None);
             let reason = match why {
                 Why::Lost => "it was lost".to_owned(),
@@ -182,7 +182,8 @@ impl Binding {
 
     /// A lane found that the device broke the rules of a ring. The lane's lease is held. Whether it is to be brought back.
     pub(crate) fn device_broke(self: &Arc<Self>, fault: DeviceFault) -> bool {
-        let is_away = self.device_away(Why::Broken(fault));
+        // The ring is under the lease: no other device can be in its place meanwhile.
+        let is_away = self.device_away(self.device_number(), Why::Broken(fault));
         if is_away {
             self.record(LaneFault::Device(fault).to_event());
         }
@@ -196,7 +197,7 @@ impl Binding {
         if !gave_up || self.phase() != Phase::Failed {
             return false;
         }
-        self.enter_away(Event::Restarted, reconnection.reconnect.wait, || {
+        self.enter_away(Event::Restarted, self.device_number(), reconnection.reconnect.wait, || {
             reconnection.waits(Instant::now() + reconnection.reconnect.wait, None);
             self.bring_back_elsewhere(None)
         })

@@ -15,6 +15,7 @@ mod versions;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cofferdam_gate::{Gate, Hold, Overdue};
@@ -55,8 +56,8 @@ pub(crate) enum Next {
 struct Turn {
     /// Lanes without a driver, by number; [`CONTROL`] among them.
     down: u128,
-    /// Something was found wrong with a device that is just being brought back.
-    reported: bool,
+    /// The last device with which something was found wrong while it was being brought back, by number.
+    reported: Option<u64>,
     /// Newcomers wait.
     hold: Option<Hold>,
     /// When the thread makes the next attempt.
@@ -70,6 +71,16 @@ struct Turn {
 }
 
 impl Turn {
+    /// Something was found wrong with a device, while `now` is the one that there is. Whether that is news: not of one before it, which whoever looked at it may tell of late, and not while
+    /// one is being brought back, where it is only noted.
+    fn is_news(&mut self, device: u64, now: u64) -> bool {
+        let is_away = self.down & bit(DEVICE) != 0;
+        if is_away {
+            self.reported = self.reported.max(Some(device));
+        }
+        !is_away && device == now
+    }
+
     /// Has newcomers wait, for as long as the longest wait of the policy and what comes behind it, if they do not already.
     fn hold_clients(&mut self, gate: Gate, longest: Duration) {
         if self.hold.is_none() {
@@ -91,6 +102,8 @@ pub(crate) struct Recovery {
     pub(crate) exchanging: Mutex<()>,
     restarts: Mutex<Restarts>,
     longest: Duration,
+    /// Counts the devices that came back. Changes under the lock of the transport.
+    device: AtomicU64,
     turn: Mutex<Turn>,
     crashes: Arc<Crashes>,
 }
@@ -104,6 +117,7 @@ impl Recovery {
             exchanging: Mutex::new(()),
             restarts: Mutex::new(Restarts::new(policy)),
             longest: policy.longest,
+            device: AtomicU64::new(0),
             turn: Mutex::new(Turn::default()),
         }
     }
@@ -238,11 +252,23 @@ impl Binding {
         }
     }
 
-    /// The instance that broke down on a lane, of which somebody else has taken the place; or `None`, if it did not even come to be.
+    /// The instance that broke down last on a lane, of which somebody else has taken the place; or `None`, if it did not even come to be.
     pub(crate) fn bury(&self, lane: u16, driver: Option<Box<dyn LaneDriver>>) {
-        let Some(recovery) = self.recovery.get() else { return };
-        let last = recovery.turn.lock().crashes.get(&lane).and_then(|crashes| crashes.last().copied());
-        self.bury_of(recovery, last.map_or(0, |(number, _)| number), driver);
+        self.bury_as(self.last_crash(lane), driver);
+    }
+
+    /// The instance of this crash.
+    pub(crate) fn bury_as(&self, number: u64, driver: Option<Box<dyn LaneDriver>>) {
+        if let Some(recovery) = self.recovery.get() {
+            self.bury_of(recovery, number, driver);
+        }
+    }
+
+    /// Number of the last crash of a lane since it worked; 0 if there was none.
+    pub(crate) fn last_crash(&self, lane: u16) -> u64 {
+        let turn = self.recovery.get().map(|recovery| recovery.turn.lock());
+        let last = turn.as_ref().and_then(|turn| turn.crashes.get(&lane)?.last());
+        last.map_or(0, |(number, _)| *number)
     }
 
     fn bury_of(&self, recovery: &Recovery, number: u64, driver: Option<Box<dyn LaneDriver>>) {
@@ -348,12 +374,24 @@ impl Binding {
         }
     }
 
-    /// The device is away, and is to be brought back: by what `begin` starts, unless that was started before. Newcomers wait for as long as it may take. Whether it is so.
-    pub(crate) fn enter_away(&self, event: Event, wait: Duration, begin: impl FnOnce() -> bool) -> bool {
+    /// Which device it has, whoever has the transport locked; another one that comes in its place has another number.
+    pub(crate) fn device_number(&self) -> u64 {
+        self.recovery.get().map_or(0, |recovery| recovery.device.load(Ordering::Acquire))
+    }
+
+    /// Another device is in the place of the one that was lost: what is reported of that one is nothing to this one. The transport is locked.
+    pub(crate) fn next_device(&self) {
+        if let Some(recovery) = self.recovery.get() {
+            recovery.device.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The device of this number is away, and is to be brought back: by what `begin` starts, unless that was started before, or another one is there by now. Newcomers wait for as long as it
+    /// may take. Whether it is so.
+    pub(crate) fn enter_away(&self, event: Event, device: u64, wait: Duration, begin: impl FnOnce() -> bool) -> bool {
         let Some(recovery) = self.recovery.get() else { return false };
         let mut turn = recovery.turn.lock();
-        if turn.down & bit(DEVICE) != 0 {
-            turn.reported = true;
+        if !turn.is_news(device, self.device_number()) {
             return true;
         }
         // Refused where a driver is being replaced: it is recovering already.
@@ -383,13 +421,6 @@ impl Binding {
         }
     }
 
-    /// A device was found: what is reported from here on is of it.
-    pub(crate) fn forget_reports(&self) {
-        if let Some(recovery) = self.recovery.get() {
-            recovery.turn.lock().reported = false;
-        }
-    }
-
     /// It is away once more before it was back: newcomers wait as long again.
     pub(crate) fn hold_again(&self, wait: Duration) {
         let Some(recovery) = self.recovery.get() else { return };
@@ -404,7 +435,7 @@ impl Binding {
         let Some(recovery) = self.recovery.get() else { return true };
         // Whoever notices a loss from here on waits for this.
         let mut turn = recovery.turn.lock();
-        let is_here = !turn.reported && is_here();
+        let is_here = turn.reported != Some(self.device_number()) && is_here();
         if is_here {
             self.up(recovery, &mut turn, DEVICE);
         }
@@ -502,6 +533,8 @@ impl Binding {
             turn.down = serving.lanes.iter().fold(bit(CONTROL), |down, lane| down | bit(lane.number()));
             turn.last = None;
         }
+        // Of the control lane that is made anew: what the one before it knew may be what broke it down.
+        self.control.forget_hint();
         self.revive_control();
         for lane in &serving.lanes {
             lane.revive(self);
@@ -514,5 +547,28 @@ impl Binding {
             Phase::Serving | Phase::Recovering => Ok(()),
             _ => Err(RestartError::NotFailed(name())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_late_of_a_lost_device_is_nothing_to_the_one_that_came_back() {
+        let mut turn = Turn::default();
+        assert!(turn.is_news(0, 0));
+        turn.down |= bit(DEVICE);
+        assert!(!turn.is_news(0, 0), "it is being brought back");
+        // The next one is set up.
+        assert!(!turn.is_news(0, 1));
+        assert_ne!(turn.reported, Some(1), "it was the one before");
+        assert!(!turn.is_news(1, 1));
+        assert!(!turn.is_news(0, 1));
+        assert_eq!(turn.reported, Some(1), "the new one was lost, too");
+        // And the one after that serves.
+        turn.down = 0;
+        assert!(!turn.is_news(1, 2));
+        assert!(turn.is_news(2, 2));
     }
 }

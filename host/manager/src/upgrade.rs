@@ -277,11 +277,13 @@ impl Binding {
     /// them share is in memory afterwards.
     fn rehearse(&self, maker: &Maker, lanes: &[Arc<Lane>]) -> Result<(), RehearsalError> {
         let mut control = maker.make(self, LaneId::Control)?;
-        let attachment = {
+        let running = {
             let locked = self.control.lock_until(Instant::now() + LATE);
             let Some(locked) = locked.as_ref().and_then(|locked| locked.as_ref()) else { return Ok(()) };
-            locked.resume(&mut control, &ExportedState::default())?
+            locked.running()
         };
+        // Not under the lock: what hangs here holds up no call of the control lane that serves.
+        let attachment = running.resume(&mut control, &ExportedState::default())?;
         if let Some(lane) = lanes.first() {
             maker.make(self, LaneId::Data(lane.number()))?.start(&lane.setup(&attachment.state))?;
         }
@@ -353,7 +355,7 @@ fn take_over(
     lanes: &[Arc<Lane>],
     hint: &ExportedState,
 ) -> Result<(Vec<u8>, Vec<Instance>), CallError> {
-    let attachment = current.resume(control, hint)?;
+    let attachment = current.running().resume(control, hint)?;
     let mut drivers = Vec::with_capacity(made.len());
     for (mut driver, lane) in made.into_iter().zip(lanes) {
         driver.start(&lane.setup(&attachment.state))?;

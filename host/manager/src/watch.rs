@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use cofferdam_device::transport::Transport;
 use cofferdam_gate::Notify;
 use cofferdam_lifecycle::Phase;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 use crate::binding::{Binding, Lowered};
@@ -233,9 +233,12 @@ fn look_for_faults(manager: &Arc<Shared>) {
 
 /// Whether the device could be looked at, and nothing that it announced waits to be passed on. Its lock is held for long by a quiesce, which finds out by itself, and by a client that maps memory, which does not.
 fn look_for_loss(manager: &Arc<Shared>, binding: &Arc<Binding>, transport: &SharedTransport) -> bool {
-    let looked = transport.try_lock().map(|mut transport| (transport.is_lost(), transport.take_config_change()));
-    let Some((lost, changed)) = looked else { return false };
-    if lost && may_leave(binding) && !binding.device_away(Why::Lost) {
+    let look = |mut device: MutexGuard<'_, Box<dyn Transport>>| {
+        // Which one it is that was looked at: it may be replaced before that is told.
+        (device.is_lost(), device.take_config_change(), binding.device_number())
+    };
+    let Some((lost, changed, device)) = transport.try_lock().map(look) else { return false };
+    if lost && may_leave(binding) && !binding.device_away(device, Why::Lost) {
         tracing::warn!(binding = binding.name(), device = binding.device(), "device lost");
         leave(manager, binding, Cause::Removed);
     }

@@ -327,6 +327,28 @@ fn a_control_lane_that_breaks_down_too_often_fails_the_binding() {
 }
 
 #[test]
+fn what_an_instance_left_is_put_with_its_own_report_and_not_with_those_that_never_took_its_place() {
+    // Long enough for the disk to be another one by the second attempt, or the third.
+    let wait = Duration::from_millis(50);
+    let policy = RestartPolicy { limit: 10_000, within: Duration::from_secs(1), backoff: wait, longest: wait };
+    let bed = bed("trap-attach-24m", policy, 1);
+    bed.sim.resize(24 << 20).unwrap();
+    until("an instance that did not come to be", || bed.binding.crash_count() >= 2);
+    bed.sim.resize(16 << 20).unwrap();
+    bed.until(Phase::Serving);
+    assert!(bed.binding.crash_count() < 16, "the first report is gone");
+    bed.is_clean();
+    let crashes = bed.binding.crashes();
+    let exports: Vec<_> = crashes.iter().map(|crash| (crash.calls[0].export.as_str(), crash.core.is_some())).collect();
+    let (first, others) = exports.split_first().unwrap();
+    assert_eq!(*first, ("config-changed", true), "{exports:?}");
+    assert!(others.iter().all(|other| *other == ("attach", false)), "{exports:?}");
+    let reports = std::fs::read_dir(bed.spool.path().join("crashes")).unwrap();
+    let reports = reports.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|kind| kind == "json"));
+    assert_eq!(reports.count(), crashes.len(), "each is written down");
+}
+
+#[test]
 fn a_crash_is_reported_with_its_cause_its_calls_and_a_core_dump() {
     let bed = bed("on-command", ALWAYS, 1);
     let handle = bed.open(0);

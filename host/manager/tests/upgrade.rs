@@ -26,12 +26,17 @@ fn component(name: &str) -> Vec<u8> {
 }
 
 fn bed(driver: &str, lanes: u16) -> Bed {
+    bed_with(driver, lanes, |_| {})
+}
+
+fn bed_with(driver: &str, lanes: u16, change: impl FnOnce(&mut LoadSpec)) -> Bed {
     let cache = format!("{}/../../target/test-cache", env!("CARGO_MANIFEST_DIR"));
     let manager = Manager::new(Config { cache_dir: Some(cache.into()) }).unwrap();
     let profile = Profile { queues: lanes, ..Profile::default() };
     let sim = Sim::new(Options { profile, storage: Storage::Memory(16 << 20), ..Options::default() }).unwrap();
     let mut spec = LoadSpec::new(driver, component(driver), Box::new(sim.transport(Drive::Threads).unwrap()));
     (spec.name, spec.queues) = (Some("disk".into()), Some(lanes));
+    change(&mut spec);
     let binding = manager.load(spec).unwrap();
     Bed { manager, binding, sim }
 }
@@ -194,6 +199,26 @@ fn a_driver_that_cannot_take_over_changes_nothing() {
     assert_eq!((bed.binding.crash_count(), bed.rollbacks()), (0, Vec::new()));
     assert_eq!(bed.binding.roll_back(Duration::from_secs(1)), Err(UpgradeError::NothingBefore("disk".into())));
     bed.is_clean();
+}
+
+#[test]
+fn a_new_driver_that_hangs_before_anybody_is_held_holds_up_no_call_of_the_one_that_serves() {
+    let bed = bed_with("virtio-blk", 1, |spec| spec.limits.call_deadline_ms = 60_000);
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| bed.upgrade("test/loop-resume", NO_PROBATION));
+        until("the new one hangs", || {
+            bed.binding.explain().calls.iter().any(|call| call.export == "resume" && call.age_ms > 0)
+        });
+        bed.sim.resize(32 << 20).unwrap();
+        until("the old one has heard of it", || {
+            bed.binding.geometry().is_some_and(|disk| disk.capacity_bytes == 32 << 20)
+        });
+        assert!(!upgrade.is_finished());
+        let forced = UnloadOptions { force: true, ..UnloadOptions::default() };
+        let certificate = bed.manager.unload_binding(&bed.binding, &forced).unwrap();
+        assert!(certificate.residual.is_zero() && certificate.leaked.bytes == 0, "{certificate:?}");
+        assert!(upgrade.join().unwrap().is_err());
+    });
 }
 
 #[test]

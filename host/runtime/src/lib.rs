@@ -60,8 +60,8 @@ pub use module::{Linked, Module, ModuleInfo};
 pub use runtime::{Runtime, RuntimeConfig};
 pub use service::{
     Attachment, BlockProperties, EntropyProperties, ExportedState, LaneDriver, LaneSetup, MAX_ANSWER_WORDS,
-    MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, NetProperties, Offloads, Posting, Properties, QueueOwner, QueuePlan,
-    StreamPort, StreamProperties,
+    MAX_BATCH_REQUESTS, MAX_CHAIN_WORDS, MAX_STATE_BYTES, NetProperties, Offloads, Posting, Properties, QueueOwner,
+    QueuePlan, StreamPort, StreamProperties,
 };
 pub use text::clean;
 pub use view::{CallView, RunningCall, Whereabouts};

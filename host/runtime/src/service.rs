@@ -9,7 +9,7 @@ mod stream;
 pub use block::BlockProperties;
 pub use entropy::EntropyProperties;
 pub use net::{NetProperties, Offloads};
-pub use plan::{Attachment, ExportedState, LaneSetup, Posting, QueueOwner, QueuePlan};
+pub use plan::{Attachment, ExportedState, LaneSetup, MAX_STATE_BYTES, Posting, QueueOwner, QueuePlan};
 pub use stream::{StreamPort, StreamProperties};
 
 use crate::bindings;

@@ -1,9 +1,17 @@
 //! The takeover protocol from its description (`host/cli/src/takeover.rs`), for tests that say the wrong thing or nothing at all.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::thread::JoinHandle;
 
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 use serde_json::{Value, json};
 
 use crate::nbd::connect;
@@ -61,6 +69,78 @@ impl Challenger {
         assert_eq!(heard["says"], says, "{heard}");
         heard
     }
+}
+
+/// Stands between the daemon at `door` and the next one that asks there, for one takeover: passes everything on, descriptors too, and tells `before` what the old one says before the new one
+/// hears it. Ends when both have hung up.
+#[track_caller]
+pub fn stand_between(door: &Path, mut before: impl FnMut(&str) + Send + 'static) -> JoinHandle<()> {
+    let aside = door.with_extension("aside");
+    std::fs::rename(door, &aside).expect("the door");
+    let listener = UnixListener::bind(door).expect("a socket");
+    let door = door.to_owned();
+    std::thread::spawn(move || {
+        let (new, _) = listener.accept().expect("it comes");
+        let old = connect(&aside);
+        // Whoever comes afterwards finds the right one.
+        std::fs::rename(&aside, &door).expect("the door");
+        std::thread::scope(|scope| {
+            scope.spawn(|| pass_all(&new, &old, |_| {}));
+            pass_all(&old, &new, |says| before(says));
+        });
+    })
+}
+
+/// Passes messages on until there are no more.
+fn pass_all(from: &UnixStream, to: &UnixStream, mut before: impl FnMut(&str)) {
+    from.set_read_timeout(None).expect("no time-out");
+    while let Some((message, descriptors)) = whole_message(from) {
+        let document: Value = serde_json::from_slice(&message[12..]).expect("JSON");
+        before(document["says"].as_str().expect("it says something"));
+        let mut into = to;
+        // It may have gone.
+        let sent = into.write_all(&message).is_ok() && descriptors.iter().all(|batch| send_batch(to, batch));
+        if !sent {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Head and document, and the descriptors as they came; `None` at the end.
+fn whole_message(mut from: &UnixStream) -> Option<(Vec<u8>, Vec<Vec<OwnedFd>>)> {
+    let mut message = vec![0; 12];
+    from.read_exact(&mut message).ok()?;
+    let word = |at: usize| u32::from_le_bytes(message[at..at + 4].try_into().expect("four bytes")) as usize;
+    let (bytes, count) = (word(4), word(8));
+    message.resize(12 + bytes, 0);
+    from.read_exact(&mut message[12..]).ok()?;
+    let batches = (0..count.div_ceil(BATCH)).map(|_| receive_batch(from)).collect();
+    Some((message, batches))
+}
+
+/// Descriptors that one byte carries at the most.
+const BATCH: usize = 253;
+
+fn receive_batch(from: &UnixStream) -> Vec<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let into = &mut [IoSliceMut::new(&mut byte)];
+    recvmsg(from, into, &mut control, RecvFlags::CMSG_CLOEXEC).expect("descriptors");
+    let rights = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(rights) => Some(rights),
+        _ => None,
+    });
+    rights.flatten().collect()
+}
+
+fn send_batch(to: &UnixStream, batch: &[OwnedFd]) -> bool {
+    let batch: Vec<_> = batch.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&batch));
+    sendmsg(to, &[IoSlice::new(b"+")], &mut control, SendFlags::NOSIGNAL).is_ok()
 }
 
 /// A document as it goes over the socket.

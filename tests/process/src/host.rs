@@ -44,7 +44,12 @@ impl Daemon {
     /// Starts one and waits until it serves.
     #[track_caller]
     pub fn start() -> Daemon {
-        let folder = tempfile::tempdir().expect("a directory");
+        Daemon::start_at(tempfile::tempdir().expect("a directory"))
+    }
+
+    /// Starts one whose directory this is and waits until it serves.
+    #[track_caller]
+    pub fn start_at(folder: TempDir) -> Daemon {
         Daemon { process: Daemon::start_on(&folder.path().join("control.sock")), folder }
     }
 
@@ -91,7 +96,12 @@ impl Daemon {
     #[track_caller]
     pub fn take_over(&mut self) -> String {
         // Longer than a busy disk takes for a flush.
-        let next = self.challenge(&["--deadline", "10s"]);
+        self.followed_by(self.challenge(&["--deadline", "10s"]))
+    }
+
+    /// The same, of one that was started for it.
+    #[track_caller]
+    pub fn followed_by(&mut self, next: Process) -> String {
         next.wait_stdout("cofferdam daemon on");
         let mut old = std::mem::replace(&mut self.process, next);
         let ended = old.end(PATIENCE).expect(0);

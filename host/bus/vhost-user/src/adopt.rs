@@ -230,6 +230,9 @@ impl VhostUser {
         if !self.rings.iter().any(|ring| ring.index == index) {
             return Err(invalid(format!("queue {index} does not run")));
         }
+        if let Some((iova, bytes)) = self.dormant.as_ref().and_then(|dormant| dormant.memory.first()) {
+            return Err(invalid(format!("the device was given {bytes} bytes at {iova:#x} that nobody has")));
+        }
         Ok(Box::new(Kick(kick)))
     }
 }

@@ -130,7 +130,7 @@ fn what_does_not_run_or_is_shared_with_clients_is_not_exported() {
 #[test]
 fn what_was_received_is_checked() {
     let (fake, _) = backend();
-    let (mut old, region, _events) = running(&fake);
+    let (mut old, region, events) = running(&fake);
     type Change = fn(&mut Exported);
     let changes: [Change; 9] = [
         |exported| exported.kind = "pci".into(),
@@ -153,6 +153,8 @@ fn what_was_received_is_checked() {
     let mut new = VhostUser::adopt(old.export().unwrap()).unwrap();
     let other = Arc::new(DmaRegion::new("adopt", 4096, IOVA).unwrap());
     assert!(new.adopt_memory(other).is_err(), "memory of another length");
+    let kick = events.doorbell.descriptor().unwrap().try_clone_to_owned().unwrap();
+    assert!(new.adopt_queue(0, kick).is_err(), "the device reaches memory that nobody has");
     drop((old, new));
     fake.join();
 }

@@ -10,6 +10,7 @@ use cofferdam_manager::{HandOver, Manager};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::MemfdFlags;
 
+use super::turns::Giving;
 use super::wire::{Broken, Wire};
 use super::{Answer, Ask, PREPARE, PROMPT, Parcel, Turns, VERSION, monotonic_now};
 use crate::control::LONGEST_TAKEOVER;
@@ -21,7 +22,9 @@ const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 const REST: Duration = Duration::from_millis(100);
 /// Longest message of a new daemon, in bytes: it may say at length why it cannot.
 const SHORT_BYTES: usize = 64 << 10;
-/// How long the last words may take.
+/// How long the one message may take: less than clients stay held beyond their deadline.
+const COMMIT: Duration = Duration::from_secs(1);
+/// How long the log may take to be written, before anybody is held and as the last thing of all; and so what is known of drivers that broke down.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What the daemon itself has, beside its bindings: each a duplicate.
@@ -125,15 +128,17 @@ impl Giver {
         wire.send(&Answer::Manifest { process: std::process::id(), bindings }, &files, Instant::now() + PROMPT)?;
         self.expect(wire, "prepared", Instant::now() + PREPARE, |ask| matches!(ask, Ask::Prepared))?;
 
-        let Some(_giving) = self.turns.give(Instant::now() + deadline) else {
+        // Nobody waits yet. If nobody reads what this process says, it will not wait for that at its end.
+        let is_heard = log::finish(LAST_WORDS, LAST_WORDS);
+        let Some(giving) = self.turns.give(Instant::now() + deadline) else {
             return Err(told("a call that changes a binding is under way; try again when it has ended"));
         };
         let now = self.manager.manifests().map_err(told)?;
         if !now.iter().map(|(one, _)| one).eq(&announced) {
             return Err(told("bindings have changed meanwhile; try again"));
         }
-        let held_since = monotonic_now();
         let mut over = self.manager.hand_over_unless(deadline, &called_off).map_err(told)?;
+        let held_since = monotonic_now().saturating_sub(over.since().elapsed());
         let until = over.since() + deadline;
         let mut descriptors: Vec<OwnedFd> = Vec::new();
         let bindings = over.take_exported().into_iter().map(|one| Parcel::pack(one, &mut descriptors)).collect();
@@ -142,7 +147,7 @@ impl Giver {
         wire.send(&Answer::State { held_since, bindings }, &all, until)?;
         drop(descriptors);
         self.expect(wire, "ready", until, |ask| matches!(ask, Ask::Ready))?;
-        self.commit(wire, over)
+        self.commit(wire, over, &giving, is_heard)
     }
 
     fn expect(&self, wire: &Wire, what: &str, until: Instant, is_it: impl FnOnce(&Ask) -> bool) -> Result<(), Refusal> {
@@ -154,15 +159,25 @@ impl Giver {
     }
 
     /// The one message. A process that has sent it ends as it stands: nothing of what it had is its own any more, so nothing is taken down, closed or removed.
-    fn commit(&self, wire: &Wire, over: HandOver) -> Result<std::convert::Infallible, Refusal> {
-        if !over.is_whole() || self.called_off() {
-            return Err(told("a binding is leaving, or the daemon stops"));
+    fn commit(
+        &self,
+        wire: &Wire,
+        over: HandOver,
+        giving: &Giving<'_>,
+        is_heard: bool,
+    ) -> Result<std::convert::Infallible, Refusal> {
+        if !over.is_whole() || !giving.commit() {
+            return Err(told("a binding is leaving, clients wait no longer, or the daemon stops"));
         }
-        wire.send(&Answer::Commit, &[], Instant::now() + PROMPT)?;
+        wire.send(&Answer::Commit, &[], Instant::now() + COMMIT)?;
+        log::say("cofferdam: a new daemon has taken over; this one ends");
+        // What broke down in the last moment.
+        over.write_crashes(Instant::now() + LAST_WORDS);
         // Not even the drop of what was held.
         std::mem::forget(over);
-        log::say("cofferdam: a new daemon has taken over; this one ends");
-        log::finish(LAST_WORDS, LAST_WORDS);
+        if is_heard {
+            log::finish(LAST_WORDS, LAST_WORDS);
+        }
         std::process::exit(0);
     }
 }

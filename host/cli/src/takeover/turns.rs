@@ -16,6 +16,8 @@ pub(crate) struct Turns {
 struct State {
     calls: usize,
     giving: bool,
+    /// What is on its way may be the other daemon's already.
+    committing: bool,
     /// The daemon has been told to stop: nothing is begun any more.
     stopping: bool,
 }
@@ -35,8 +37,20 @@ impl Drop for Call<'_> {
 
 impl Drop for Giving<'_> {
     fn drop(&mut self) {
-        self.0.lock().giving = false;
+        let mut state = self.0.lock();
+        (state.giving, state.committing) = (false, false);
+        drop(state);
         self.0.changed.notify_all();
+    }
+}
+
+impl Giving<'_> {
+    /// The one message is about to be sent: from here on whoever stops waits until it is known what came of it, and does nothing to what may be another daemon's by then. `false` if the
+    /// daemon stops already.
+    pub(crate) fn commit(&self) -> bool {
+        let mut state = self.0.lock();
+        state.committing = !state.stopping;
+        state.committing
     }
 }
 
@@ -75,11 +89,15 @@ impl Turns {
         Some(Giving(self))
     }
 
-    /// The daemon stops: waits until nothing is on its way to another one, which ends soon.
+    /// The daemon stops: waits until nothing is on its way to another one, which ends soon. No longer than `until`, but for the one message that commits, whose sender has a bound of his own.
     pub(crate) fn stop(&self, until: Instant) {
         let mut state = self.lock();
         state.stopping = true;
         while state.giving {
+            if state.committing {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -90,5 +108,50 @@ impl Turns {
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.lock().stopping
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+    use std::time::Duration;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn soon() -> Instant {
+        Instant::now() + PATIENCE
+    }
+
+    #[test]
+    fn a_stop_does_not_wait_for_a_handover_longer_than_it_may_and_then_nothing_is_committed() {
+        let turns = Turns::default();
+        let giving = turns.give(soon()).unwrap();
+        turns.stop(Instant::now());
+        assert!(!giving.commit(), "whoever stops takes everything down by now");
+        drop(giving);
+        assert!(turns.give(soon()).is_none());
+    }
+
+    #[test]
+    fn a_stop_waits_for_what_comes_of_a_commit() {
+        let turns = Turns::default();
+        let giving = turns.give(soon()).unwrap();
+        assert!(giving.commit());
+        let (over, is_over) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                turns.stop(Instant::now());
+                over.send(()).unwrap();
+            });
+            while !turns.is_stopping() {
+                std::thread::yield_now();
+            }
+            // Its own bound has passed.
+            assert_eq!(is_over.recv_timeout(Duration::from_millis(50)), Err(RecvTimeoutError::Timeout));
+            drop(giving);
+            is_over.recv_timeout(PATIENCE).unwrap();
+        });
     }
 }

@@ -111,13 +111,18 @@ fn write(path: &Path, bytes: &[u8], pace: &Pace<'_>) -> std::io::Result<()> {
     pace.step();
     let half = path.with_extension("half");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&half)?;
-    for (nth, bytes) in bytes.chunks(STEP_BYTES).enumerate() {
+    let written = bytes.chunks(STEP_BYTES).enumerate().try_for_each(|(nth, bytes)| {
         if nth > 0 {
             pace.step();
         }
-        file.write_all(bytes)?;
+        file.write_all(bytes)
+    });
+    let written = written.and_then(|()| std::fs::rename(&half, path));
+    if written.is_err() {
+        // Nobody would count it.
+        let _ = std::fs::remove_file(&half);
     }
-    std::fs::rename(&half, path)
+    written
 }
 
 #[cfg(test)]

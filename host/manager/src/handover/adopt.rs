@@ -81,6 +81,7 @@ impl Manager {
     /// [`LoadError`].
     pub fn prepare(&self, manifest: BindingManifest, component: &[u8]) -> Result<Prepared, LoadError> {
         check_name(&manifest.name)?;
+        manifest.recipe.check().map_err(LoadError::Bounds)?;
         if self.get(&manifest.name).is_some() {
             return Err(LoadError::NameTaken(manifest.name));
         }
@@ -110,6 +111,7 @@ impl Manager {
         let shared = Arc::clone(self.shared());
         let Prepared { manifest, module, maker, reopen } = prepared;
         let mut state: State = serde_json::from_str(state).map_err(host)?;
+        state.check(&manifest.name).map_err(LoadError::Bounds)?;
         if transport.address() != manifest.device {
             return Err(host(format!("the device is {}, not {}", transport.address(), manifest.device)));
         }
@@ -284,6 +286,7 @@ fn build(
         negotiated: Arc::new(Mutex::new(Some(state.features))),
         attachment,
         is_down: false,
+        crash: 0,
         made_of: 0,
         arena_bytes,
         max_lease_bytes,

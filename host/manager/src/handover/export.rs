@@ -129,8 +129,9 @@ impl Manager {
     /// As [`Manager::hand_over`].
     pub fn hand_over_unless(&self, deadline: Duration, called_off: CalledOff<'_>) -> Result<HandOver, HandOverError> {
         // Whoever is to go on finds what became of drivers before it: this process may end as it stands.
+        let written = Instant::now() + WRITTEN;
         for binding in self.bindings() {
-            binding.write_crashes(Instant::now() + WRITTEN);
+            binding.write_crashes(written);
         }
         let since = Instant::now();
         let until = since + deadline;
@@ -214,9 +215,17 @@ impl HandOver {
         self.since
     }
 
-    /// Whether it can still be committed: every binding is where it was.
+    /// Whether it can still be committed: every binding is where it was, and its clients wait.
     pub fn is_whole(&self) -> bool {
-        self.held.iter().all(|held| held.binding.phase() == Phase::Serving)
+        let stands = |held: &Held| held.hold.as_ref().is_some_and(Hold::stands);
+        self.held.iter().all(|held| held.binding.phase() == Phase::Serving && stands(held))
+    }
+
+    /// Has what is known of drivers that broke down be written, until `until` at most: also of those that did so while they were exported. For a process that has committed and ends.
+    pub fn write_crashes(&self, until: Instant) {
+        for held in &self.held {
+            held.binding.write_crashes(until);
+        }
     }
 
     /// The other process has them from here on. They are forgotten: nothing of them is taken down, and nothing is said to a device or a client. How many those were.
@@ -348,8 +357,10 @@ impl Binding {
         let control = locked.as_mut().filter(|control| !control.is_down).ok_or("its control lane is down")?;
         // A hint that cannot be had is none; and one whose making breaks the driver down is not worth it.
         let hint = control.instance.suspend().unwrap_or_default();
-        if let Some(fault) = control.instance.fault().cloned() {
-            self.bring_control_up(control, Some(fault));
+        if let Some(fault) = control.instance.fault().cloned()
+            && !self.bring_control_up(control, Some(fault))
+        {
+            return Err("its driver broke down when it was asked what it knows".to_owned());
         }
         let features = control.attachment.features;
         // Under the same lock: what is taken off its queues from here on would be told the driver, and not be in the hint.

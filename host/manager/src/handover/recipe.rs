@@ -9,6 +9,15 @@ use serde::{Deserialize, Serialize};
 use crate::load::LoadSpec;
 use crate::recovery::RestartPolicy;
 
+/// The longest time that anything may wait for, as on the command line: a day.
+const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
+/// The longest call of a driver, in milliseconds.
+const LONGEST_CALL_MS: u64 = 60_000;
+/// Most memory of an instance, in bytes: what 32 bits can name.
+const MOST_MEMORY_BYTES: u64 = 4 << 30;
+/// Most table elements of an instance.
+const MOST_TABLE_ELEMENTS: u64 = 10_000_000;
+
 /// Of a [`LoadSpec`] everything but names, device and component.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,10 +74,34 @@ impl Recipe {
         }
     }
 
+    /// Whether it asks for nothing that lasts for ever, or that no clock can hold. Who can forge it: whoever calls the control API, and a process that hands bindings over.
+    ///
+    /// # Errors
+    /// What is out of bounds, in a sentence.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let policy = self.restarts.map(|(_, times)| times).unwrap_or_default();
+        if let Some(wait) = policy.into_iter().chain(self.reconnect).find(|wait| *wait > LONGEST_WAIT) {
+            return Err(format!("a wait of {wait:?}, the longest is {LONGEST_WAIT:?}"));
+        }
+        let numbers = [
+            ("milliseconds for a guest call", self.call_deadline_ms, LONGEST_CALL_MS),
+            ("milliseconds for the host calls of one guest call", self.host_budget_ms, LONGEST_CALL_MS),
+            ("bytes of memory for an instance", self.memory_bytes as u64, MOST_MEMORY_BYTES),
+            ("table elements for an instance", self.table_elements as u64, MOST_TABLE_ELEMENTS),
+        ];
+        match numbers.into_iter().find(|(_, asked, most)| asked > most) {
+            Some((what, asked, most)) => Err(format!("{asked} {what}, the most is {most}")),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn grants(&self) -> Result<Grants, String> {
         let mut grants = Grants::default();
         for word in &self.grants {
             grants.allow(word).map_err(|error| error.to_string())?;
+        }
+        if !grants.filesystem.is_empty() {
+            return Err("a directory is not handed over: its path may be another one's by now".to_owned());
         }
         Ok(grants)
     }

@@ -237,9 +237,12 @@ impl Binding {
         if !self.is_away() {
             return Err(Refusal::End(self.left()));
         }
-        self.forget_reports();
         is_the_same(reconnection, fresh.as_ref())?;
-        *transport.lock() = fresh;
+        {
+            let mut device = transport.lock();
+            *device = fresh;
+            self.next_device();
+        }
         reconnection.is(Progress::Returning);
         let outcome = self.set_up(reconnection, serving, transport, &mut parts);
         if let Err(refusal) = outcome {

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use cofferdam_bus_vhost_user::VhostUser;
 use cofferdam_manager::{
     Binding, Buffer, Completion, EventKind, ExportedBinding, HandOverError, Handle, HandleSpec, IoError, IoFlags, IoOp,
-    IoRequest, LoadSpec, Manager, Outcome, Phase, Reconnect, SubmitError, UnloadOptions, UpgradeSpec,
+    IoRequest, LoadError, LoadSpec, Manager, Outcome, Phase, Reconnect, SubmitError, UnloadOptions, UpgradeSpec,
 };
 use cofferdam_sim::{Drive, OnDeath, Options, Profile, Server, Sim, Storage};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{DEADLINE, PATIENCE, adopt, component, hand_over, manager, reopen, take_over};
@@ -263,13 +264,20 @@ fn a_driver_on_probation_stays_where_the_one_before_it_is_at_hand() {
     bed.ends_clean(&one, &binding);
 }
 
+/// Another value at a place of a document, which has to be there.
+fn set(document: &mut String, at: &str, value: Value) {
+    let mut all: Value = serde_json::from_str(document).unwrap();
+    *all.pointer_mut(at).unwrap_or_else(|| panic!("no {at} in {document}")) = value;
+    *document = all.to_string();
+}
+
 #[test]
 fn what_was_received_is_checked_and_a_mistake_in_it_is_an_error() {
     let (bed, one, two) = (Bed::new(1), manager(), manager());
     let binding = bed.load(&one, 1);
     exercise(&binding, 5, 1);
     type Change = fn(&mut ExportedBinding);
-    let changes: [(&str, Change); 10] = [
+    let changes: [(&str, Change); 18] = [
         ("no state", |exported| exported.state.clear()),
         ("a ring somewhere else", |exported| {
             exported.state = exported.state.replace("\"position\":", "\"position\":1")
@@ -281,6 +289,20 @@ fn what_was_received_is_checked_and_a_mistake_in_it_is_an_error() {
         ("a descriptor less", |exported| drop(exported.descriptors.pop())),
         ("something else for memory", |exported| {
             exported.descriptors[0] = std::fs::File::open("/dev/null").unwrap().into();
+        }),
+        ("a hint that no driver may leave", |exported| set(&mut exported.state, "/hint", json!(vec![0; 4097]))),
+        ("a generation before the first", |exported| set(&mut exported.state, "/generation", json!(0))),
+        ("more generations than there can be", |exported| set(&mut exported.state, "/generation", json!(u64::MAX))),
+        ("more crashes than there can be", |exported| set(&mut exported.state, "/crashes", json!(u64::MAX))),
+        ("another binding's memory", |exported| set(&mut exported.state, "/memory", json!("cofferdam-1-other"))),
+        ("memory of any binding", |exported| set(&mut exported.state, "/memory", json!(""))),
+        ("the last memory that there can be", |exported| {
+            set(&mut exported.state, "/memory", json!(format!("cofferdam-{}-disk", u64::MAX)));
+        }),
+        ("memory of the device that nobody has", |exported| {
+            let mut state: Value = serde_json::from_str(&exported.transport.state).unwrap();
+            state["memory"].as_array_mut().unwrap().push(json!([0x2000_0000, 4096]));
+            exported.transport.state = state.to_string();
         }),
         ("a device of another kind", |exported| exported.transport.kind = "pci".into()),
         ("half a device", |exported| drop(exported.transport.descriptors.pop())),
@@ -299,5 +321,96 @@ fn what_was_received_is_checked_and_a_mistake_in_it_is_an_error() {
         exercise(&binding, 2, 9);
     }
     assert!(two.bindings().is_empty());
+    bed.ends_clean(&one, &binding);
+}
+
+#[test]
+fn what_is_announced_has_bounds_and_so_has_what_is_loaded() {
+    let (bed, one, two) = (Bed::new(1), manager(), manager());
+    let address = bed.address.clone();
+    let binding = bed.load_as(&one, 1, "virtio-blk", |spec| {
+        spec.reconnect = Some(Reconnect { wait: PATIENCE, open: reopen(&address) });
+    });
+    let (manifest, component) = one.manifests().unwrap().remove(0);
+    let announced = serde_json::to_string(&manifest).unwrap();
+    let no_clock = json!({"secs": u64::MAX, "nanos": 0});
+    let day = json!({"secs": 86_400, "nanos": 0});
+    let changes = [
+        ("/name", json!("../disk")),
+        ("/name", json!("d".repeat(1 << 20))),
+        ("/digest", json!("0")),
+        ("/recipe/reconnect", no_clock.clone()),
+        ("/recipe/reconnect", json!({"secs": 86_400, "nanos": 1})),
+        ("/recipe/restarts/1/0", no_clock.clone()),
+        ("/recipe/restarts/1/1", no_clock.clone()),
+        ("/recipe/restarts/1/2", no_clock.clone()),
+        ("/recipe/call_deadline_ms", json!(u64::MAX)),
+        ("/recipe/host_budget_ms", json!(60_001)),
+        ("/recipe/memory_bytes", json!(u64::MAX)),
+        ("/recipe/table_elements", json!(u64::MAX)),
+        ("/recipe/grants", json!(["wasi:filesystem=/"])),
+        ("/recipe/grants", json!(["everything"])),
+    ];
+    let prepare = |changes: &[(&str, Value)]| {
+        let mut forged = announced.clone();
+        changes.iter().for_each(|(at, value)| set(&mut forged, at, value.clone()));
+        two.prepare(serde_json::from_str(&forged).unwrap(), &component).map(drop)
+    };
+    for change in changes {
+        let prepared = prepare(std::slice::from_ref(&change));
+        assert!(prepared.is_err(), "{change:?}");
+    }
+    let clamped =
+        ["/recipe/requests_per_lane", "/recipe/handle_limit", "/recipe/mapped_handles", "/recipe/mapped_bytes"];
+    let clamped: Vec<_> = clamped.into_iter().map(|at| (at, json!(u64::MAX))).collect();
+    prepare(&clamped).unwrap();
+    prepare(&[("/recipe/reconnect", day.clone()), ("/recipe/restarts/1/2", day)]).unwrap();
+    // Whoever loads is not believed more.
+    let wait = Duration::from_secs(86_401);
+    let sim = Sim::new(Options { storage: Storage::Memory(1 << 20), ..Options::default() }).unwrap();
+    let mut spec = LoadSpec::new("b", crate::component("virtio-blk"), Box::new(sim.transport(Drive::Threads).unwrap()));
+    spec.reconnect = Some(Reconnect { wait, open: reopen(&address) });
+    assert!(matches!(one.load(spec), Err(LoadError::Bounds(_))));
+    bed.ends_clean(&one, &binding);
+}
+
+#[test]
+fn a_binding_whose_control_lane_broke_down_for_good_over_the_export_stays() {
+    let (bed, one) = (Bed::new(1), manager());
+    let binding = bed.load_as(&one, 1, "test/trap-suspend", |spec| spec.restarts = None);
+    match one.hand_over(DEADLINE) {
+        Err(HandOverError::NotDrained { reason, .. }) => assert!(reason.contains("broke down"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while binding.phase() != Phase::Detached {
+        assert!(Instant::now() < deadline, "it leaves, as without this");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn nothing_is_committed_once_clients_wait_no_longer() {
+    let (bed, one) = (Bed::new(1), manager());
+    let binding = bed.load(&one, 1);
+    let handle = open(&binding, 0);
+    // They are held for a while longer than that.
+    let over = one.hand_over(Duration::from_secs(1)).unwrap();
+    assert!(over.is_whole());
+    let mut requests =
+        vec![IoRequest { user: 1, op: IoOp::Flush, offset: 0, length: 0, flags: IoFlags::default(), buffer: None }];
+    let deadline = Instant::now() + PATIENCE;
+    while handle.submit(&mut requests) == Err(SubmitError::Held) {
+        assert!(Instant::now() < deadline, "held for ever");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!over.is_whole());
+    drop(over);
+    let mut out = Vec::new();
+    while out.is_empty() {
+        assert!(Instant::now() < deadline, "not answered");
+        handle.poll(false, &mut out);
+    }
+    drop(handle);
     bed.ends_clean(&one, &binding);
 }

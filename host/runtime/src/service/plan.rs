@@ -5,7 +5,8 @@ use crate::bindings::exports::cofferdam::driver::driver as wit_driver;
 use crate::fault::GuestFault;
 
 const MAX_QUEUES: usize = 64;
-const MAX_STATE_BYTES: usize = 4096;
+/// Most bytes of [`Attachment::state`] and of [`ExportedState::bytes`].
+pub const MAX_STATE_BYTES: usize = 4096;
 const MAX_ORDINARY_BYTES: usize = 64;
 /// Bytes of a posted buffer, of a data lane's and of the control lane's.
 const MAX_BUFFER_BYTES: u32 = 65_536;

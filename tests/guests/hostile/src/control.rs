@@ -86,7 +86,11 @@ impl VirtioDriver for Hostile {
         if behaviour() == "trap-config-changed" {
             panic!("this driver panics in config-changed");
         }
-        self.inner.config_changed(device)
+        self.inner.config_changed(device)?;
+        if behaviour() == "trap-attach-24m" && self.inner.properties().capacity_bytes == 24 << 20 {
+            panic!("this driver panics when its disk has 24 MiB");
+        }
+        Ok(())
     }
 
     fn suspend(&self) -> ExportedState {

@@ -23,7 +23,7 @@ const DEPTH: u64 = 8;
 
 /// What a client saw.
 #[derive(Debug, Default)]
-struct Seen {
+pub(crate) struct Seen {
     requests: u64,
     longest: Duration,
 }
@@ -66,7 +66,7 @@ fn work(socket: &Path, client: u64, stop: &AtomicBool, at_work: &AtomicU64) -> S
 }
 
 /// Runs `change` while four clients work. Each of them must have worked before it and after it, too.
-fn under_load<R>(socket: &Path, change: impl FnOnce() -> R) -> (Vec<Seen>, R) {
+pub(crate) fn under_load<R>(socket: &Path, change: impl FnOnce() -> R) -> (Vec<Seen>, R) {
     struct Stop<'a>(&'a AtomicBool);
     impl Drop for Stop<'_> {
         fn drop(&mut self) {
@@ -106,7 +106,7 @@ pub(crate) fn door(daemon: &Daemon) -> PathBuf {
 }
 
 /// The binding leaves and leaves nothing behind, and so does the daemon.
-fn is_clean(daemon: Daemon) {
+pub(crate) fn is_clean(daemon: Daemon) {
     daemon.unload("disk", &[]).assert_clean();
     assert!(!daemon.path("disk.nbd").exists(), "the last daemon removes the port's socket");
     let own = [daemon.socket(), door(&daemon)];

@@ -240,6 +240,12 @@ impl VirtioPci {
     /// See [`cofferdam_device::Transport::adopt_queue`].
     pub(super) fn take_queue(&mut self, index: u16) -> Result<Box<dyn Doorbell>, TransportError> {
         let queue = self.queues.iter().find(|queue| queue.index == index).filter(|_| self.dormant.is_some());
+        if let Some(region) = self.dormant.as_ref().and_then(|dormant| dormant.memory.first()) {
+            let Region { iova, bytes, .. } = region;
+            return Err(TransportError::Invalid(format!(
+                "the device was given {bytes} bytes at {iova:#x} that nobody has"
+            )));
+        }
         let bell = queue.map(|queue| queue.bell.handle());
         bell.ok_or_else(|| TransportError::Invalid(format!("queue {index} does not run")))
     }

@@ -199,6 +199,9 @@ fn what_does_not_fit_together_is_refused() {
         let more = descriptors[0].try_clone().unwrap();
         descriptors.push(more);
     });
+    let mut early = adopted(&bed.sim, bed.device.export().unwrap()).unwrap();
+    assert!(early.adopt_queue(2, bed.region.duplicate().unwrap()).is_err(), "it reaches memory that nobody has");
+    bed.device.resume();
     let mut new = taken(&mut bed);
     let file = || bed.region.duplicate().unwrap();
     assert!(new.adopt_region(file(), bed.region.len(), bed.region.iova()).is_err(), "it was adopted already");
