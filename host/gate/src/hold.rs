@@ -24,9 +24,16 @@ pub struct Hold {
     /// Which of the gate's holds this is.
     number: u64,
     overdue: Overdue,
+    since: Instant,
 }
 
 impl Hold {
+    /// When it was about to begin: nobody was held before.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
     /// Opens the gate again.
     ///
     /// # Errors
@@ -61,11 +68,12 @@ impl Gate {
         let end = Instant::now().checked_add(bound);
         // Before anybody is held: to start a thread takes longer than many a hold.
         let seat = end.map(|_| Seat::take()).transpose().map_err(|_| HoldError::NoTimer)?;
+        let since = Instant::now();
         let number = self.begin_hold()?;
         if let Some((at, seat)) = end.zip(seat) {
             seat.watch(Pending { at, gate: *self, number, overdue });
         }
-        Ok(Hold { gate: *self, number, overdue })
+        Ok(Hold { gate: *self, number, overdue, since })
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) use crate::control::handover::ControlState;
 use crate::control::hint::Hint;
 use crate::control::queues::LiveWindow;
 pub(crate) use crate::control::queues::{ControlQueues, SharedQueues};
-use crate::device::DeviceWindow;
+use crate::device::{ConfigCopy, DeviceWindow};
 use crate::error::ControlError;
 use crate::events::EventKind;
 use crate::offer::Offer;
@@ -60,6 +60,8 @@ pub(crate) struct Control {
     pub(crate) crash: u64,
     /// The number of what its instance is made of.
     pub(crate) made_of: u64,
+    /// How often the device's configuration may have changed.
+    pub(crate) changes: u64,
     pub(crate) arena_bytes: u64,
     pub(crate) max_lease_bytes: u32,
     /// Queues of its own.
@@ -102,11 +104,13 @@ impl Control {
             lane_limit: *lane_limit,
             ring_limit: *ring_limit,
             attachment: attachment.clone(),
+            copy: None,
         }
     }
 
     /// Has an instance attach to the device that came back, which has been negotiated with and nothing else: what it says, and what the device can do.
-    pub(crate) fn attach_returned(&self, instance: &mut Instance) -> Result<(Attachment, Offer), CallError> {
+    pub(crate) fn attach_returned(&mut self, instance: &mut Instance) -> Result<(Attachment, Offer), CallError> {
+        self.changes += 1;
         let attachment = self.running().attach(instance)?;
         Ok((attachment, self.offer_of(instance.properties()?)))
     }
@@ -129,6 +133,7 @@ impl Control {
 
     /// Tells the driver what the device said, and asks it what the device can do now. `None`: the device is on its way out.
     fn ask(&mut self, changed: bool) -> Result<Option<Offer>, ControlError> {
+        self.changes += u64::from(changed);
         let Some(transport) = self.transport.upgrade() else { return Ok(None) };
         let window = DeviceWindow::new(transport, self.lane_limit, self.ring_limit, Arc::clone(&self.negotiated));
         let told = if changed { self.instance.config_changed(Box::new(window)) } else { Ok(()) };
@@ -181,9 +186,15 @@ pub(crate) struct Running {
     lane_limit: u16,
     ring_limit: u16,
     attachment: Attachment,
+    copy: Option<Arc<ConfigCopy>>,
 }
 
 impl Running {
+    /// The same, with what is read of its configuration kept in `copy`, and taken from it if it is there.
+    pub(crate) fn with(self, copy: Option<Arc<ConfigCopy>>) -> Running {
+        Running { copy, ..self }
+    }
+
     /// Has an instance attach to it.
     fn attach(&self, instance: &mut Instance) -> Result<Attachment, CallError> {
         self.check(instance.attach(self.window()?)?)
@@ -198,7 +209,8 @@ impl Running {
         let gone = || CallError::Driver(DriverError::Host("the device is on its way out".to_owned()));
         let transport = self.transport.upgrade().ok_or_else(gone)?;
         let features = self.attachment.features;
-        Ok(Box::new(DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features)))
+        let window = DeviceWindow::adopting(transport, self.lane_limit, self.ring_limit, features);
+        Ok(Box::new(window.with(self.copy.clone())))
     }
 
     /// What it plans has to be what is set up.

@@ -25,6 +25,37 @@ pub(crate) fn host_features(offered: u64) -> u64 {
     offered & (F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC)
 }
 
+/// Reads that a [`ConfigCopy`] keeps.
+const COPIED_READS: usize = 16;
+
+/// What one instance read of the configuration of a device that runs, for another that reads the same: a backend is a process, and may take as long to answer as it has to wait for a core.
+#[derive(Default)]
+pub(crate) struct ConfigCopy {
+    /// How often the device had changed its configuration before.
+    pub(crate) changes: u64,
+    /// Offset and bytes.
+    reads: Mutex<Vec<(u32, Vec<u8>)>>,
+}
+
+impl ConfigCopy {
+    pub(crate) fn new(changes: u64) -> ConfigCopy {
+        ConfigCopy { changes, reads: Mutex::default() }
+    }
+
+    fn find(&self, offset: u32, length: u32) -> Option<Vec<u8>> {
+        let reads = self.reads.lock();
+        let same = reads.iter().find(|(start, bytes)| *start == offset && bytes.len() == length as usize);
+        same.map(|(_, bytes)| bytes.clone())
+    }
+
+    fn keep(&self, offset: u32, bytes: &[u8]) {
+        let mut reads = self.reads.lock();
+        if reads.len() < COPIED_READS {
+            reads.push((offset, bytes.to_vec()));
+        }
+    }
+}
+
 /// What `virtio.device` is behind the border.
 pub(crate) struct DeviceWindow {
     transport: SharedTransport,
@@ -35,6 +66,8 @@ pub(crate) struct DeviceWindow {
     negotiated: Arc<Mutex<Option<u64>>>,
     /// What an earlier driver negotiated of a device that runs: all that is on offer, and to be taken whole.
     adopted: Option<u64>,
+    /// What is known of its configuration already, and kept of what is read.
+    copy: Option<Arc<ConfigCopy>>,
 }
 
 impl DeviceWindow {
@@ -44,7 +77,7 @@ impl DeviceWindow {
         ring_limit: u16,
         negotiated: Arc<Mutex<Option<u64>>>,
     ) -> DeviceWindow {
-        DeviceWindow { transport, lane_limit, ring_limit, negotiated, adopted: None }
+        DeviceWindow { transport, lane_limit, ring_limit, negotiated, adopted: None, copy: None }
     }
 
     /// A device that runs with `features`, as a driver sees it that takes another one's place: it attaches as to any device, and nothing of that reaches the device but
@@ -56,7 +89,12 @@ impl DeviceWindow {
         features: u64,
     ) -> DeviceWindow {
         let negotiated = Arc::new(Mutex::new(None));
-        DeviceWindow { transport, lane_limit, ring_limit, negotiated, adopted: Some(features) }
+        DeviceWindow { transport, lane_limit, ring_limit, negotiated, adopted: Some(features), copy: None }
+    }
+
+    /// The same, with what is read of its configuration kept in `copy`, and taken from it if it is there.
+    pub(crate) fn with(self, copy: Option<Arc<ConfigCopy>>) -> DeviceWindow {
+        DeviceWindow { copy, ..self }
     }
 }
 
@@ -114,8 +152,14 @@ impl DeviceCapability for DeviceWindow {
         if self.negotiated.lock().is_none() {
             return Err(DeviceError::OutOfOrder("negotiate comes before read-config".into()));
         }
+        if let Some(bytes) = self.copy.as_ref().and_then(|copy| copy.find(offset, length)) {
+            return Ok(bytes);
+        }
         let mut bytes = vec![0; length as usize];
         self.transport.lock().read_config(offset, &mut bytes).map_err(|e| device_error(&e))?;
+        if let Some(copy) = &self.copy {
+            copy.keep(offset, &bytes);
+        }
         Ok(bytes)
     }
 

@@ -301,6 +301,7 @@ pub(crate) fn build(
             attachment,
             is_down: false,
             crash: 0,
+            changes: 0,
             made_of: 0,
             arena_bytes,
             max_lease_bytes,

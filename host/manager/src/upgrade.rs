@@ -21,7 +21,8 @@ use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
 use crate::binding::Binding;
-use crate::control::Control;
+use crate::control::Running;
+use crate::device::ConfigCopy;
 use crate::error::{LoadError, UpgradeError};
 use crate::events::EventKind;
 use crate::ladder::micros;
@@ -205,9 +206,10 @@ impl Binding {
         }
         let lanes = &serving.lanes;
         // A directory of the host's is not for throwing away what was done in it.
-        if !self.recipe.get().is_some_and(|recipe| recipe.grants_directory) {
-            self.rehearse(&maker, lanes).map_err(|error| refused(&error))?;
-        }
+        let copy = match self.recipe.get() {
+            Some(recipe) if recipe.grants_directory => None,
+            _ => self.rehearse(&maker, lanes).map_err(|error| refused(&error))?,
+        };
         // After that: the latest instance of a lane is the one whose calls a report tells.
         let mut control = maker.make(self, LaneId::Control).map_err(|error| refused(&error))?;
         let made: Result<Vec<Instance>, _> =
@@ -215,10 +217,10 @@ impl Binding {
         let made = made.map_err(|error| refused(&error))?;
         let prepare = begun.elapsed();
 
-        let held = Instant::now();
-        let until = held + deadline;
         let late = || UpgradeError::Deadline { binding: self.name().to_owned(), deadline };
         let hold = self.gate().hold_for(deadline + LATE, Overdue::Open).map_err(|_| self.not_exchangeable())?;
+        let held = hold.since();
+        let until = held + deadline;
         let mut locked = self.control.lock_until(until).ok_or_else(late)?;
         let current = locked.as_mut().filter(|control| !control.is_down).ok_or_else(|| self.not_exchangeable())?;
         let mut leases = Vec::with_capacity(lanes.len());
@@ -232,7 +234,10 @@ impl Binding {
         // Nobody is in the driver. A hint that cannot be had is none.
         let hint = current.instance.suspend().unwrap_or_default();
         let mut told = false;
-        let attempt = take_over(current, &mut control, made, lanes, &hint).and_then(|(state, drivers)| {
+        // What the device has announced since will be passed on to the new one.
+        let copy = copy.filter(|copy| copy.changes == current.changes);
+        let running = current.running().with(copy);
+        let attempt = take_over(&running, &mut control, made, lanes, &hint).and_then(|(state, drivers)| {
             // The last step, because the device hears of it.
             told = true;
             Ok((current.live_with(&mut control)?, state, drivers))
@@ -274,20 +279,21 @@ impl Binding {
     }
 
     /// Has instances that are thrown away do what those that take over will be asked while clients are held, but for the hint. What refuses, traps or hangs does so here already; and machine code that all of
-    /// them share is in memory afterwards.
-    fn rehearse(&self, maker: &Maker, lanes: &[Arc<Lane>]) -> Result<(), RehearsalError> {
+    /// them share is in memory afterwards. What they read of the device's configuration is kept for those that follow.
+    fn rehearse(&self, maker: &Maker, lanes: &[Arc<Lane>]) -> Result<Option<Arc<ConfigCopy>>, RehearsalError> {
         let mut control = maker.make(self, LaneId::Control)?;
-        let running = {
+        let (running, copy) = {
             let locked = self.control.lock_until(Instant::now() + LATE);
-            let Some(locked) = locked.as_ref().and_then(|locked| locked.as_ref()) else { return Ok(()) };
-            locked.running()
+            let Some(locked) = locked.as_ref().and_then(|locked| locked.as_ref()) else { return Ok(None) };
+            let copy = Arc::new(ConfigCopy::new(locked.changes));
+            (locked.running().with(Some(Arc::clone(&copy))), copy)
         };
         // Not under the lock: what hangs here holds up no call of the control lane that serves.
         let attachment = running.resume(&mut control, &ExportedState::default())?;
         if let Some(lane) = lanes.first() {
             maker.make(self, LaneId::Data(lane.number()))?.start(&lane.setup(&attachment.state))?;
         }
-        Ok(())
+        Ok(Some(copy))
     }
 
     /// Lets the old driver be called often enough to be measured, if it is called at all. Nobody is held.
@@ -349,13 +355,13 @@ impl Binding {
 
 /// Has the new instances take over, and says what the control lane's tells the data lanes'; nothing of the old ones is touched.
 fn take_over(
-    current: &Control,
+    running: &Running,
     control: &mut Instance,
     made: Vec<Instance>,
     lanes: &[Arc<Lane>],
     hint: &ExportedState,
 ) -> Result<(Vec<u8>, Vec<Instance>), CallError> {
-    let attachment = current.running().resume(control, hint)?;
+    let attachment = running.resume(control, hint)?;
     let mut drivers = Vec::with_capacity(made.len());
     for (mut driver, lane) in made.into_iter().zip(lanes) {
         driver.start(&lane.setup(&attachment.state))?;

@@ -1,9 +1,12 @@
 //! Another component in the place of a driver, under its clients; and what brings the old one back.
 
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
+use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
     Binding, Config, EventKind, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, Outcome, Phase, SubmitError,
     UnloadOptions, UpgradeError, UpgradeReport, UpgradeSpec,
@@ -30,11 +33,21 @@ fn bed(driver: &str, lanes: u16) -> Bed {
 }
 
 fn bed_with(driver: &str, lanes: u16, change: impl FnOnce(&mut LoadSpec)) -> Bed {
+    bed_over(driver, lanes, |device| device, change)
+}
+
+fn bed_over(
+    driver: &str,
+    lanes: u16,
+    wrap: impl FnOnce(Box<dyn Transport>) -> Box<dyn Transport>,
+    change: impl FnOnce(&mut LoadSpec),
+) -> Bed {
     let cache = format!("{}/../../target/test-cache", env!("CARGO_MANIFEST_DIR"));
     let manager = Manager::new(Config { cache_dir: Some(cache.into()) }).unwrap();
     let profile = Profile { queues: lanes, ..Profile::default() };
     let sim = Sim::new(Options { profile, storage: Storage::Memory(16 << 20), ..Options::default() }).unwrap();
-    let mut spec = LoadSpec::new(driver, component(driver), Box::new(sim.transport(Drive::Threads).unwrap()));
+    let device = wrap(Box::new(sim.transport(Drive::Threads).unwrap()));
+    let mut spec = LoadSpec::new(driver, component(driver), device);
     (spec.name, spec.queues) = (Some("disk".into()), Some(lanes));
     change(&mut spec);
     let binding = manager.load(spec).unwrap();
@@ -219,6 +232,93 @@ fn a_new_driver_that_hangs_before_anybody_is_held_holds_up_no_call_of_the_one_th
         assert!(certificate.residual.is_zero() && certificate.leaked.bytes == 0, "{certificate:?}");
         assert!(upgrade.join().unwrap().is_err());
     });
+}
+
+/// The sim, slow to tell its configuration once it is told to be.
+struct Slow {
+    inner: Box<dyn Transport>,
+    is_slow: Arc<AtomicBool>,
+}
+
+const SLOW: Duration = Duration::from_millis(400);
+
+impl Transport for Slow {
+    fn address(&self) -> &str {
+        self.inner.address()
+    }
+    fn device_type(&self) -> Option<u32> {
+        self.inner.device_type()
+    }
+    fn offered_features(&self) -> u64 {
+        self.inner.offered_features()
+    }
+    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
+        self.inner.negotiate(features)
+    }
+    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
+        if self.is_slow.load(Ordering::Relaxed) {
+            std::thread::sleep(SLOW);
+        }
+        self.inner.read_config(offset, into)
+    }
+    fn max_queues(&self) -> u16 {
+        self.inner.max_queues()
+    }
+    fn max_queue_size(&self, index: u16) -> u16 {
+        self.inner.max_queue_size(index)
+    }
+    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        self.inner.map(region)
+    }
+    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
+        self.inner.setup_queue_with(setup, call)
+    }
+    fn start(&mut self) -> Result<(), TransportError> {
+        self.inner.start()
+    }
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.event_fd()
+    }
+    fn is_lost(&mut self) -> bool {
+        self.inner.is_lost()
+    }
+    fn take_config_change(&mut self) -> bool {
+        self.inner.take_config_change()
+    }
+    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
+        self.inner.quiesce(unanswered, deadline)
+    }
+    fn release(&mut self) {
+        self.inner.release();
+    }
+}
+
+#[test]
+fn nobody_is_held_for_as_long_as_a_device_takes_to_tell_its_configuration() {
+    let is_slow = Arc::new(AtomicBool::new(false));
+    let slow = Arc::clone(&is_slow);
+    let bed = bed_over("virtio-blk", 2, |inner| Box::new(Slow { inner, is_slow: slow }), |_| {});
+    is_slow.store(true, Ordering::Relaxed);
+    let report = bed.upgrade("virtio-blk", Duration::ZERO).unwrap();
+    let told = u128::from(report.prepare_micros);
+    assert!(told >= SLOW.as_micros(), "the new driver has not read the configuration at all: {report:?}");
+    assert!(u128::from(report.blackout_micros) < SLOW.as_micros(), "clients waited for the device: {report:?}");
+    is_slow.store(false, Ordering::Relaxed);
+    bed.is_clean();
+}
+
+#[test]
+fn a_configuration_that_changes_around_an_upgrade_is_known_afterwards() {
+    let bed = bed("virtio-blk", 2);
+    for turn in 1..=20 {
+        let bytes = (16 + turn) << 20;
+        std::thread::scope(|scope| {
+            scope.spawn(|| bed.sim.resize(bytes).unwrap());
+            bed.upgrade("virtio-blk", Duration::ZERO).unwrap();
+        });
+        until("the new capacity", || bed.binding.geometry().unwrap().capacity_bytes == bytes);
+    }
+    bed.is_clean();
 }
 
 #[test]

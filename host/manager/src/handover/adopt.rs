@@ -287,6 +287,7 @@ fn build(
         attachment,
         is_down: false,
         crash: 0,
+        changes: 0,
         made_of: 0,
         arena_bytes,
         max_lease_bytes,
