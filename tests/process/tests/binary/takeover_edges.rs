@@ -150,7 +150,8 @@ fn kill(process: &OwnedFd) {
 fn an_old_daemon_that_is_killed_with_its_last_word_leaves_everything_to_the_new_one() {
     let (mut daemon, _device, socket) = bed();
     let mut idle = Client::new(&socket);
-    assert_eq!(idle.write(0, &[5; BLOCK]), 0);
+    // Where the others do not write.
+    assert_eq!(idle.write(8 << 20, &[5; BLOCK]), 0);
     let (seen, ()) = under_load(&socket, || {
         for _ in 0..3 {
             let pid = Pid::from_raw(daemon.process.pid() as i32).expect("a process");
@@ -172,7 +173,7 @@ fn an_old_daemon_that_is_killed_with_its_last_word_leaves_everything_to_the_new_
         daemon.take_over();
     });
     println!("{seen:?}");
-    assert_eq!(idle.read(0, BLOCK as u32), [5; BLOCK]);
+    assert_eq!(idle.read(8 << 20, BLOCK as u32), [5; BLOCK]);
     drop(idle);
     is_clean(daemon);
 }
