@@ -246,6 +246,7 @@ fn build(
             posted: queues.posted,
             requests: recipe.requests_per_lane,
             journal: promise.as_ref().map(|promise| Journal::new(set, promise)),
+            is_adopted: true,
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
             reaper: watch.reaper(),
@@ -341,6 +342,7 @@ impl Adopted {
         if let Some(transport) = &transport {
             transport.lock().resume();
         }
+        binding.keep_queues();
         if self.owes_flush_errors {
             // Whose it is was not told: rather one too many.
             binding.open_handles().iter().for_each(|handle| handle.owe_flush_error());
@@ -360,7 +362,6 @@ impl Adopted {
             "taken over"
         );
         let watched = transport.as_ref().map_or(Ok(()), |transport| shared.watch_device(&binding, transport));
-        binding.control.look_again();
         // What the device announced to the other process and its driver has not heard of; what comes from now on is the watch's.
         let announced = transport.is_some_and(|transport| transport.lock().take_config_change());
         if !binding.pass_config_change(announced || self.owes_a_call) {
@@ -382,6 +383,14 @@ impl Drop for Adopted {
 }
 
 impl Binding {
+    /// Its queues are this process's, whose device was resumed: nothing came of an export, or what was adopted serves. Before that nobody here has touched them.
+    pub(super) fn keep_queues(&self) {
+        if let Some(serving) = self.serving.get() {
+            serving.lanes.iter().for_each(|lane| lane.keep());
+        }
+        self.control.keep();
+    }
+
     fn serving_transport(&self) -> Option<SharedTransport> {
         self.parts.lock().transport.clone()
     }

@@ -226,8 +226,10 @@ impl HandOver {
         for Held { binding, ports, hold, .. } in held {
             ports.into_iter().for_each(Port::forget);
             self.shared.forget(&binding);
-            tracing::info!(binding = binding.name(), "handed over");
+            // Handles of this process have nothing to operate on any more.
+            binding.gate().close();
             drop(hold);
+            tracing::info!(binding = binding.name(), "handed over");
         }
         count
     }
@@ -237,13 +239,10 @@ impl Drop for HandOver {
     fn drop(&mut self) {
         let _within = Within::enter();
         for Held { binding, ports, hold, dormant } in std::mem::take(&mut self.held) {
-            if let Some(serving) = binding.serving.get() {
-                serving.lanes.iter().for_each(|lane| lane.keep());
-            }
             if let Some(transport) = &dormant {
                 transport.lock().resume();
             }
-            binding.control.keep();
+            binding.keep_queues();
             // Expired, or closed by the ladder: then nobody is to be let in.
             let _ = hold.map(Hold::open);
             binding.give_ports_back(ports);

@@ -399,8 +399,7 @@ impl Inside {
     /// One look at the posted queue. What clients have let go of goes back to the device first: it fills that while the driver judges what is there.
     pub(super) fn receive(&mut self, out: &mut Arrivals) -> (Found, Option<LaneFault>) {
         self.repost();
-        let withdrawn = self.withdrawn.load(Ordering::Acquire);
-        let waits = withdrawn || self.handed_over || self.is_waiting();
+        let waits = self.keeps_off() || self.is_waiting();
         let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !waits) else {
             return (Found::default(), None);
         };
@@ -437,7 +436,7 @@ impl Inside {
 
     /// Gives the device back what clients have let go of, and what was dropped.
     pub(super) fn repost(&mut self) {
-        let stops = self.withdrawn.load(Ordering::Acquire) || self.handed_over;
+        let stops = self.keeps_off();
         let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !stops) else { return };
         if posted.post() > 0 && posted.ring.publish() {
             posted.doorbell.ring();
@@ -446,7 +445,7 @@ impl Inside {
 
     /// Asks the device to tell of the next buffer that it uses; true if one is there already.
     pub(super) fn arm_posted(&mut self) -> bool {
-        let stops = self.withdrawn.load(Ordering::Acquire) || self.handed_over || self.is_waiting();
+        let stops = self.keeps_off() || self.is_waiting();
         self.posted.as_mut().is_some_and(|posted| !stops && !posted.broken && posted.ring.arm())
     }
 }
