@@ -45,7 +45,6 @@ pub struct Adopted {
     binding: Arc<Binding>,
     shared: Arc<Shared>,
     connections: u64,
-    owes_a_call: bool,
     owes_flush_errors: bool,
     serves: bool,
 }
@@ -133,9 +132,9 @@ impl Manager {
                 return Err(host("its device is to be brought back when it is lost, and nobody says how"));
             }
         };
-        let (owes_a_call, owes_flush_errors) = (state.owes_a_call, state.owes_flush_errors);
+        let owes_flush_errors = state.owes_flush_errors;
         build(&binding, &shared, &manifest, module, maker, state, memory, transport, reconnect)?;
-        Ok(Adopted { binding, shared, connections: 0, owes_a_call, owes_flush_errors, serves: false })
+        Ok(Adopted { binding, shared, connections: 0, owes_flush_errors, serves: false })
     }
 }
 
@@ -362,9 +361,9 @@ impl Adopted {
             "taken over"
         );
         let watched = transport.as_ref().map_or(Ok(()), |transport| shared.watch_device(&binding, transport));
-        // What the device announced to the other process and its driver has not heard of; what comes from now on is the watch's.
-        let announced = transport.is_some_and(|transport| transport.lock().take_config_change());
-        if !binding.pass_config_change(announced || self.owes_a_call) {
+        // What the device announced to the other process its driver may not have heard of, and a driver that was told a hint has not looked. Where nothing changed it is one call. What comes
+        // from now on is the watch's.
+        if !binding.pass_config_change(true) {
             shared.look_again(&binding);
         }
         entered?;

@@ -388,9 +388,7 @@ impl Binding {
             buffers: memory(arena.region()),
             generation: self.generation(),
             crashes: self.crash_count(),
-            // After the transport is dormant: what it had announced until then has been passed on or goes with it.
             digest: self.code().map(|module| module.info().digest.clone()).unwrap_or_default(),
-            owes_a_call: self.control.owes_a_call(),
             unflushed: self.reconnection.get().is_some_and(Reconnection::has_unflushed),
             id: self.reconnection.get().and_then(Reconnection::id).map(|id| id.to_vec()),
             untold: self.reconnection.get().is_some_and(Reconnection::is_untold),
