@@ -146,17 +146,19 @@ pub(crate) struct Posted {
 }
 
 impl Posted {
-    /// A queue that is filled with `buffers`, all of them on the ring when this returns, and not published.
-    ///
-    pub(crate) fn new(
-        mut ring: SplitQueue,
-        doorbell: Box<dyn Doorbell>,
-        buffers: Vec<Buffer>,
-        head_bytes: u8,
-    ) -> Posted {
+    /// A queue that is filled with `buffers`, all of them on the ring when this returns. The device is not told ([`Posted::kick`]).
+    pub(crate) fn new(ring: SplitQueue, doorbell: Box<dyn Doorbell>, buffers: Vec<Buffer>, head_bytes: u8) -> Posted {
+        let mut posted = Posted::unfilled(ring, doorbell, buffers, head_bytes);
         // The device tells of the first buffer that it uses; nothing is on the ring yet.
-        let _ = ring.arm();
-        let mut posted = Posted {
+        let _ = posted.ring.arm();
+        posted.post();
+        posted.ring.publish();
+        posted
+    }
+
+    /// A queue that is to be filled with `buffers`: the ring is not touched.
+    fn unfilled(ring: SplitQueue, doorbell: Box<dyn Doorbell>, buffers: Vec<Buffer>, head_bytes: u8) -> Posted {
+        Posted {
             places: buffers.iter().map(|buffer| (buffer.iova(), buffer.len())).collect(),
             pool: Arc::new(Pool::new(buffers)),
             head_bytes,
@@ -172,10 +174,7 @@ impl Posted {
             arrivals: arrivals::Arrivals::default(),
             doorbell,
             ring,
-        };
-        posted.post();
-        posted.ring.publish();
-        posted
+        }
     }
 
     pub(crate) fn pool(&self) -> &Arc<Pool> {
