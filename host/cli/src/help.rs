@@ -40,7 +40,7 @@ Examples:
 /// `cofferdam daemon --help`.
 pub(crate) const DAEMON: &str = "\
 On SIGTERM or Ctrl-C every binding is unloaded, by force where it must be, within five seconds.
-With --takeover the daemon that serves the socket hands over everything and ends; its clients wait for a moment and see no error. What cannot be handed over (data ports with clients, networks and consoles on PCI, pinned bindings) is named, and that daemon serves on. See docs/RECOVERY.md.
+With --takeover the daemon that serves the socket hands over everything and ends; its clients wait for a moment and see no error. What cannot be handed over (data ports with clients, functions behind iommufd, pinned bindings) is named, and that daemon serves on. See docs/RECOVERY.md.
 Exit codes: 0 stopped, or another daemon has taken over; 1 failed, 2 usage.
 
 Examples:

@@ -266,12 +266,6 @@ impl ControlLane {
         *self.control.lock() = Some(control);
     }
 
-    /// Whether the device has announced something that no call has come to its end for.
-    pub(crate) fn owes_a_call(&self) -> bool {
-        let turn = self.turn.lock();
-        turn.pending || turn.changed || turn.inside
-    }
-
     /// The ladder's: nobody goes in any more. Idempotent.
     pub(crate) fn close(&self) {
         let mut turn = self.turn.lock();

@@ -81,8 +81,6 @@ struct State {
     crashes: u64,
     /// Of the component that is its driver now.
     digest: String,
-    /// The device has announced a change of its configuration that the driver has not heard of.
-    owes_a_call: bool,
     /// Writes were acknowledged that no flush has covered, in a binding whose device is brought back when it is lost.
     unflushed: bool,
     /// The disk's id, if it is to be compared when its device comes back.

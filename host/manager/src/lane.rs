@@ -97,6 +97,8 @@ pub(crate) struct LaneParts {
     pub(crate) requests: usize,
     /// For a device that is to be brought back.
     pub(crate) journal: Option<Journal>,
+    /// Its rings are another process's until [`Lane::keep`].
+    pub(crate) is_adopted: bool,
     pub(crate) binding: Weak<Binding>,
     /// Wakes who looks for faults.
     pub(crate) wake: Arc<Notify>,
@@ -155,15 +157,29 @@ impl Drop for Lease<'_> {
 
 impl Lane {
     pub(crate) fn new(parts: LaneParts) -> Lane {
-        let LaneParts { driver, queue, arena, offer, set, setup, posted, requests, journal, binding, wake, reaper } =
-            parts;
+        let LaneParts {
+            driver,
+            queue,
+            arena,
+            offer,
+            set,
+            setup,
+            posted,
+            requests,
+            journal,
+            is_adopted,
+            binding,
+            wake,
+            reaper,
+        } = parts;
         let call = queue.events.call;
         let (posted, posted_call) = posted.unzip();
         let pool = posted.as_ref().map(|posted| Arc::clone(posted.pool()));
         // Of what is filled the client is told how much, which only the response says.
         let ordinary = queue.ordinary.filter(|_| !matches!(*offer, Offer::Entropy(_)));
         let queue = Inside::queue(queue.ring, queue.events.doorbell, ordinary);
-        let inside = Inside::new(driver, queue, requests, offer, set, posted, journal);
+        let mut inside = Inside::new(driver, queue, requests, offer, set, posted, journal);
+        inside.handed_over = is_adopted;
         Lane {
             arena,
             call,
@@ -371,7 +387,8 @@ impl Lane {
 
     /// The device runs: it is told of the buffers that are posted.
     pub(crate) fn kick_posted(&self) {
-        if let Some(posted) = &self.lease().posted {
+        let lease = self.lease();
+        if let Some(posted) = lease.posted.as_ref().filter(|_| !lease.keeps_off()) {
             posted.kick();
         }
     }

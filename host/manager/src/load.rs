@@ -261,6 +261,7 @@ pub(crate) fn build(
             posted,
             requests: requests_per_lane,
             journal: promise.as_ref().map(|promise| Journal::new(set, promise)),
+            is_adopted: false,
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
             reaper: watch.reaper(),

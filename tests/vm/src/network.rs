@@ -137,12 +137,52 @@ pub fn ping(vm: &Vm, from: &str, to: &str, bytes: u32, count: u32) -> Result<()>
     // With `-w` it goes on until so many were answered; without, it would wait for the last answer no longer than for two others.
     let line = format!("ping -n -M do -i 0.01 -w 20 -s {payload} -c {count} {to}");
     let told = inside(vm, from, &line)?.stdout;
-    let mut answered: Vec<u32> = told.split("icmp_seq=").skip(1).filter_map(number).collect();
-    // Where answers are slow, more is sent. And the kernel may send what waited for the other's address behind what came later.
+    let mut answered = answered(&told);
+    // Where answers are slow, more is sent.
     answered.retain(|number| *number <= count);
-    answered.sort_unstable();
     ensure!(answered == (1..=count).collect::<Vec<_>>(), "not all {count} of {bytes} bytes are answered: {told}");
     Ok(())
+}
+
+/// Which pings are answered, by the output of ping. In order: the kernel may send what waited for the other's address behind what came later.
+fn answered(told: &str) -> Vec<u32> {
+    let mut answered: Vec<u32> = told.split("icmp_seq=").skip(1).filter_map(number).collect();
+    answered.sort_unstable();
+    answered
+}
+
+/// Pings that go on until they are stopped, a hundred in a second.
+#[derive(Debug)]
+pub struct Pings {
+    process: Running,
+}
+
+impl Pings {
+    /// Those that may be under way when they are stopped.
+    const UNDER_WAY: usize = 100;
+
+    /// Starts them.
+    ///
+    /// # Errors
+    /// When ping does not start.
+    pub fn start(vm: &Vm, from: &str, to: &str) -> Result<Pings> {
+        Ok(Pings { process: vm.spawn("ping", words(from, &format!("ping -n -i 0.01 {to}")))? })
+    }
+
+    /// Stops them; how many were answered.
+    ///
+    /// # Errors
+    /// When one was not answered, or twice, before the last that was.
+    pub fn end(self) -> Result<usize> {
+        let told = self.process.interrupt(SHORT)?.stdout;
+        let answered = answered(&told);
+        let whole = answered.iter().copied().eq(1..=answered.len() as u32);
+        ensure!(whole, "not each is answered once: {told}");
+        let summary = told.lines().find(|line| line.contains("packets transmitted"));
+        let sent = summary.and_then(number).with_context(|| format!("no summary: {told}"))? as usize;
+        ensure!(answered.len() + Pings::UNDER_WAY >= sent, "{} of {sent} are answered: {told}", answered.len());
+        Ok(answered.len())
+    }
 }
 
 /// The number that a text begins with.

@@ -89,13 +89,21 @@ impl Running {
 
     /// SIGTERM, and the end within `limit`.
     pub fn terminate(self, limit: Duration) -> Result<Output> {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).with_context(|| self.shown.clone())?;
-        self.finish(limit)
+        self.end_by(Signal::TERM, limit)
+    }
+
+    /// SIGINT, as Ctrl-C sends it, and the end within `limit`.
+    pub fn interrupt(self, limit: Duration) -> Result<Output> {
+        self.end_by(Signal::INT, limit)
     }
 
     /// SIGKILL to the process alone, and its end. What the kernel cannot end within `limit` (a process that waits for a device) is an error.
     pub fn kill(self, limit: Duration) -> Result<Output> {
-        kill_process(Pid::from_child(&self.child), Signal::KILL).with_context(|| self.shown.clone())?;
+        self.end_by(Signal::KILL, limit)
+    }
+
+    fn end_by(self, signal: Signal, limit: Duration) -> Result<Output> {
+        kill_process(Pid::from_child(&self.child), signal).with_context(|| self.shown.clone())?;
         self.finish(limit)
     }
 

@@ -50,8 +50,37 @@ impl Interrupts {
     }
 }
 
+/// What another process needs to go on with a function as it runs: see [`crate::adopt`].
+pub(crate) trait Exportable {
+    /// Whether another process could go on with the function as it runs.
+    ///
+    /// # Errors
+    /// [`NotExportable`]: what is in the way.
+    fn exportable(&self) -> Result<(), NotExportable>;
+
+    /// Duplicates of all that is open, for another process to go on with. From here on until `resume` nobody here takes an interrupt or notices anything, and `release` closes
+    /// descriptors and does nothing that the function, the kernel's driver or the other process could notice.
+    ///
+    /// # Errors
+    /// [`NotExportable`]; then `resume` has to follow.
+    fn export(&mut self) -> Result<Parcel, NotExportable>;
+
+    /// After `export`, or of a function that was adopted: this process has it. Interrupts are taken, and what came meanwhile is found; `line` is what `wire` is given for INTx, where it
+    /// was wired so.
+    fn resume(&mut self, line: Option<Interrupts>);
+
+    /// Of a function that was adopted: its region in named hugepages behind `file`.
+    ///
+    /// # Errors
+    /// `RegionError`, also when the pages are not where the function was told that they are.
+    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError>;
+
+    /// Of the same: keeps a region that the function reaches already.
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>);
+}
+
 /// One function, claimed. Everything is bounded in time; `quiet` and `release` are always legal and idempotent.
-pub(crate) trait Claimed: Send {
+pub(crate) trait Claimed: Exportable + Send {
     /// Where it is.
     fn address(&self) -> Address;
 
@@ -150,32 +179,6 @@ pub(crate) trait Claimed: Send {
 
     /// Interrupts off, bus mastering off and confirmed by reading it back; an absent function is quiet.
     fn quiet(&mut self, deadline: Instant) -> Silence;
-
-    /// Whether another process could go on with the function as it runs.
-    ///
-    /// # Errors
-    /// [`NotExportable`]: what is in the way.
-    fn exportable(&self) -> Result<(), NotExportable>;
-
-    /// Duplicates of all that is open, for another process to go on with. From here on until `resume` nobody here takes an interrupt or notices anything, and `release` closes
-    /// descriptors and does nothing that the function, the kernel's driver or the other process could notice.
-    ///
-    /// # Errors
-    /// [`NotExportable`]; then `resume` has to follow.
-    fn export(&mut self) -> Result<Parcel, NotExportable>;
-
-    /// After `export`, or of a function that was adopted: this process has it. Interrupts are taken, and what came meanwhile is found; `line` is what `wire` is given for INTx, where it
-    /// was wired so.
-    fn resume(&mut self, line: Option<Interrupts>);
-
-    /// Of a function that was adopted: its region in named hugepages behind `file`.
-    ///
-    /// # Errors
-    /// `RegionError`, also when the pages are not where the function was told that they are.
-    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError>;
-
-    /// Of the same: keeps a region that the function reaches already.
-    fn adopt_memory(&mut self, region: Arc<DmaRegion>);
 
     /// Closes everything. Holds no region afterwards.
     fn release(&mut self);

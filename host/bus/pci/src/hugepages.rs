@@ -19,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use cofferdam_device::{DmaRegion, FileName, RegionError};
@@ -75,6 +76,20 @@ pub(crate) fn found(slot: &mut Option<Hugepages>) -> io::Result<&Hugepages> {
         Some(pages) => pages,
         None => slot.insert(Hugepages::find()?),
     })
+}
+
+/// [`Hugepages::adopt`] with what is in `slot`.
+///
+/// # Errors
+/// As [`found`] and [`Hugepages::adopt`].
+pub(crate) fn adopt(
+    slot: &mut Option<Hugepages>,
+    address: Address,
+    file: OwnedFd,
+    pages: &Pages,
+) -> Result<Arc<DmaRegion>, RegionError> {
+    let io = |source| RegionError::Io { what: "finding memory in hugetlbfs that a function reaches", source };
+    found(slot).map_err(io)?.adopt(address, file, pages).map(Arc::new)
 }
 
 impl Hugepages {

@@ -8,7 +8,7 @@ use cap_std::fs::Dir;
 use cofferdam_device::{DmaRegion, FunctionIds, NotExportable, RegionError, Silence, TransportError};
 
 use crate::adopt::{self, Pages, Parcel};
-use crate::claimed::{Claimed, Interrupts, Reach};
+use crate::claimed::{Claimed, Exportable, Interrupts, Reach};
 use crate::registers::Registers;
 use crate::{Address, By, Claim, HandoverOptions, PciError, Sysfs, give_back};
 
@@ -170,6 +170,16 @@ impl Claimed for Leased {
         self.function.quiet(deadline)
     }
 
+    fn release(&mut self) {
+        match self.lease.take() {
+            // The kernel's driver gets it when the kernel has let it go here: to ask for that earlier would block until then.
+            Some(lease) => self.function.release_then(Box::new(lease)),
+            None => self.function.release(),
+        }
+    }
+}
+
+impl Exportable for Leased {
     fn exportable(&self) -> Result<(), NotExportable> {
         self.function.exportable()
     }
@@ -197,14 +207,6 @@ impl Claimed for Leased {
 
     fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
         self.function.adopt_memory(region);
-    }
-
-    fn release(&mut self) {
-        match self.lease.take() {
-            // The kernel's driver gets it when the kernel has let it go here: to ask for that earlier would block until then.
-            Some(lease) => self.function.release_then(Box::new(lease)),
-            None => self.function.release(),
-        }
     }
 }
 

@@ -12,10 +12,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cap_std::fs::Dir;
-use cofferdam_device::{DmaRegion, FunctionIds, NotExportable, RegionError, Silence, TransportError};
+use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
 use rustix::io::Errno;
 
-use crate::adopt::{Pages, Parcel};
 use crate::attributes::{self, Place, refused};
 use crate::bounded::Bounded;
 use crate::claimed::{self, Claimed, Interrupts, Reach};
@@ -301,27 +300,6 @@ impl Claimed for UioFunction {
         };
         let written = self.resets.run("uio-reset", deadline, move || rustix::io::write(&file, b"1"));
         crate::config::done("reset", written.map_err(|_| TransportError::Timeout)?, 1)
-    }
-
-    fn exportable(&self) -> Result<(), NotExportable> {
-        self.check_exportable()
-    }
-
-    fn export(&mut self) -> Result<Parcel, NotExportable> {
-        self.export_all()
-    }
-
-    fn resume(&mut self, line: Option<Interrupts>) {
-        self.go_on(line);
-    }
-
-    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError> {
-        let io = |source| RegionError::Io { what: "finding memory that a function reaches through uio", source };
-        hugepages::found(&mut self.hugepages).map_err(io)?.adopt(self.address, file, pages).map(Arc::new)
-    }
-
-    fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
-        self.regions.push(region);
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_device::dma::PAGE_BYTES;
-use cofferdam_device::{DmaRegion, FunctionIds, NotExportable, RegionError, Silence, TransportError};
+use cofferdam_device::{DmaRegion, FunctionIds, RegionError, Silence, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio as v;
@@ -28,7 +28,6 @@ use self::device::{Device, Region};
 use self::iommu::IommuBackend;
 use self::msix::Table;
 use crate::Address;
-use crate::adopt::{Pages, Parcel};
 use crate::bounded::Bounded;
 use crate::claimed::{self, Claimed, Interrupts, Reach};
 use crate::config::ConfigSpace;
@@ -347,27 +346,6 @@ impl Claimed for VfioFunction {
             }
             Ok(outcome) => outcome.map_err(io("VFIO_DEVICE_RESET")),
         }
-    }
-
-    fn exportable(&self) -> Result<(), NotExportable> {
-        self.check_exportable()
-    }
-
-    fn export(&mut self) -> Result<Parcel, NotExportable> {
-        self.export_all()
-    }
-
-    fn resume(&mut self, line: Option<Interrupts>) {
-        self.go_on(line);
-    }
-
-    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError> {
-        let io = |source| RegionError::Io { what: "finding memory that a function reaches through vfio", source };
-        hugepages::found(&mut self.hugepages).map_err(io)?.adopt(self.address, file, pages).map(Arc::new)
-    }
-
-    fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
-        self.mapped.push(region);
     }
 
     fn quiet(&mut self, _: Instant) -> Silence {

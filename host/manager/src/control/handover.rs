@@ -20,11 +20,11 @@ pub(crate) struct ControlState {
 }
 
 impl ControlQueues {
-    /// Queues that another process exported. Nothing is posted: what this driver was not told of is still on the ring.
+    /// Queues that another process exported, and that are its own until [`ControlLane::keep`]. Nothing is posted: what this driver was not told of is still on the ring.
     pub(crate) fn adopt(commands: Fresh, posted: Option<(SplitQueue, QueueEvents, Vec<Buffer>)>) -> ControlQueues {
         let queue = |(ring, events)| Queue { ring, events };
         let posted = posted.map(|(ring, events, buffers)| Posted { queue: queue((ring, events)), buffers });
-        ControlQueues { commands: Some(queue(commands)), posted, given_up: None, is_away: false, handed_over: false }
+        ControlQueues { commands: Some(queue(commands)), posted, given_up: None, is_away: false, handed_over: true }
     }
 
     /// Everything of them, with doorbell and call descriptor of each. From here on they are not touched, until [`ControlLane::keep`].
@@ -56,7 +56,7 @@ impl Control {
 }
 
 impl ControlLane {
-    /// The queues are this process's: nothing came of an export, or what was adopted serves.
+    /// The queues are this process's: nothing came of an export, or what was adopted serves. What the device said meanwhile, or to the process before this one, may not have been taken.
     pub(crate) fn keep(&self) {
         let queues = self.queues.lock().clone();
         if let Some(queues) = queues {
@@ -65,12 +65,6 @@ impl ControlLane {
                 queues.look_again();
             }
         }
-    }
-
-    /// What the device said to the process before this one may not have been taken.
-    pub(crate) fn look_again(&self) {
-        let queues = self.queues.lock().clone();
-        queues.iter().for_each(|queues| queues.lock().look_again());
     }
 }
 

@@ -84,7 +84,7 @@ impl ControlQueues {
 
     /// The device runs: it is told that there are buffers.
     pub(crate) fn kick(&self) {
-        if let Some(posted) = &self.posted {
+        if let Some(posted) = self.posted.as_ref().filter(|_| !self.handed_over) {
             posted.queue.events.doorbell.ring();
         }
     }

@@ -45,7 +45,6 @@ pub struct Adopted {
     binding: Arc<Binding>,
     shared: Arc<Shared>,
     connections: u64,
-    owes_a_call: bool,
     owes_flush_errors: bool,
     serves: bool,
 }
@@ -135,9 +134,9 @@ impl Manager {
                 return Err(host("its device is to be brought back when it is lost, and nobody says how"));
             }
         };
-        let (owes_a_call, owes_flush_errors) = (state.owes_a_call, state.owes_flush_errors);
+        let owes_flush_errors = state.owes_flush_errors;
         build(&binding, &shared, &manifest, module, maker, state, memory, transport, reconnect)?;
-        Ok(Adopted { binding, shared, connections: 0, owes_a_call, owes_flush_errors, serves: false })
+        Ok(Adopted { binding, shared, connections: 0, owes_flush_errors, serves: false })
     }
 }
 
@@ -248,6 +247,7 @@ fn build(
             posted: queues.posted,
             requests: recipe.requests_per_lane,
             journal: promise.as_ref().map(|promise| Journal::new(set, promise)),
+            is_adopted: true,
             binding: Arc::downgrade(binding),
             wake: watch.waker(),
             reaper: watch.reaper(),
@@ -345,6 +345,7 @@ impl Adopted {
         if let Some(transport) = &transport {
             transport.lock().resume();
         }
+        binding.keep_queues();
         if self.owes_flush_errors {
             // Whose it is was not told: rather one too many.
             binding.open_handles().iter().for_each(|handle| handle.owe_flush_error());
@@ -364,10 +365,9 @@ impl Adopted {
             "taken over"
         );
         let watched = transport.as_ref().map_or(Ok(()), |transport| shared.watch_device(&binding, transport));
-        binding.control.look_again();
-        // What the device announced to the other process and its driver has not heard of; what comes from now on is the watch's.
-        let announced = transport.is_some_and(|transport| transport.lock().take_config_change());
-        if !binding.pass_config_change(announced || self.owes_a_call) {
+        // What the device announced to the other process its driver may not have heard of, and a driver that was told a hint has not looked. Where nothing changed it is one call. What comes
+        // from now on is the watch's.
+        if !binding.pass_config_change(true) {
             shared.look_again(&binding);
         }
         entered?;
@@ -386,6 +386,14 @@ impl Drop for Adopted {
 }
 
 impl Binding {
+    /// Its queues are this process's, whose device was resumed: nothing came of an export, or what was adopted serves. Before that nobody here has touched them.
+    pub(super) fn keep_queues(&self) {
+        if let Some(serving) = self.serving.get() {
+            serving.lanes.iter().for_each(|lane| lane.keep());
+        }
+        self.control.keep();
+    }
+
     fn serving_transport(&self) -> Option<SharedTransport> {
         self.parts.lock().transport.clone()
     }

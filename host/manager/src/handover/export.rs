@@ -235,8 +235,10 @@ impl HandOver {
         for Held { binding, ports, hold, .. } in held {
             ports.into_iter().for_each(Port::forget);
             self.shared.forget(&binding);
-            tracing::info!(binding = binding.name(), "handed over");
+            // Handles of this process have nothing to operate on any more.
+            binding.gate().close();
             drop(hold);
+            tracing::info!(binding = binding.name(), "handed over");
         }
         count
     }
@@ -246,13 +248,10 @@ impl Drop for HandOver {
     fn drop(&mut self) {
         let _within = Within::enter();
         for Held { binding, ports, hold, dormant } in std::mem::take(&mut self.held) {
-            if let Some(serving) = binding.serving.get() {
-                serving.lanes.iter().for_each(|lane| lane.keep());
-            }
             if let Some(transport) = &dormant {
                 transport.lock().resume();
             }
-            binding.control.keep();
+            binding.keep_queues();
             // Expired, or closed by the ladder: then nobody is to be let in.
             let _ = hold.map(Hold::open);
             binding.give_ports_back(ports);
@@ -400,9 +399,7 @@ impl Binding {
             buffers: memory(arena.region()),
             generation: self.generation(),
             crashes: self.crash_count(),
-            // After the transport is dormant: what it had announced until then has been passed on or goes with it.
             digest: self.code().map(|module| module.info().digest.clone()).unwrap_or_default(),
-            owes_a_call: self.control.owes_a_call(),
             unflushed: self.reconnection.get().is_some_and(Reconnection::has_unflushed),
             id: self.reconnection.get().and_then(Reconnection::id).map(|id| id.to_vec()),
             untold: self.reconnection.get().is_some_and(Reconnection::is_untold),

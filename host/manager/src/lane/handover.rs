@@ -105,7 +105,7 @@ pub(crate) fn channels(doorbell: &dyn Doorbell, call: BorrowedFd<'_>) -> Result<
 }
 
 impl Lane {
-    /// The lane is this process's: nothing came of an export, or what was adopted serves.
+    /// The rings are this process's: nothing came of an export, or what was adopted serves.
     pub(crate) fn keep(&self) {
         if std::mem::take(&mut self.lease().handed_over) {
             // Whoever takes what arrives may have looked meanwhile, and was not told.
@@ -123,8 +123,8 @@ impl Vacant<'_> {
         inside.ledger.len() == 0 && nothing_waits && on_ring == 0
     }
 
-    /// The state of an empty lane, and of each of its queues the doorbell and the call descriptor. From here on nobody in this process touches rings or descriptors, also not to look, until
-    /// [`Lane::keep`].
+    /// The state of an empty lane, and of each of its queues the doorbell and the call descriptor. From here on nobody in this process touches rings or descriptors, also not to look, and
+    /// requests are held, until [`Lane::keep`].
     pub(crate) fn export(&mut self, lane: &Lane) -> Result<(LaneState, Vec<OwnedFd>), String> {
         let (ring, bell) = self.0.ring.as_ref().zip(self.0.doorbell.as_ref()).ok_or("its rings are gone")?;
         let requests = EmptyState::of(ring)?;

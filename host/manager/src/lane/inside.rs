@@ -43,7 +43,7 @@ pub(super) struct Inside {
     /// Checked chains that found no room on the ring, in order. Bounded by the ledger.
     pub(super) parked: VecDeque<ChainBuf>,
     pub(super) device_fault: Option<DeviceFault>,
-    /// Another process may have the ring: nobody touches it.
+    /// Another process may have the rings: nobody touches them, also not to look.
     pub(super) handed_over: bool,
     /// Whether the driver may be called.
     pub(super) health: Health,
@@ -414,7 +414,7 @@ impl Inside {
     /// Moves parked chains to the ring while there is room; how many.
     pub(super) fn unpark(&mut self) -> usize {
         let mut moved = 0;
-        if self.withdrawn.load(Ordering::Acquire) || self.health == Health::Away {
+        if self.keeps_off() || self.health == Health::Away {
             return moved;
         }
         while let (Some(parked), Some(ring)) = (self.parked.front(), &mut self.ring) {
@@ -449,13 +449,15 @@ impl Inside {
         withdrawn
     }
 
+    /// Whether nothing may be given to the device: the ladder has begun to silence it, or another process may have it.
+    pub(super) fn keeps_off(&self) -> bool {
+        self.handed_over || self.withdrawn.load(Ordering::Acquire)
+    }
+
     /// Makes what was added visible, and tells the device if it wants to be told.
     pub(super) fn ring_doorbell(&mut self) {
-        let (Some(ring), Some(doorbell), false) =
-            (&mut self.ring, &self.doorbell, self.withdrawn.load(Ordering::Acquire))
-        else {
-            return;
-        };
+        let keeps_off = self.keeps_off();
+        let (Some(ring), Some(doorbell), false) = (&mut self.ring, &self.doorbell, keeps_off) else { return };
         // Of one request at a time the device is always asked to notify, also where the client only looks. What sending the notification takes is time in which the next
         // request comes, and a device that looks once more before it sleeps (qemu-storage-daemon) finds it: without, each request waits for a kick and a wake-up. From
         // four in flight it costs a third (measured in docs/PERFORMANCE.md).

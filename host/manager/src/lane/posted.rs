@@ -146,17 +146,19 @@ pub(crate) struct Posted {
 }
 
 impl Posted {
-    /// A queue that is filled with `buffers`, all of them on the ring when this returns, and not published.
-    ///
-    pub(crate) fn new(
-        mut ring: SplitQueue,
-        doorbell: Box<dyn Doorbell>,
-        buffers: Vec<Buffer>,
-        head_bytes: u8,
-    ) -> Posted {
+    /// A queue that is filled with `buffers`, all of them on the ring when this returns. The device is not told ([`Posted::kick`]).
+    pub(crate) fn new(ring: SplitQueue, doorbell: Box<dyn Doorbell>, buffers: Vec<Buffer>, head_bytes: u8) -> Posted {
+        let mut posted = Posted::unfilled(ring, doorbell, buffers, head_bytes);
         // The device tells of the first buffer that it uses; nothing is on the ring yet.
-        let _ = ring.arm();
-        let mut posted = Posted {
+        let _ = posted.ring.arm();
+        posted.post();
+        posted.ring.publish();
+        posted
+    }
+
+    /// A queue that is to be filled with `buffers`: the ring is not touched.
+    fn unfilled(ring: SplitQueue, doorbell: Box<dyn Doorbell>, buffers: Vec<Buffer>, head_bytes: u8) -> Posted {
+        Posted {
             places: buffers.iter().map(|buffer| (buffer.iova(), buffer.len())).collect(),
             pool: Arc::new(Pool::new(buffers)),
             head_bytes,
@@ -172,10 +174,7 @@ impl Posted {
             arrivals: arrivals::Arrivals::default(),
             doorbell,
             ring,
-        };
-        posted.post();
-        posted.ring.publish();
-        posted
+        }
     }
 
     pub(crate) fn pool(&self) -> &Arc<Pool> {
@@ -399,8 +398,7 @@ impl Inside {
     /// One look at the posted queue. What clients have let go of goes back to the device first: it fills that while the driver judges what is there.
     pub(super) fn receive(&mut self, out: &mut Arrivals) -> (Found, Option<LaneFault>) {
         self.repost();
-        let withdrawn = self.withdrawn.load(Ordering::Acquire);
-        let waits = withdrawn || self.handed_over || self.is_waiting();
+        let waits = self.keeps_off() || self.is_waiting();
         let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !waits) else {
             return (Found::default(), None);
         };
@@ -437,7 +435,7 @@ impl Inside {
 
     /// Gives the device back what clients have let go of, and what was dropped.
     pub(super) fn repost(&mut self) {
-        let stops = self.withdrawn.load(Ordering::Acquire) || self.handed_over;
+        let stops = self.keeps_off();
         let Some(posted) = self.posted.as_mut().filter(|posted| !posted.broken && !stops) else { return };
         if posted.post() > 0 && posted.ring.publish() {
             posted.doorbell.ring();
@@ -446,7 +444,7 @@ impl Inside {
 
     /// Asks the device to tell of the next buffer that it uses; true if one is there already.
     pub(super) fn arm_posted(&mut self) -> bool {
-        let stops = self.withdrawn.load(Ordering::Acquire) || self.handed_over || self.is_waiting();
+        let stops = self.keeps_off() || self.is_waiting();
         self.posted.as_mut().is_some_and(|posted| !stops && !posted.broken && posted.ring.arm())
     }
 }

@@ -84,6 +84,8 @@ impl Inside {
     /// Why nothing is taken, if it is not.
     pub(super) fn why_not(&self) -> Option<Stop> {
         match self.health {
+            // It may come back, or the binding is revoked.
+            _ if self.handed_over => Some(Stop::Refused(HandleRefused::Held)),
             Health::Works if self.device_fault.is_none() && self.driver.is_some() => None,
             Health::Refuses => None,
             Health::Waits | Health::Away => Some(Stop::Refused(HandleRefused::Held)),

@@ -176,6 +176,25 @@ fn a_device_that_is_brought_back_when_it_is_lost_still_is_and_unflushed_writes_a
 }
 
 #[test]
+fn a_change_of_the_configuration_that_nobody_was_told_of_is_found_by_whoever_takes_over() {
+    let (bed, one, two) = (Bed::new(1), manager(), manager());
+    let first = bed.load(&one, 1);
+    let mut over = hand_over(&one).unwrap();
+    let mut adopted = adopt(&two, &mut over).unwrap();
+    // Its driver has looked by now. Behind a socket this device has no message for it, as one that told the process before.
+    bed.sim.resize(32 << 20).unwrap();
+    assert_eq!(over.0.commit(), 1);
+    drop(first);
+    let second = adopted.remove(0).serve(Duration::ZERO).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while second.geometry().unwrap().capacity_bytes != 32 << 20 {
+        assert!(Instant::now() < deadline, "its driver was not told");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    bed.ends_clean(&two, &second);
+}
+
+#[test]
 fn it_goes_on_and_on_also_when_the_ring_wraps() {
     let (bed, mut manager_now) = (Bed::new(1), manager());
     let mut binding = bed.load_as(&manager_now, 1, "virtio-blk", |spec| spec.ring_entries = 16);

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use cofferdam_bus_vhost_user::VhostUser;
 use cofferdam_manager::{
-    Arrivals, Binding, ExportedBinding, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, Offer,
-    Outcome, StreamPort, SubmitError, UnloadOptions,
+    Adopted, Arrivals, Binding, ExportedBinding, Handle, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager,
+    Offer, Outcome, StreamPort, SubmitError, UnloadOptions,
 };
 use cofferdam_sim::{
     Behaviour, ConsoleProfile, Frame, NetProfile, OnDeath, PortProfile, Server, SimConsole, SimDevice, SimNet,
@@ -64,12 +64,17 @@ fn receiver(binding: &Arc<Binding>, lane: usize) -> Handle {
     binding.open(HandleSpec { lane, receives: true, ..HandleSpec::default() }).unwrap()
 }
 
+/// A request with `payload`.
+fn request(handle: &Handle, op: IoOp, offset: u64, payload: &[u8]) -> Vec<IoRequest> {
+    let length = payload.len() as u32;
+    let buffer = handle.lease(length).unwrap();
+    buffer.write_at(0, payload).unwrap();
+    vec![IoRequest { user: 1, op, offset, length, flags: IoFlags(0), buffer: Some(buffer) }]
+}
+
 /// Sends or transmits `payload` and waits for the answer.
 fn send(handle: &Handle, op: IoOp, offset: u64, payload: &[u8]) {
-    let buffer = handle.lease(payload.len() as u32).unwrap();
-    buffer.write_at(0, payload).unwrap();
-    let length = payload.len() as u32;
-    let mut requests = vec![IoRequest { user: 1, op, offset, length, flags: IoFlags(0), buffer: Some(buffer) }];
+    let mut requests = request(handle, op, offset, payload);
     let mut out = Vec::new();
     until("an answer", || {
         match handle.submit(&mut requests) {
@@ -202,6 +207,68 @@ fn a_network_that_is_not_taken_over_in_the_end_goes_on_and_whoever_sleeps_is_wok
     }
     drop(handle);
     bed.ends_clean(&wire.sim, &one, &binding);
+}
+
+/// A handle on what was adopted, and a frame: nothing can be done with either before the commit.
+fn held(adopted: &Adopted) -> (Handle, Vec<IoRequest>) {
+    let handle = receiver(adopted.binding(), 0);
+    assert_eq!(handle.receive(true, &mut Arrivals::new()), 0);
+    handle.give_back();
+    assert_eq!(handle.poll(true, &mut Vec::new()), 0);
+    let mut requests = request(&handle, IoOp::Transmit, 0, &frame(1));
+    assert_eq!(handle.submit(&mut requests), Err(SubmitError::Held));
+    (handle, requests)
+}
+
+#[test]
+fn whoever_has_adopted_touches_no_ring_before_the_commit() {
+    let (mut wire, bed) = net(NetProfile::default());
+    let (one, two) = (manager(), manager());
+    let binding = bed.load(&one, |_| {});
+    let handle = receiver(&binding, 0);
+    let adopted_with_frames = |wire: &mut Wire| {
+        let mut over = hand_over(&one).unwrap();
+        wire.inject(10);
+        until("the device has used buffers", || wire.sim.net_stats().received == u64::from(wire.injected));
+        let adopted = adopt(&two, &mut over).unwrap().remove(0);
+        (over.0, adopted)
+    };
+    let (over, adopted) = adopted_with_frames(&mut wire);
+    drop((held(&adopted), adopted, over));
+    drop(wire.receive(&handle, 0));
+    let (over, adopted) = adopted_with_frames(&mut wire);
+    let (theirs, mut requests) = held(&adopted);
+    assert_eq!(over.commit(), 1);
+    let second = adopted.serve(Duration::ZERO).unwrap();
+    drop(wire.receive(&theirs, 0));
+    assert_eq!(theirs.submit(&mut requests), Ok(()));
+    assert!(wire.sim.wait_sent(1, PATIENCE).is_some());
+    drop((handle, binding, theirs));
+    bed.ends_clean(&wire.sim, &two, &second);
+}
+
+#[test]
+fn a_device_that_was_handed_over_is_given_nothing_and_its_handles_are_revoked() {
+    let (wire, bed) = net(NetProfile::default());
+    let (one, two) = (manager(), manager());
+    let binding = bed.load(&one, |_| {});
+    let handle = receiver(&binding, 0);
+    let manifests = one.manifests().unwrap();
+    let mut over = (one.hand_over(Duration::from_secs(1)).unwrap(), manifests);
+    let mut requests = request(&handle, IoOp::Transmit, 0, &frame(1));
+    handle.notify().clear();
+    assert_eq!(handle.submit(&mut requests), Err(SubmitError::Held));
+    // The gate holds clients for some seconds, and opens then, whatever the other one does.
+    assert!(handle.notify().wait(Some(PATIENCE)), "it is held for ever");
+    assert_eq!(handle.submit(&mut requests), Err(SubmitError::Held));
+    let mut adopted = adopt(&two, &mut over).unwrap();
+    assert_eq!(over.0.commit(), 1);
+    assert_eq!(handle.submit(&mut requests), Err(SubmitError::Revoked));
+    assert_eq!(handle.receive(true, &mut Arrivals::new()), 0);
+    drop((requests, handle, binding));
+    let second = adopted.remove(0).serve(Duration::ZERO).unwrap();
+    assert_eq!(wire.sim.sent().len(), 0);
+    bed.ends_clean(&wire.sim, &two, &second);
 }
 
 #[test]
@@ -358,6 +425,10 @@ fn what_a_console_says_of_itself_while_another_takes_over_is_heard_by_whoever_ha
     sim.add_port(2, PortProfile { name: Some("late".into()), console: false });
     let mut adopted = adopt(&two, &mut over).unwrap();
     assert!(is(adopted[0].binding(), false), "nobody has looked");
+    let told = sim.control().len();
+    let refused = adopted[0].binding().set_open(1, true).unwrap_err().to_string();
+    assert!(refused.contains("on its way to another process"), "{refused}");
+    assert_eq!(sim.control().len(), told, "the device was told something");
     assert_eq!(over.0.commit(), 1);
     drop(first);
     let second = adopted.remove(0).serve(Duration::ZERO).unwrap();

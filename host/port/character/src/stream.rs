@@ -161,8 +161,7 @@ impl<L: Line> Stream<L> {
                 return self.leave();
             }
             if self.shared.parking().is_wanted() {
-                // With nothing of its own there it does not look, either: of an adopted line the rings are another process's still.
-                while self.handle.in_flight() > 0 && self.handle.poll(true, &mut completions) > 0 {
+                while self.handle.poll(true, &mut completions) > 0 {
                     completions.drain(..).for_each(|completion| self.answered(completion));
                 }
                 if self.handle.in_flight() > 0 {

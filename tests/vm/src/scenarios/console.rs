@@ -1,6 +1,7 @@
 //! A console whose other end is a console of the kernel's, on which a person can log in: `console0` is ours, `console1` the kernel's.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -20,6 +21,9 @@ const SERIAL: &str = "/run/tty1";
 const PASSWORD: &str = "cofferdam";
 
 const PASTE_BYTES: usize = 10 << 20;
+
+/// What is read of it at a time.
+const PIECE_BYTES: usize = 64 << 10;
 
 /// How long a paste may take.
 const PASTE_LIMIT: Duration = Duration::from_secs(240);
@@ -168,9 +172,18 @@ fn noise(bytes: usize) -> Vec<u8> {
     (0..bytes as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8 ^ (at >> 16) as u8).collect()
 }
 
-/// Both sides write at the same time, and each reads what the other wrote.
 fn paste(vm: &mut Vm, via: &str) -> Result<()> {
-    let (_console, host) = load(vm, via)?;
+    paste_while(vm, via, 0, |_, _| Ok(()))
+}
+
+/// Both sides write at the same time, and each reads what the other wrote. Something is done so many times meanwhile, when as large a part of it is there on either side.
+pub(super) fn paste_while(
+    vm: &mut Vm,
+    via: &str,
+    times: usize,
+    mut meanwhile: impl FnMut(&mut Vm, &mut Host) -> Result<()>,
+) -> Result<()> {
+    let (_console, mut host) = load(vm, via)?;
     let far = port_of_kernel("console1")?.context("no port")?;
     let (sent, back) = ("/tmp/sent", "/tmp/back");
     let (noise, other) = (noise(PASTE_BYTES), noise(PASTE_BYTES + 1)[1..].to_vec());
@@ -180,13 +193,30 @@ fn paste(vm: &mut Vm, via: &str) -> Result<()> {
     let mut shell = vm.spawn("far", ["sh", "-c", &line])?;
     let terminal = Terminal::open(SERIAL)?;
     let (mut writer, mut reader) = (terminal.again()?, terminal);
-    let (wrote, read) = std::thread::scope(|scope| {
+    let come = AtomicUsize::new(0);
+    let (wrote, read, done) = std::thread::scope(|scope| {
         let writing = scope.spawn(|| writer.say(&noise, PASTE_LIMIT));
-        let read = reader.takes(PASTE_BYTES, PASTE_LIMIT);
-        (writing.join(), read)
+        let reading = scope.spawn(|| -> Result<Vec<u8>> {
+            let mut all = Vec::with_capacity(PASTE_BYTES);
+            while all.len() < PASTE_BYTES {
+                all.extend(reader.takes(PIECE_BYTES, PASTE_LIMIT)?);
+                come.store(all.len(), Ordering::Relaxed);
+            }
+            Ok(all)
+        });
+        let there = || [come.load(Ordering::Relaxed), std::fs::metadata(back).map_or(0, |file| file.len() as usize)];
+        let done = (1..=times).try_for_each(|turn| {
+            let part = PASTE_BYTES * turn / (times + 2);
+            vm.wait_until("a part of it", PASTE_LIMIT, || Ok(there().iter().all(|bytes| *bytes >= part)))?;
+            vm.step(&format!("{:?} bytes are there", there()));
+            ensure!(turn > 1 || there().iter().all(|bytes| *bytes < PASTE_BYTES), "one way has ended: {:?}", there());
+            meanwhile(vm, &mut host)
+        });
+        (writing.join(), reading.join(), done)
     });
+    done?;
     wrote.map_err(|_| anyhow::anyhow!("the writer panicked"))??;
-    let read = read?;
+    let read = read.map_err(|_| anyhow::anyhow!("the reader panicked"))??;
     ensure!(read == other, "differs at {:?}", read.iter().zip(&other).position(|(one, other)| one != other));
     vm.step(&format!("{PASTE_BYTES} bytes came from the other end"));
     vm.wait_until("the other end has read all", PASTE_LIMIT, || Ok(!shell.is_alive()?))?;

@@ -20,6 +20,7 @@ mod removal;
 mod resizes;
 mod returns;
 mod takeover;
+mod takeover_ports;
 
 use crate::vm::Vm;
 use anyhow::Result;
@@ -98,11 +99,13 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("uio", "uio_console_is_a_login_until_the_unload_hangs_up", console::login_on_uio),
         Scenario::new("uio", "uio_console_passes_10_mib_both_ways_at_once", console::paste_on_uio),
         Scenario::new("uio", "uio_console_holds_a_flood_back_and_is_unloaded_in_it", console::flood_on_uio),
+        Scenario::new("uio", "uio_console_is_served_by_one_daemon_after_the_other", takeover_ports::terminal_on_uio),
         Scenario::new("uio", "uio_random_bytes_come_from_a_fifo_and_go_to_the_pool_when_asked", entropy::on_uio),
         Scenario::new("uio", "uio_network_card_has_a_tap_interface_and_is_given_back", net::pings),
         Scenario::new("uio", "uio_network_card_carries_packets_of_full_size", net::full_sizes),
         Scenario::new("uio", "uio_network_card_is_reloaded_under_iperf3", net::reloads),
         Scenario::new("uio", "uio_network_card_loses_its_link_and_has_it_again", net::link_flaps),
+        Scenario::new("uio", "uio_network_card_is_served_by_one_daemon_after_the_other", takeover_ports::network),
         Scenario::new("uio", "uio_network_card_is_unplugged_under_pings", net_removal::unplugged),
         Scenario::new("uio", "uio_network_card_carries_iperf3_for_ten_seconds", net_traffic::ten_seconds),
         Scenario::new("uio", "uio_network_card_carries_iperf3_for_a_minute", net_traffic::a_minute).long(),
@@ -150,11 +153,13 @@ pub fn all() -> &'static [Scenario] {
         Scenario::new("vfio", "vfio_console_is_a_login_until_the_unload_hangs_up", console::login_on_vfio),
         Scenario::new("vfio", "vfio_console_passes_10_mib_both_ways_at_once", console::paste_on_vfio),
         Scenario::new("vfio", "vfio_console_holds_a_flood_back_and_is_unloaded_in_it", console::flood_on_vfio),
+        Scenario::new("vfio", "vfio_console_is_served_by_one_daemon_after_the_other", takeover_ports::terminal_on_vfio),
         Scenario::new("vfio", "vfio_random_bytes_come_from_a_fifo_and_go_to_the_pool_when_asked", entropy::on_vfio),
         Scenario::new("vfio", "vfio_network_card_has_a_tap_interface_and_is_given_back", net::pings),
         Scenario::new("vfio", "vfio_network_card_carries_packets_of_full_size", net::full_sizes),
         Scenario::new("vfio", "vfio_network_card_is_reloaded_under_iperf3", net::reloads),
         Scenario::new("vfio", "vfio_network_card_loses_its_link_and_has_it_again", net::link_flaps),
+        Scenario::new("vfio", "vfio_network_card_is_served_by_one_daemon_after_the_other", takeover_ports::network),
         Scenario::new("vfio", "vfio_network_card_is_unplugged_under_pings", net_removal::unplugged),
         Scenario::new("vfio", "vfio_network_card_carries_iperf3_for_ten_seconds", net_traffic::ten_seconds),
         Scenario::new("vfio", "vfio_network_card_carries_iperf3_for_a_minute", net_traffic::a_minute).long(),

@@ -109,7 +109,7 @@ pub(super) fn full_sizes(vm: &mut Vm) -> Result<()> {
 }
 
 /// The connections of TCP that a namespace has to iperf3's port: their other ports.
-fn connections(vm: &Vm) -> Result<Vec<u64>> {
+pub(super) fn connections(vm: &Vm) -> Result<Vec<u64>> {
     let text = inside(vm, NEAR, "cat /proc/net/tcp")?.stdout;
     let port = |address: &str| u64::from_str_radix(address.split(':').nth(1)?, 16).ok();
     let mut ports = Vec::new();
@@ -135,14 +135,14 @@ fn moved(vm: &Vm, namespace: &str, interface: &str) -> Result<u64> {
 }
 
 /// Waits until so much more has moved at the far end.
-fn until_moved(vm: &Vm, scene: &Scene, bytes: u64) -> Result<()> {
+pub(super) fn until_moved(vm: &Vm, scene: &Scene, bytes: u64) -> Result<()> {
     let far = &scene.namespaces.far;
     let before = moved(vm, FAR, far)?;
     vm.wait_until("bytes move", SHORT, || Ok(moved(vm, FAR, far)? >= before + bytes))
 }
 
 /// How much is much: more than buffers hold.
-const MUCH: u64 = 6 << 20;
+pub(super) const MUCH: u64 = 6 << 20;
 
 /// A connection of TCP stands while the driver is unloaded under it and loaded again, and is the same one after.
 pub(super) fn reloads(vm: &mut Vm) -> Result<()> {

@@ -26,7 +26,7 @@ const MORE: u64 = 50;
 const FEW_DESCRIPTORS: [u32; 3] = [40, 44, 51];
 
 /// What QEMU knows of the device and a reset would undo: its status, its features, where its rings are.
-fn as_started(vm: &mut Vm, place: &Place) -> Result<Value> {
+pub(super) fn as_started(vm: &mut Vm, place: &Place) -> Result<Value> {
     let path = format!("/machine/peripheral/{}/virtio-backend", place.id);
     let status = vm.outside("x-query-virtio-status", &json!({ "path": path }))?;
     let ring = vm.outside("x-query-virtio-queue-status", &json!({ "path": path, "queue": 0 }))?;
@@ -61,6 +61,18 @@ fn is_of(vm: &Vm, host: &Host, disk: &Function) -> Result<()> {
     Ok(())
 }
 
+/// The last daemon unloads the disk under its load: the kernel has it, and nothing is left.
+fn is_unloaded(vm: &Vm, host: &Host, disk: &Function, load: Load, free_pages: u64) -> Result<()> {
+    let certificate = host.unload(vm, "disk")?;
+    ensure!(certificate["outcome"] == "unloaded", "{certificate}");
+    // The unload's, and the first: a client that was shown wrong data says so.
+    load.ends_with_an_error(SHORT)?;
+    kernel_serves(vm, disk)?;
+    nothing_is_claimed()?;
+    ensure!(hugepage_files(disk).is_empty() && free_hugepages()? == free_pages, "huge pages are left");
+    Ok(())
+}
+
 /// Three new daemons in a row, and an unload in the last.
 fn one_after_the_other(vm: &mut Vm, place: &Place, via: &str, queues: usize) -> Result<()> {
     let disk = place.function()?;
@@ -82,13 +94,7 @@ fn one_after_the_other(vm: &mut Vm, place: &Place, via: &str, queues: usize) -> 
         ensure!(hugepage_files(&disk) == files && free_hugepages()? == pages, "its memory is another");
         is_of(vm, &host, &disk)?;
     }
-    let certificate = host.unload(vm, "disk")?;
-    ensure!(certificate["outcome"] == "unloaded", "{certificate}");
-    // The unload's, and the first: a client that was shown wrong data says so.
-    load.ends_with_an_error(SHORT)?;
-    kernel_serves(vm, &disk)?;
-    nothing_is_claimed()?;
-    ensure!(hugepage_files(&disk).is_empty() && free_hugepages()? == free, "huge pages are left");
+    is_unloaded(vm, &host, &disk, load, free)?;
     vm.step("given back; once more, with the daemon that took over");
     host.load_disk(vm, &disk, via, PORT, &[])?;
     fio::verify(vm, SOCKET, 1)?;
@@ -153,18 +159,14 @@ fn new_ones_fail(vm: &mut Vm, via: &str, descriptors: impl IntoIterator<Item = u
         serves_on(vm, &mut host, "one that hurried")?;
     }
     vm.step(&format!("{late} were too slow, {successors} were not"));
-    let certificate = host.unload(vm, "disk")?;
-    ensure!(certificate["outcome"] == "unloaded", "{certificate}");
-    load.ends_with_an_error(SHORT)?;
-    kernel_serves(vm, &disk)?;
-    nothing_is_claimed()?;
-    ensure!(hugepage_files(&disk).is_empty() && free_hugepages()? == free, "huge pages are left");
+    is_unloaded(vm, &host, &disk, load, free)?;
     host.end()
 }
 
 /// A device that is brought back by a daemon that did not load it.
 fn returns(vm: &mut Vm, via: &str) -> Result<()> {
     let disk = DISK0.function()?;
+    let free = free_hugepages()?;
     let mut host = Host::start(vm)?;
     host.load_disk(vm, &disk, via, PORT, &[TWO, &["--reconnect=2m"]].concat())?;
     let mut load = Load::start(vm, SOCKET, JOBS)?;
@@ -188,10 +190,7 @@ fn returns(vm: &mut Vm, via: &str) -> Result<()> {
     vm.step("they go on; another daemon");
     host.take_over(vm)?;
     goes_on(vm, &DISK0, 2, &mut load)?;
-    host.unload(vm, "disk")?;
-    load.ends_with_an_error(SHORT)?;
-    kernel_serves(vm, &disk)?;
-    nothing_is_claimed()?;
+    is_unloaded(vm, &host, &disk, load, free)?;
     host.end()
 }
 

@@ -3,15 +3,17 @@
 //! Interrupts that nobody takes meanwhile stay counted in the open file of `/dev/uioN`, which both processes have, with the line masked by the kernel.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use cap_std::fs::Dir;
-use cofferdam_device::NotExportable;
+use cofferdam_device::{DmaRegion, NotExportable, RegionError};
 
 use super::{UioFunction, node_of, number};
-use crate::adopt::{Descriptors, FunctionState, Parcel, duplicate};
+use crate::adopt::{Descriptors, FunctionState, Pages, Parcel, duplicate};
 use crate::attributes::{self, refused};
-use crate::claimed::Interrupts;
+use crate::claimed::{Exportable, Interrupts};
+use crate::hugepages;
 use crate::{Address, PciError};
 
 fn because(why: &str) -> NotExportable {
@@ -19,34 +21,7 @@ fn because(why: &str) -> NotExportable {
 }
 
 impl UioFunction {
-    /// See [`crate::claimed::Claimed::exportable`].
-    pub(super) fn check_exportable(&self) -> Result<(), NotExportable> {
-        match (&self.device, &self.watch) {
-            _ if self.dormant => Err(because("another process has it")),
-            _ if self.resets.is_busy() => Err(because("the kernel resets it")),
-            (Some(_), Some(watch)) if !watch.is_lost() => Ok(()),
-            _ => Err(because("the function is gone")),
-        }
-    }
-
-    /// See [`crate::claimed::Claimed::export`].
-    pub(super) fn export_all(&mut self) -> Result<Parcel, NotExportable> {
-        self.check_exportable()?;
-        let (Some(device), Some(node), Some(watch), Some(config)) =
-            (&self.device, &self.node, &self.watch, self.config.fd())
-        else {
-            return Err(because("the function is gone"));
-        };
-        if !watch.stop() {
-            return Err(because("the kernel does not answer about it"));
-        }
-        let all = [(**node).as_fd(), device.as_fd(), config, watch.event()];
-        let descriptors = all.into_iter().map(duplicate).collect::<Result<_, _>>()?;
-        self.dormant = true;
-        Ok(Parcel { state: FunctionState::Uio, descriptors })
-    }
-
-    /// The function that another process exported, at `address`, whose folder in sysfs is `folder` now. Dormant until [`crate::claimed::Claimed::resume`].
+    /// The function that another process exported, at `address`, whose folder in sysfs is `folder` now. Dormant until [`Exportable::resume`].
     ///
     /// # Errors
     /// [`PciError::Io`] and [`PciError::Unusable`] when these are not the function's.
@@ -67,9 +42,35 @@ impl UioFunction {
         new.dormant = true;
         Ok(new)
     }
+}
 
-    /// See [`crate::claimed::Claimed::resume`].
-    pub(super) fn go_on(&mut self, line: Option<Interrupts>) {
+impl Exportable for UioFunction {
+    fn exportable(&self) -> Result<(), NotExportable> {
+        match (&self.device, &self.watch) {
+            _ if self.dormant => Err(because("another process has it")),
+            _ if self.resets.is_busy() => Err(because("the kernel resets it")),
+            (Some(_), Some(watch)) if !watch.is_lost() => Ok(()),
+            _ => Err(because("the function is gone")),
+        }
+    }
+
+    fn export(&mut self) -> Result<Parcel, NotExportable> {
+        self.exportable()?;
+        let (Some(device), Some(node), Some(watch), Some(config)) =
+            (&self.device, &self.node, &self.watch, self.config.fd())
+        else {
+            return Err(because("the function is gone"));
+        };
+        if !watch.stop() {
+            return Err(because("the kernel does not answer about it"));
+        }
+        let all = [(**node).as_fd(), device.as_fd(), config, watch.event()];
+        let descriptors = all.into_iter().map(duplicate).collect::<Result<_, _>>()?;
+        self.dormant = true;
+        Ok(Parcel { state: FunctionState::Uio, descriptors })
+    }
+
+    fn resume(&mut self, line: Option<Interrupts>) {
         self.dormant = false;
         let Some(watch) = &self.watch else { return };
         let is_line = line.is_some();
@@ -85,11 +86,18 @@ impl UioFunction {
             tracing::warn!(address = %self.address, %error, "INTx was not let go");
         }
     }
+
+    fn adopt_pages(&mut self, file: OwnedFd, pages: &Pages) -> Result<Arc<DmaRegion>, RegionError> {
+        hugepages::adopt(&mut self.hugepages, self.address, file, pages)
+    }
+
+    fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
+        self.regions.push(region);
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
     use std::path::Path;
 
     use super::*;
@@ -149,7 +157,7 @@ mod tests {
         assert_eq!(command(root.path()), untouched, "one that came to nothing");
 
         let mut first = adopt(&folder, sent(root.path(), &folder)).unwrap();
-        assert!(first.check_exportable().is_err(), "it is not this one's to give");
+        assert!(first.exportable().is_err(), "it is not this one's to give");
         first.resume(None);
         assert_eq!(command(root.path()), untouched, "one that goes on with it");
         let parcel = first.export().unwrap();

@@ -7,10 +7,9 @@
 //! | a client's, or let go of | posted again. A client that goes to the other process, too, takes the bytes with it |
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use cofferdam_device::arrivals::{self, Given};
+use cofferdam_device::arrivals::Given;
 use cofferdam_device::{Buffer, Doorbell, SplitQueue};
 use serde::{Deserialize, Serialize};
 
@@ -59,39 +58,23 @@ impl Posted {
         state: &PostedState,
         shown: Vec<ShownState>,
     ) -> Result<Posted, String> {
-        let places: Vec<_> = buffers.iter().map(|buffer| (buffer.iova(), buffer.len())).collect();
-        let pool = Pool::new(buffers);
+        let mut posted = Posted::unfilled(ring, doorbell, buffers, head_bytes);
         for buffer in state.tokens().chain(shown.iter().map(|shown| u32::from(shown.buffer))) {
-            if !pool.take(buffer) {
+            if !posted.pool.take(buffer) {
                 return Err(format!("posted buffer {buffer} is in two places, or does not exist"));
             }
         }
         let word_count = 2 + usize::from(head_bytes).div_ceil(4);
         let again = shown.into_iter().map(|ShownState { buffer, written, words, crashes }| {
-            let fits = places.get(usize::from(buffer)).is_some_and(|(_, bytes)| written <= *bytes);
+            let fits = posted.places.get(usize::from(buffer)).is_some_and(|(_, bytes)| written <= *bytes);
             let is_it = words.len() == word_count && words.starts_with(&[u32::from(buffer), written]);
             if !fits || !is_it || crashes >= POISON {
                 return Err(format!("posted buffer {buffer} cannot be shown again"));
             }
             Ok(Shown { given: Given { buffer, written }, words, crashes })
         });
-        Ok(Posted {
-            again: again.collect::<Result<_, String>>()?,
-            pool: Arc::new(pool),
-            places,
-            head_bytes,
-            begun: None,
-            begun_of: Vec::new(),
-            broken: false,
-            is_away: false,
-            given: Vec::new(),
-            words: Vec::new(),
-            crashes: 0,
-            answer: Vec::new(),
-            arrivals: arrivals::Arrivals::default(),
-            doorbell,
-            ring,
-        })
+        posted.again = again.collect::<Result<_, String>>()?;
+        Ok(posted)
     }
 }
 
@@ -109,6 +92,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
+    use std::sync::Arc;
 
     use cofferdam_device::queue::QueueConfig;
     use cofferdam_device::{DmaArena, DmaRegion};

@@ -11,7 +11,7 @@ use super::registers::parking::Mutex;
 use super::{Did, Model, next_scattered};
 use crate::Address;
 use crate::adopt::{FunctionState, Pages, Parcel};
-use crate::claimed::{Claimed, Interrupts, Reach};
+use crate::claimed::{Claimed, Exportable, Interrupts, Reach};
 use crate::registers::Registers;
 
 /// One device, and what a test sees of it.
@@ -201,6 +201,21 @@ impl Claimed for Function {
         Silence::Confirmed
     }
 
+    fn release(&mut self) {
+        if self.1 {
+            return;
+        }
+        let mut model = self.model();
+        model.did.push(Did::Release);
+        model.regions.clear();
+        // Outside of the lock: the line's closure has registers of the model.
+        let wired = model.wired.take();
+        drop(model);
+        drop(wired);
+    }
+}
+
+impl Exportable for Function {
     fn exportable(&self) -> Result<(), NotExportable> {
         Ok(())
     }
@@ -229,18 +244,5 @@ impl Claimed for Function {
 
     fn adopt_memory(&mut self, region: Arc<DmaRegion>) {
         self.model().did.push(Did::AdoptMemory(region.iova()));
-    }
-
-    fn release(&mut self) {
-        if self.1 {
-            return;
-        }
-        let mut model = self.model();
-        model.did.push(Did::Release);
-        model.regions.clear();
-        // Outside of the lock: the line's closure has registers of the model.
-        let wired = model.wired.take();
-        drop(model);
-        drop(wired);
     }
 }
