@@ -127,7 +127,7 @@ pub fn private_bytes() -> Result<u64> {
 pub fn distance_ns(cores: Cores) -> Result<f64> {
     const TURNS: u32 = 200;
     let mut best = f64::INFINITY;
-    for _ in 0..20 {
+    for _ in 0..10 {
         let ball = AtomicU32::new(0);
         let deadline = Instant::now() + Duration::from_millis(50);
         let bat = |core: usize, first: u32| -> Result<Option<Duration>> {

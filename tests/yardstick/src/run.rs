@@ -240,13 +240,16 @@ fn turn(
     };
     // Connecting starts threads, which must not be pinned with this one.
     let _pinned = if client.is_nbd() { None } else { Some(Pinned::to(cores.client)?) };
+    let before = machine::distance_ns(cores)?;
+    let mut slices = Vec::with_capacity(group.jobs.len());
     for job in &group.jobs {
         let mut work = Loop::new(&mut *engine, *job)?;
-        let before = machine::distance_ns(cores)?;
-        let mut slice = work.run(&mut *engine, plan.warm_up, plan.slice, &|| times(device))?;
-        slice.apart = Some(Apart { before, after: machine::distance_ns(cores)? });
-        let cell = Cell { backend: group.backend, mode: group.mode, queues: group.queues, job: *job, client };
-        results.note(cell, round, plan.rounds, slice);
+        slices.push((*job, work.run(&mut *engine, plan.warm_up, plan.slice, &|| times(device))?));
+    }
+    let apart = Some(Apart { before, after: machine::distance_ns(cores)? });
+    for (job, slice) in slices {
+        let cell = Cell { backend: group.backend, mode: group.mode, queues: group.queues, job, client };
+        results.note(cell, round, plan.rounds, Slice { apart, ..slice });
     }
     Ok(())
 }
@@ -258,4 +261,30 @@ fn turn(
 pub fn times(device: &Backend) -> Result<Times> {
     let client = machine::thread_time();
     Ok(Times { client, port: machine::own_time().saturating_sub(client), device: device.time()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_rounds_in_which_both_found_the_cores_alike_are_compared() {
+        let slice = |requests, before, after| Slice {
+            requests,
+            elapsed: Duration::from_secs(1),
+            apart: Some(Apart { before, after }),
+            ..Slice::default()
+        };
+        let mut results = Results::default();
+        let of = |over: Slice, under: Slice, round: usize, results: &mut Results<&str>| {
+            results.note("over", round, 4, over);
+            results.note("under", round, 4, under);
+        };
+        of(slice(300, 40.0, 45.0), slice(100, 50.0, 39.0), 0, &mut results);
+        of(slice(900, 40.0, 45.0), slice(100, 500.0, 510.0), 1, &mut results);
+        of(slice(900, 40.0, 500.0), slice(100, 41.0, 41.0), 2, &mut results);
+        of(slice(500, 510.0, 480.0), slice(100, 600.0, 400.0), 3, &mut results);
+        assert_eq!(results.ratios(&"over", &"under", kiops), [3.0, 5.0]);
+        assert_eq!(results.ratio(&"over", &"under", kiops).map(|ratio| ratio.median), Some(4.0));
+    }
 }
