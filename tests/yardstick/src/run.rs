@@ -87,7 +87,7 @@ impl<C: Ord> Results<C> {
     }
 
     /// The same as a list.
-    pub fn ratios(&self, over: &C, under: &C, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
+    fn ratios(&self, over: &C, under: &C, of: impl Fn(&Slice) -> f64) -> Vec<f64> {
         let (Some(over), Some(under)) = (self.cells.get(over), self.cells.get(under)) else { return Vec::new() };
         let both = over.iter().zip(under).filter_map(|(over, under)| over.as_ref().zip(under.as_ref()));
         let alike = both.filter(|(over, under)| match (over.apart, under.apart) {
