@@ -369,6 +369,12 @@ impl DmaRegion {
         self.revoked.load(Ordering::Acquire)
     }
 
+    /// Whether it came to its end: pages, name and mapping are gone. A little later than [`DmaRegion::is_revoked`].
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
     /// Leaks one reference to the region on purpose, for memory that a device may still write: it is never unmapped and its descriptor
     /// never closed (DESIGN L1). Returns the bytes that are leaked.
     pub fn retire(self: Arc<Self>) -> u64 {

@@ -137,11 +137,12 @@ impl Mapped {
     /// Whether the memory has been taken away.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        self.share.taken.load(Ordering::Acquire) || self.share.windows.region().is_revoked()
+        self.share.taken.load(Ordering::Acquire) || self.share.windows.region().is_gone()
     }
 
     fn reachable(&self) -> Result<&DmaRegion, RegionError> {
-        if self.is_gone() { Err(RegionError::Revoked) } else { Ok(self.share.windows.region()) }
+        let is_taken = self.share.taken.load(Ordering::Acquire);
+        if is_taken { Err(RegionError::Revoked) } else { Ok(self.share.windows.region()) }
     }
 }
 

@@ -79,11 +79,12 @@ impl<C: Ord> Results<C> {
         Ok(())
     }
 
-    /// The ratio of two cells, round by round, of rounds in which both found the cores alike ([`Apart::is_like`]); `None` when there is none.
+    /// The ratio of two cells, round by round, of rounds in which both found the cores alike ([`Apart::is_like`]): NaN if there is none of those, so that no aim is taken for met; `None` when
+    /// one of them was not measured.
     #[must_use]
     pub fn ratio(&self, over: &C, under: &C, of: impl Fn(&Slice) -> f64) -> Option<Estimate> {
-        let ratios = self.ratios(over, under, of);
-        (!ratios.is_empty()).then(|| estimate(&ratios))
+        let both_measured = self.cells.contains_key(over) && self.cells.contains_key(under);
+        both_measured.then(|| estimate(&self.ratios(over, under, of)))
     }
 
     /// The same as a list.
@@ -286,5 +287,9 @@ mod tests {
         of(slice(500, 510.0, 480.0), slice(100, 600.0, 400.0), 3, &mut results);
         assert_eq!(results.ratios(&"over", &"under", kiops), [3.0, 5.0]);
         assert_eq!(results.ratio(&"over", &"under", kiops).map(|ratio| ratio.median), Some(4.0));
+        let mut moved = Results::default();
+        of(slice(900, 40.0, 45.0), slice(100, 500.0, 510.0), 1, &mut moved);
+        assert!(moved.ratio(&"over", &"under", kiops).is_some_and(|ratio| ratio.median.is_nan()), "not compared");
+        assert_eq!(moved.ratio(&"over", &"another", kiops), None);
     }
 }
