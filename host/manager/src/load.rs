@@ -57,7 +57,7 @@ pub struct LoadSpec {
     pub grants: Grants,
     /// The driver may have its device reach any memory of this machine, where nothing else stands in the way (DESIGN section 8).
     pub trust_dma: bool,
-    /// Bounds of each instance: calls at most a minute, 4 GiB of memory, 10,000,000 table elements.
+    /// Bounds of each instance: calls at most a minute, the host's part of them an hour, 4 GiB of memory, 10,000,000 table elements.
     pub limits: GuestLimits,
     /// Bytes of buffer memory for clients: a multiple of 4,096, at least 1 MiB. Taken when touched.
     pub arena_bytes: u64,

@@ -364,7 +364,7 @@ fn what_is_announced_has_bounds_and_so_has_what_is_loaded() {
         ("/recipe/restarts/1/1", no_clock.clone()),
         ("/recipe/restarts/1/2", no_clock.clone()),
         ("/recipe/call_deadline_ms", json!(u64::MAX)),
-        ("/recipe/host_budget_ms", json!(60_001)),
+        ("/recipe/host_budget_ms", json!(3_600_001)),
         ("/recipe/memory_bytes", json!(u64::MAX)),
         ("/recipe/table_elements", json!(u64::MAX)),
         ("/recipe/grants", json!(["wasi:filesystem=/"])),
