@@ -4,77 +4,42 @@
 #[allow(dead_code)]
 mod support;
 
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
+use cofferdam_device::transport::{Silence, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{LoadSpec, Port, PortReport, UnloadError, UnloadOptions};
-use cofferdam_sim::{Drive, Options, Profile, Rule, Sim, Storage};
+use cofferdam_sim::{Drive, Hooked, Hooks, Options, Profile, Rule, Sim, Storage};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::support::*;
 
 type OnMap = Box<dyn FnMut(&mut dyn Transport, Arc<DmaRegion>) -> Result<(), TransportError> + Send>;
 
-/// The sim, with a say in what happens to memory that is mapped while it runs, and in its silence.
+/// A say in what happens to memory that is mapped while it runs, and in its silence.
 struct Slow {
-    inner: Box<dyn Transport>,
     started: bool,
     on_map: Option<OnMap>,
     /// It is never silent, and takes all the time it is given to say so: a hung vhost-user backend.
     hung: bool,
 }
 
-impl Transport for Slow {
-    fn address(&self) -> &str {
-        self.inner.address()
-    }
-    fn device_type(&self) -> Option<u32> {
-        self.inner.device_type()
-    }
-    fn offered_features(&self) -> u64 {
-        self.inner.offered_features()
-    }
-    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
-        self.inner.negotiate(features)
-    }
-    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
-        self.inner.read_config(offset, into)
-    }
-    fn max_queues(&self) -> u16 {
-        self.inner.max_queues()
-    }
-    fn max_queue_size(&self, index: u16) -> u16 {
-        self.inner.max_queue_size(index)
-    }
-    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+impl Hooks for Slow {
+    fn map(&mut self, device: &mut dyn Transport, region: Arc<DmaRegion>) -> Result<(), TransportError> {
         match &mut self.on_map {
-            Some(on_map) if self.started => on_map(self.inner.as_mut(), region),
-            _ => self.inner.map(region),
+            Some(on_map) if self.started => on_map(device, region),
+            _ => device.map(region),
         }
     }
-    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
-        self.inner.setup_queue_with(setup, call)
-    }
-    fn start(&mut self) -> Result<(), TransportError> {
+    fn start(&mut self, device: &mut dyn Transport) -> Result<(), TransportError> {
         self.started = true;
-        self.inner.start()
+        device.start()
     }
-    fn unmap(&mut self, iova: u64, deadline: Instant) -> Silence {
-        self.inner.unmap(iova, deadline)
-    }
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.event_fd()
-    }
-    fn is_lost(&mut self) -> bool {
-        self.inner.is_lost()
-    }
-    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
+    fn quiesce(&mut self, device: &mut dyn Transport, unanswered: usize, deadline: Instant) -> Silence {
         if self.hung {
             std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
             return Silence::Unconfirmed { reason: "it hangs".to_owned() };
@@ -83,16 +48,13 @@ impl Transport for Slow {
         if deadline <= Instant::now() {
             return Silence::Unconfirmed { reason: "there was no time to ask".to_owned() };
         }
-        self.inner.quiesce(unanswered, deadline)
-    }
-    fn release(&mut self) {
-        self.inner.release();
+        device.quiesce(unanswered, deadline)
     }
 }
 
 fn slow(sim: &Sim, name: &str, hung: bool, on_map: Option<OnMap>) -> LoadSpec {
     let mut spec = spec(sim, name, BLK);
-    spec.transport = Box::new(Slow { inner: spec.transport, started: false, on_map, hung });
+    spec.transport = Box::new(Hooked::new(spec.transport, Slow { started: false, on_map, hung }));
     spec
 }
 

@@ -1,17 +1,16 @@
 //! Another component in the place of a driver, under its clients; and what brings the old one back.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
-use cofferdam_device::{DmaRegion, TransportError};
+use cofferdam_device::TransportError;
+use cofferdam_device::transport::Transport;
 use cofferdam_manager::{
     Binding, Config, EventKind, HandleSpec, IoFlags, IoOp, IoRequest, LoadSpec, Manager, Outcome, Phase, SubmitError,
     UnloadOptions, UpgradeError, UpgradeReport, UpgradeSpec,
 };
-use cofferdam_sim::{Drive, Options, Profile, Sim, Storage};
+use cofferdam_sim::{Drive, Hooked, Hooks, Options, Profile, Sim, Storage};
 
 const BLOCK: u32 = 4096;
 /// Only a failing test waits so long.
@@ -234,70 +233,25 @@ fn a_new_driver_that_hangs_before_anybody_is_held_holds_up_no_call_of_the_one_th
     });
 }
 
-/// The sim, slow to tell its configuration once it is told to be.
-struct Slow {
-    inner: Box<dyn Transport>,
-    is_slow: Arc<AtomicBool>,
-}
+/// Slow to tell its configuration once it is told to be.
+struct Slow(Arc<AtomicBool>);
 
 const SLOW: Duration = Duration::from_millis(400);
 
-impl Transport for Slow {
-    fn address(&self) -> &str {
-        self.inner.address()
-    }
-    fn device_type(&self) -> Option<u32> {
-        self.inner.device_type()
-    }
-    fn offered_features(&self) -> u64 {
-        self.inner.offered_features()
-    }
-    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
-        self.inner.negotiate(features)
-    }
-    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
-        if self.is_slow.load(Ordering::Relaxed) {
+impl Hooks for Slow {
+    fn read_config(&mut self, device: &mut dyn Transport, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
+        if self.0.load(Ordering::Relaxed) {
             std::thread::sleep(SLOW);
         }
-        self.inner.read_config(offset, into)
-    }
-    fn max_queues(&self) -> u16 {
-        self.inner.max_queues()
-    }
-    fn max_queue_size(&self, index: u16) -> u16 {
-        self.inner.max_queue_size(index)
-    }
-    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
-        self.inner.map(region)
-    }
-    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
-        self.inner.setup_queue_with(setup, call)
-    }
-    fn start(&mut self) -> Result<(), TransportError> {
-        self.inner.start()
-    }
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.event_fd()
-    }
-    fn is_lost(&mut self) -> bool {
-        self.inner.is_lost()
-    }
-    fn take_config_change(&mut self) -> bool {
-        self.inner.take_config_change()
-    }
-    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
-        self.inner.quiesce(unanswered, deadline)
-    }
-    fn release(&mut self) {
-        self.inner.release();
+        device.read_config(offset, into)
     }
 }
 
 #[test]
 fn nobody_is_held_for_as_long_as_a_device_takes_to_tell_its_configuration() {
     let is_slow = Arc::new(AtomicBool::new(false));
-    let slow = Arc::clone(&is_slow);
-    let bed = bed_over("virtio-blk", 2, |inner| Box::new(Slow { inner, is_slow: slow }), |_| {});
+    let slow = Slow(Arc::clone(&is_slow));
+    let bed = bed_over("virtio-blk", 2, |device| Box::new(Hooked::new(device, slow)), |_| {});
     is_slow.store(true, Ordering::Relaxed);
     let report = bed.upgrade("virtio-blk", Duration::ZERO).unwrap();
     let told = u128::from(report.prepare_micros);

@@ -1,17 +1,17 @@
 //! What must hold when bindings leave in unusual company.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
+use cofferdam_device::transport::{QueueEvents, QueueSetup, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{
     Binding, Buffer, Cause, Completion, Config, Handle, HandleSpec, HandleState, IoError, IoOp, IoRequest, LoadError,
     LoadSpec, Manager, Outcome, Phase, UnloadError, UnloadOptions,
 };
-use cofferdam_sim::{Drive, Effect, Lie, Options, Rule, Sim, Storage};
+use cofferdam_sim::{Drive, Effect, Hooked, Hooks, Lie, Options, Rule, Sim, Storage};
 
 fn driver(name: &str) -> Vec<u8> {
     let path = format!("{}/../../target/drivers/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -76,64 +76,31 @@ fn options(millis: u64) -> UnloadOptions {
 /// Says that it has come, and waits to be sent on.
 type Pause = (Sender<()>, Arc<Mutex<Receiver<()>>>);
 
-/// The sim with a hook.
-struct Wrapped {
-    inner: Box<dyn Transport>,
-    in_map: Option<Pause>,
-    blocking_call: bool,
-}
+struct InMap(Option<Pause>);
 
-impl Transport for Wrapped {
-    fn address(&self) -> &str {
-        self.inner.address()
-    }
-    fn device_type(&self) -> Option<u32> {
-        self.inner.device_type()
-    }
-    fn offered_features(&self) -> u64 {
-        self.inner.offered_features()
-    }
-    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
-        self.inner.negotiate(features)
-    }
-    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
-        self.inner.read_config(offset, into)
-    }
-    fn max_queues(&self) -> u16 {
-        self.inner.max_queues()
-    }
-    fn max_queue_size(&self, index: u16) -> u16 {
-        self.inner.max_queue_size(index)
-    }
-    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
-        if let Some((entered, go)) = self.in_map.take() {
+impl Hooks for InMap {
+    fn map(&mut self, device: &mut dyn Transport, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+        if let Some((entered, go)) = self.0.take() {
             let _ = entered.send(());
             let _ = go.lock().unwrap().recv();
         }
-        self.inner.map(region)
+        device.map(region)
     }
-    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
-        let events = self.inner.setup_queue_with(setup, call)?;
-        if self.blocking_call {
-            // What a backend can do to the descriptor it was sent: the flags are shared.
-            rustix::fs::fcntl_setfl(events.call.as_fd(), rustix::fs::OFlags::empty()).unwrap();
-        }
+}
+
+struct BlockingCall;
+
+impl Hooks for BlockingCall {
+    fn setup_queue(
+        &mut self,
+        device: &mut dyn Transport,
+        setup: QueueSetup,
+        call: OwnedFd,
+    ) -> Result<QueueEvents, TransportError> {
+        let events = device.setup_queue_with(setup, call)?;
+        // What a backend can do to the descriptor it was sent: the flags are shared.
+        rustix::fs::fcntl_setfl(events.call.as_fd(), rustix::fs::OFlags::empty()).unwrap();
         Ok(events)
-    }
-    fn start(&mut self) -> Result<(), TransportError> {
-        self.inner.start()
-    }
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.event_fd()
-    }
-    fn is_lost(&mut self) -> bool {
-        self.inner.is_lost()
-    }
-    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
-        self.inner.quiesce(unanswered, deadline)
-    }
-    fn release(&mut self) {
-        self.inner.release();
     }
 }
 
@@ -141,9 +108,8 @@ fn paused_load(sim: &Sim, manager: &Manager) -> (Sender<()>, std::thread::JoinHa
     let (entered, is_in) = channel();
     let (go, gone) = channel();
     let mut spec = spec(sim, "slow");
-    let inner = spec.transport;
-    spec.transport =
-        Box::new(Wrapped { inner, in_map: Some((entered, Arc::new(Mutex::new(gone)))), blocking_call: false });
+    let pause = InMap(Some((entered, Arc::new(Mutex::new(gone)))));
+    spec.transport = Box::new(Hooked::new(spec.transport, pause));
     let manager = manager.clone();
     let loading = std::thread::spawn(move || manager.load(spec));
     is_in.recv().unwrap();
@@ -233,8 +199,7 @@ fn a_backend_cannot_make_the_call_descriptor_block_the_host() {
     let sim = sim(Vec::new());
     let manager = manager();
     let mut spec = spec(&sim, "blocking");
-    let inner = spec.transport;
-    spec.transport = Box::new(Wrapped { inner, in_map: None, blocking_call: true });
+    spec.transport = Box::new(Hooked::new(spec.transport, BlockingCall));
     let binding = manager.load(spec).unwrap();
     let handle = binding.open(HandleSpec::default()).unwrap();
     let (done, is_done) = channel();

@@ -1,14 +1,15 @@
 //! Loads that fail half-way: they leave by the same steps, and nothing behind.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use cofferdam_device::transport::{QueueEvents, QueueSetup, Silence, Transport};
+use cofferdam_device::transport::{QueueEvents, QueueSetup, Transport};
 use cofferdam_device::{DmaRegion, TransportError};
 use cofferdam_manager::{Grants, GuestLimits, LoadSpec, Manager, UnloadOptions};
 use cofferdam_process_tests::backend::Backend;
+use cofferdam_sim::{Hooked, Hooks};
 
 use crate::cell::Round;
 use crate::plan::POLITE;
@@ -110,9 +111,9 @@ pub(crate) fn fails(manager: &Manager, load: FailingLoad) -> anyhow::Result<Roun
     let device = Arc::new(Backend::sim(&arguments));
     let inner: Box<dyn Transport> = Box::new(connect(&device)?);
     let transport: Box<dyn Transport> = match load {
-        FailingLoad::Refused(step) => Box::new(Failing { inner, step, steps: Vec::new(), kill: None }),
+        FailingLoad::Refused(step) => Box::new(Hooked::new(inner, Failing { step, steps: Vec::new(), kill: None })),
         FailingLoad::Killed(step) => {
-            Box::new(Failing { inner, step, steps: Vec::new(), kill: Some(Arc::clone(&device)) })
+            Box::new(Hooked::new(inner, Failing { step, steps: Vec::new(), kill: Some(Arc::clone(&device)) }))
         }
         _ => inner,
     };
@@ -195,7 +196,6 @@ fn serves(manager: &Manager, device: &Backend) -> anyhow::Result<()> {
 
 /// A transport that fails at one step.
 struct Failing {
-    inner: Box<dyn Transport>,
     step: &'static str,
     /// The steps that were taken and may be taken more than once.
     steps: Vec<&'static str>,
@@ -220,55 +220,30 @@ impl Failing {
     }
 }
 
-impl Transport for Failing {
-    fn address(&self) -> &str {
-        self.inner.address()
-    }
-    fn device_type(&self) -> Option<u32> {
-        self.inner.device_type()
-    }
-    fn offered_features(&self) -> u64 {
-        self.inner.offered_features()
-    }
-    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
+impl Hooks for Failing {
+    fn negotiate(&mut self, device: &mut dyn Transport, features: u64) -> Result<(), TransportError> {
         self.at("negotiate")?;
-        self.inner.negotiate(features)
+        device.negotiate(features)
     }
-    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
+    fn read_config(&mut self, device: &mut dyn Transport, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
         self.at("read-config")?;
-        self.inner.read_config(offset, into)
+        device.read_config(offset, into)
     }
-    fn max_queues(&self) -> u16 {
-        self.inner.max_queues()
-    }
-    fn max_queue_size(&self, index: u16) -> u16 {
-        self.inner.max_queue_size(index)
-    }
-    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+    fn map(&mut self, device: &mut dyn Transport, region: Arc<DmaRegion>) -> Result<(), TransportError> {
         self.at("map")?;
-        self.inner.map(region)
+        device.map(region)
     }
-    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
+    fn setup_queue(
+        &mut self,
+        device: &mut dyn Transport,
+        setup: QueueSetup,
+        call: OwnedFd,
+    ) -> Result<QueueEvents, TransportError> {
         self.at("setup-queue")?;
-        self.inner.setup_queue_with(setup, call)
+        device.setup_queue_with(setup, call)
     }
-    fn start(&mut self) -> Result<(), TransportError> {
+    fn start(&mut self, device: &mut dyn Transport) -> Result<(), TransportError> {
         self.at("start")?;
-        self.inner.start()
-    }
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.event_fd()
-    }
-    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        self.inner.descriptors()
-    }
-    fn is_lost(&mut self) -> bool {
-        self.inner.is_lost()
-    }
-    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
-        self.inner.quiesce(unanswered, deadline)
-    }
-    fn release(&mut self) {
-        self.inner.release();
+        device.start()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use cofferdam_manager::{
     Binding, Certificate, Completion, Config, EventKind, GuestLimits, Handle, HandleSpec, IoOp, IoRequest, LoadSpec,
     Manager, Port, PortReport, UnloadError, UnloadOptions,
 };
-use cofferdam_sim::{Drive, Effect, Options, Rule, Sim, Storage};
+use cofferdam_sim::{Drive, Effect, Hooked, Hooks, Options, Rule, Sim, Storage};
 
 /// Longest wait for anything that has to come.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -207,15 +207,11 @@ pub(crate) enum Call {
     Release,
 }
 
-/// The sim with callbacks.
-pub(crate) struct HookedTransport {
-    pub(crate) inner: Box<dyn Transport>,
-    pub(crate) hooks: HashMap<Call, Hook>,
-}
+struct Callbacks(HashMap<Call, Hook>);
 
-impl HookedTransport {
+impl Callbacks {
     fn at(&mut self, call: Call) {
-        if let Some(hook) = self.hooks.remove(&call) {
+        if let Some(hook) = self.0.remove(&call) {
             hook();
         }
     }
@@ -224,59 +220,43 @@ impl HookedTransport {
 /// Puts a callback into the device's transport.
 pub(crate) fn hooked(mut spec: LoadSpec, call: Call, hook: impl FnOnce() + Send + 'static) -> LoadSpec {
     let hook: Hook = Box::new(hook);
-    spec.transport = Box::new(HookedTransport { inner: spec.transport, hooks: HashMap::from([(call, hook)]) });
+    spec.transport = Box::new(Hooked::new(spec.transport, Callbacks(HashMap::from([(call, hook)]))));
     spec
 }
 
-impl Transport for HookedTransport {
-    fn address(&self) -> &str {
-        self.inner.address()
-    }
-    fn device_type(&self) -> Option<u32> {
-        self.inner.device_type()
-    }
-    fn offered_features(&self) -> u64 {
-        self.inner.offered_features()
-    }
-    fn negotiate(&mut self, features: u64) -> Result<(), TransportError> {
+impl Hooks for Callbacks {
+    fn negotiate(&mut self, device: &mut dyn Transport, features: u64) -> Result<(), TransportError> {
         self.at(Call::Negotiate);
-        self.inner.negotiate(features)
+        device.negotiate(features)
     }
-    fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), TransportError> {
-        self.inner.read_config(offset, into)
-    }
-    fn max_queues(&self) -> u16 {
-        self.inner.max_queues()
-    }
-    fn max_queue_size(&self, index: u16) -> u16 {
-        self.inner.max_queue_size(index)
-    }
-    fn map(&mut self, region: Arc<DmaRegion>) -> Result<(), TransportError> {
+    fn map(&mut self, device: &mut dyn Transport, region: Arc<DmaRegion>) -> Result<(), TransportError> {
         self.at(Call::Map);
-        self.inner.map(region)
+        device.map(region)
     }
-    fn setup_queue_with(&mut self, setup: QueueSetup, call: OwnedFd) -> Result<QueueEvents, TransportError> {
+    fn setup_queue(
+        &mut self,
+        device: &mut dyn Transport,
+        setup: QueueSetup,
+        call: OwnedFd,
+    ) -> Result<QueueEvents, TransportError> {
         self.at(Call::SetupQueue);
-        self.inner.setup_queue_with(setup, call)
+        device.setup_queue_with(setup, call)
     }
-    fn start(&mut self) -> Result<(), TransportError> {
+    fn start(&mut self, device: &mut dyn Transport) -> Result<(), TransportError> {
         self.at(Call::Start);
-        self.inner.start()
+        device.start()
     }
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.event_fd()
-    }
-    fn is_lost(&mut self) -> bool {
+    fn is_lost(&mut self, device: &mut dyn Transport) -> bool {
         self.at(Call::IsLost);
-        self.inner.is_lost()
+        device.is_lost()
     }
-    fn quiesce(&mut self, unanswered: usize, deadline: Instant) -> Silence {
+    fn quiesce(&mut self, device: &mut dyn Transport, unanswered: usize, deadline: Instant) -> Silence {
         self.at(Call::Quiesce);
-        self.inner.quiesce(unanswered, deadline)
+        device.quiesce(unanswered, deadline)
     }
-    fn release(&mut self) {
+    fn release(&mut self, device: &mut dyn Transport) {
         self.at(Call::Release);
-        self.inner.release();
+        device.release();
     }
 }
 
