@@ -276,6 +276,7 @@ mod tests {
             apart: Some(Apart { before, after }),
             ..Slice::default()
         };
+        let frames = |slice: &Slice| slice.requests as f64;
         let mut results = Results::default();
         let of = |over: Slice, under: Slice, round: usize, results: &mut Results<&str>| {
             results.note("over", round, 4, over);
@@ -285,11 +286,11 @@ mod tests {
         of(slice(900, 40.0, 45.0), slice(100, 500.0, 510.0), 1, &mut results);
         of(slice(900, 40.0, 500.0), slice(100, 41.0, 41.0), 2, &mut results);
         of(slice(500, 510.0, 480.0), slice(100, 600.0, 400.0), 3, &mut results);
-        assert_eq!(results.ratios(&"over", &"under", kiops), [3.0, 5.0]);
-        assert_eq!(results.ratio(&"over", &"under", kiops).map(|ratio| ratio.median), Some(4.0));
+        assert_eq!(results.ratios(&"over", &"under", frames), [3.0, 5.0]);
+        assert_eq!(results.ratio(&"over", &"under", frames).map(|ratio| ratio.median), Some(4.0));
         let mut moved = Results::default();
         of(slice(900, 40.0, 45.0), slice(100, 500.0, 510.0), 1, &mut moved);
-        assert!(moved.ratio(&"over", &"under", kiops).is_some_and(|ratio| ratio.median.is_nan()), "not compared");
-        assert_eq!(moved.ratio(&"over", &"another", kiops), None);
+        assert!(moved.ratio(&"over", &"under", frames).is_some_and(|ratio| ratio.median.is_nan()), "not compared");
+        assert_eq!(moved.ratio(&"over", &"another", frames), None);
     }
 }
