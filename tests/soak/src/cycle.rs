@@ -158,6 +158,8 @@ fn leave(world: &mut World, plan: &Plan, manager: Manager, in_use: &mut Use) -> 
             }
         }
         Way::Killed => {
+            // Whoever sends while it is found out may be told that the device failed.
+            in_use.expect_failures();
             world.backend(plan.backend)?.kill()?;
             world.bury(plan.backend);
             return Ok(vec![wait_for_end(&manager, binding)?]);
